@@ -1,0 +1,585 @@
+"""From files to model inputs: media, records, prompts, batches; and the toy world, which makes all of them itself.
+
+    python data.py toy --out runs/tiny/toy            write the toy world: video files, training and held-out records
+    python data.py check train.json --media DIR       say what is wrong with anybody's records, before a run does
+
+Records are those of the VideoP2R release (gzip JSON, JSON or JSON lines): problem, options, solution, path, data_type,
+problem_type, and for SFT the trace in observation and process. Prompts follow Qwen's chat layout. Nothing here ever
+replaces one clip by another: a record whose media cannot be read is skipped, counted and named.
+"""
+import argparse
+import ast
+import gzip
+import io
+import json
+import math
+import os
+import random
+import struct
+import sys
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from model import CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, mrope_positions, save_model, write_config
+from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, option_texts, only, parse,
+                     toy_answer)
+
+
+def flag(default, help: str, choices: list[str] | None = None):
+    """A setting with its reason: one line in the dataclass, one line in --help."""
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """How media and prompts become model inputs. Every script has these; SFT, RL and evaluation must agree on them."""
+    frames: int = flag(16, "most frames taken from a video, always with its first and last (even)")
+    fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows")
+    min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this many pixels")
+    max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this many pixels")
+    image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images, which have a budget of their own")
+    max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
+    prompt: str = flag("full", "full: explain the template in the prompt; short: leave that to SFT", ["full", "short"])
+    template: str = flag("p2r", "p2r: observation, think, answer; think: think, answer (process-agnostic baseline)",
+                         ["p2r", "think"])
+    workers: int = flag(2, "threads that read media ahead of the model")
+    cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
+
+
+# ------------------------------------------------------------------------------------------------ media
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official preprocessor_config.json
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+PATCH, STEP, MERGE = 14, 2, 2                                # pixels, frames in a grid step, patches merged per side
+FEWEST_FRAMES = 4
+
+
+class MediaError(Exception):
+    """A file that is missing or cannot be decoded: the record is skipped."""
+
+
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen's rule: both sides multiples of 28, the area between the limits, the ratio kept as well as that allows."""
+    unit = PATCH * MERGE
+    if max(height, width) > 200 * min(height, width):
+        raise MediaError(f"{width}×{height} pixels are too narrow: sides may differ by a factor of 200 at most")
+    h, w = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / unit) * unit for side in (height, width))
+    return h, w
+
+
+def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
+    """Which frames of a clip are taken: an even number, evenly spread, the first and the last always among them.
+
+    As the paper's base recipe: `settings.fps` a second, clamped to 4 … `settings.frames`, so a short clip gives fewer.
+    Seconds per grid step then are 2 · total / (fps · taken), as the official utility computes them.
+    """
+    wanted = min(settings.frames, max(FEWEST_FRAMES, round(total / fps * settings.fps)), total)
+    return np.linspace(0, total - 1, max(STEP, wanted // STEP * STEP)).round().astype(int).tolist()
+
+
+def read_video(path: Path, settings: InputSettings) -> tuple[np.ndarray, float]:
+    """Frames (N, height, width, 3) uint8 and seconds per grid step, of a video file or of a folder of frames."""
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        if not files:
+            raise MediaError("the folder holds no frames")
+        chosen = frame_indices(len(files), settings.fps, settings)            # its frame rate is not known: 1 a step
+        frames = [read_image(files[i]) for i in chosen]
+        if len({f.shape for f in frames}) > 1:
+            raise MediaError("the folder's frames differ in size")
+        return np.concatenate(frames), STEP * len(files) / (settings.fps * len(chosen))
+    import decord  # opened, read and dropped inside this function: a reader shared between threads hangs
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        total, fps = len(reader), float(reader.get_avg_fps())
+        if total < 1 or not fps > 0:
+            raise MediaError(f"it claims {total} frames at {fps} a second")
+        chosen = frame_indices(total, fps, settings)
+        return reader.get_batch(chosen).asnumpy(), STEP * total / (fps * len(chosen))
+    except (RuntimeError, decord.DECORDError) as error:
+        raise MediaError(f"cannot be decoded: {str(error).strip().splitlines()[-1][:200]}") from None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(1, height, width, 3) uint8"""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"cannot be decoded: {error}") from None
+
+
+def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Resizes, normalises and cuts frames (N, height, width, 3) into the order the vision tower expects.
+
+    Returns patches (S, 3·2·14·14) and their grid (steps, rows, columns). The four patches that will be merged are
+    neighbours; a patch holds colour, then two frames, then rows and columns of pixels.
+    """
+    h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
+    if (h, w) != frames.shape[1:3]:
+        frames = np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+    x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
+    if len(x) % STEP:
+        x = torch.cat([x, x[-1:]])                                            # an image is its own second frame
+    t, rows, columns = len(x) // STEP, h // PATCH, w // PATCH
+    x = x.view(t, STEP, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, -1), (t, rows, columns)
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+@dataclass(frozen=True)
+class Record:
+    """One question, checked. `reference` is the content of `solution`'s answer tag, or all of it."""
+    problem_id: str
+    question: str
+    options: tuple[str, ...]
+    problem_type: str
+    reference: str
+    path: str                                                # relative to the media root
+    data_type: str                                           # image or video
+    observation: str = ""                                    # the trace, only in SFT files
+    think: str = ""
+
+
+def read_records(file: str | Path, traces: bool = False) -> list[Record]:
+    """Reads a record file: a JSON list or JSON lines, gzip or plain. `traces`: observation and process are needed too.
+
+    Raises ValueError with the file and the record's number for anything that is not as it should be.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    raw = file.read_bytes()
+    try:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as error:
+        raise ValueError(f"{file}: neither text nor whole gzip: {error}") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = list(enumerate(json.loads(text), start=1))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not JSON: {error}") from None
+    else:
+        rows = []
+        for n, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows += [(n, json.loads(line))] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {n}: not JSON: {error}") from None
+    if not rows:
+        raise ValueError(f"{file}: holds no records")
+    records = []
+    for n, row in rows:
+        try:
+            records.append(to_record(row, traces))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}, record {n}: {error}") from None
+    return records
+
+
+def to_record(row: dict, traces: bool) -> Record:
+    if not isinstance(row, dict):
+        raise ValueError(f"is a {type(row).__name__}, not an object")
+    needed = ["problem", "problem_type", "solution", "path", "data_type"] + ["observation", "process"] * traces
+    if missing := [name for name in needed if not str(row.get(name) or "").strip()]:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if row["problem_type"] not in PROBLEM_TYPES:
+        raise ValueError(f"unknown problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
+    if row["data_type"] not in ("image", "video"):
+        raise ValueError(f"data_type is {row['data_type']!r}, not image or video")
+    options = row.get("options") or []
+    if isinstance(options, str):                             # the RL file of the release holds every value as a string
+        try:
+            options = ast.literal_eval(options)
+        except (ValueError, SyntaxError):
+            options = None
+    if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) for o in options):
+        raise ValueError(f"options are no list of texts: {row['options']!r:.80}")
+    reference = only("answer", str(row["solution"])) or str(row["solution"]).strip()
+    if row["problem_type"] == "multiple choice" and options and len(options) < 2:
+        raise ValueError("a multiple choice with one option")
+    bare = lambda tag, text: only(tag, text) or text.strip()
+    return Record(str(row.get("problem_id", "")), row["problem"], tuple(options), row["problem_type"], reference,
+                  row["path"], row["data_type"], bare("observation", str(row.get("observation") or "")),
+                  bare("think", str(row.get("process") or "")))
+
+
+def media_path(root: Path, path: str) -> Path:
+    """Where a record's file lies under the media root. A path that would leave the root is refused."""
+    full = (root / path).resolve()
+    if not full.is_relative_to(root.resolve()):
+        raise MediaError("its path leaves the media folder")
+    if not full.exists():
+        raise MediaError("no such file")
+    return full
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+PARTS = {
+    "p2r": """Answer in three parts, in this order and with exactly these tags:
+<observation>Start with "Based on the question, I need to notice", name what matters for the question, then write down \
+what the {medium} shows of it: so completely that somebody who cannot see the {medium} could answer from this part \
+alone. Draw no conclusions yet.</observation>
+<think>Start with "Based on the observations,", then reason step by step, talking to yourself, and check the result \
+before you settle on it.</think>
+<answer>The final answer and nothing else.</answer>""",
+    "think": """Answer in two parts, in this order and with exactly these tags:
+<think>Reason step by step about what the {medium} shows, talking to yourself, and check the result before you settle \
+on it.</think>
+<answer>The final answer and nothing else.</answer>""",
+}
+TYPE_LINES = {
+    "multiple choice": "Answer with the letter of the correct option.",
+    "numerical": "Answer with one exact number.",
+    "OCR": "Answer with the text that is written there.",
+    "free-form": "Answer with one short sentence.",
+    "regression": "Answer with one number, as close as you can.",
+}
+
+
+def instruction(record: Record, settings: InputSettings) -> str:
+    """The user's text: question, options, what is expected. The same for data generation, SFT, RL and evaluation."""
+    lines = [record.question]
+    if record.options:
+        lines += ["Options:"] + [o if o.lstrip("( ")[:1] == chr(65 + i) and o.lstrip("( ")[1:2] in ".):"
+                                 else f"{chr(65 + i)}. {o}" for i, o in enumerate(record.options)]
+    if settings.prompt == "full":
+        lines.append(PARTS[settings.template].format(medium=record.data_type))
+    return "\n".join(lines + [TYPE_LINES[record.problem_type]])
+
+
+def trace_text(record: Record, template: str) -> str:
+    """What SFT teaches the model to say. The baseline sees the same data without the observation segment."""
+    seen = f"<observation> {record.observation} </observation>\n" if template == "p2r" else ""
+    return f"{seen}<think> {record.think} </think>\n<answer> {record.reference} </answer>"
+
+
+class Vocabulary:
+    """A tokenizer and what the project needs to know about it: bytes, stop tokens, and ids that may never be sampled."""
+
+    def __init__(self, folder: str | Path):
+        """Reads tokenizer.json of a checkpoint folder. Raises FileNotFoundError without one."""
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json")
+        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        added = {i: t.content for i, t in self.tokenizer.added_tokens_decoder.items()}
+        pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        to_byte = {char: byte for byte, char in byte_characters().items()}
+        self.bytes = [added[i].encode() if i in added else bytes(to_byte[c] for c in piece)
+                      for i, piece in enumerate(pieces)]
+        self.id = {text: i for i, text in added.items()}
+        self.stop_ids = [self.id["<|im_end|>"], self.id["<|endoftext|>"]]
+        self.placeholders = [i for text, i in self.id.items() if any(w in text for w in ("vision", "image", "video"))]
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text only: "<|im_end|>" in somebody's question stays text and cannot end the turn."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled tokens, from their bytes, without the stop token at the end."""
+        ids = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def restrict(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
+        """Takes placeholders and the padded end of the vocabulary out of the model's distribution, on every path."""
+        padding = range(len(self.bytes), model.config.vocab_size)
+        model.banned = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
+        return model
+
+
+def byte_characters() -> dict[int, str]:
+    """Byte-level BPE writes each byte as one printable character: itself if it is printable, else one from 256 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+class Example(NamedTuple):
+    """A record as the model gets it."""
+    record: Record
+    ids: Tensor                                              # (P,)
+    positions: Tensor                                        # (3, P)
+    next_position: int
+    pixels: Tensor                                           # (S, 1176)
+    grid: tuple[int, int, int]
+    seconds: float                                           # per grid step, 0 for an image
+
+
+def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings) -> Example:
+    """Reads the medium and lays out the prompt as Qwen's chat template does. Raises MediaError."""
+    path = media_path(root, record.path)
+    if record.data_type == "video":
+        (frames, seconds), limit = read_video(path, settings), settings.max_pixels
+    else:
+        frames, seconds, limit = read_image(path), 0.0, settings.image_max_pixels
+    pixels, grid = patchify(frames, min(settings.min_pixels, limit), limit)
+    v, pad = vocabulary, config.video_token_id if record.data_type == "video" else config.image_token_id
+    ids = [v.id["<|im_start|>"], *v.encode("system\nYou are a helpful assistant."), v.id["<|im_end|>"], *v.encode("\n"),
+           v.id["<|im_start|>"], *v.encode("user\n"), v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2),
+           v.id["<|vision_end|>"], *v.encode(instruction(record, settings)), v.id["<|im_end|>"], *v.encode("\n"),
+           v.id["<|im_start|>"], *v.encode("assistant\n")]
+    positions, following = mrope_positions(torch.tensor(ids), [grid], [seconds], config)
+    return Example(record, torch.tensor(ids), positions, following, pixels, grid, seconds)
+
+
+def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
+    """A black picture and no question: keeps a rank that has nothing to do in step with the others."""
+    ids = torch.tensor([vocabulary.id["<|vision_start|>"], config.image_token_id, vocabulary.id["<|vision_end|>"]])
+    grid = (1, MERGE, MERGE)
+    record = Record("", "", (), "numerical", "0", "", "image")
+    return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), torch.zeros(MERGE ** 2, 3 * STEP * PATCH ** 2),
+                   grid, 0.0)
+
+
+class Examples:
+    """Records that turn into examples when asked for; what cannot is None, counted, and named in a log file."""
+
+    def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
+                 settings: InputSettings, log: Path | None = None):
+        self.records, self.root, self.vocabulary = records, Path(root), vocabulary
+        self.config, self.settings, self.log = config, settings, log
+        self.asked, self.skipped = set(), {}
+        self.kept, self.room = {}, settings.cache_gb * 2 ** 30
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Example | None:
+        if i in self.kept or i in self.skipped:
+            return self.kept.get(i)
+        self.asked.add(i)
+        try:
+            example = build_example(self.records[i], self.root, self.vocabulary, self.config, self.settings)
+        except MediaError as error:
+            return self.skip(i, f"media: {error}")
+        if len(example.ids) > self.settings.max_prompt:
+            return self.skip(i, f"prompt: {len(example.ids)} tokens are more than --max-prompt {self.settings.max_prompt}")
+        if example.pixels.nbytes <= self.room:               # real clips fill this soon, toy clips never do
+            self.room -= example.pixels.nbytes
+            self.kept[i] = example
+        return example
+
+    def skip(self, i: int, reason: str) -> None:
+        self.skipped[i] = reason
+        if self.log:
+            with self.log.open("a") as file:
+                file.write(f"{self.records[i].path}\t{reason}\n")
+
+    def check_losses(self) -> None:
+        """Raises ValueError once more than 20 % of at least 20 records had to be skipped for their media."""
+        lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
+        if len(self.asked) >= 20 and len(lost) > 0.2 * len(self.asked):
+            example = self.records[lost[0]]
+            raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
+                             f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? "
+                             f"`python data.py check` lists them all.")
+
+    def ahead(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
+        """Yields the readable examples of each step's indices, while threads read the steps that follow."""
+        with ThreadPoolExecutor(max(1, self.settings.workers)) as pool:
+            waiting = deque()
+            try:
+                for indices in steps:
+                    waiting.append([pool.submit(self.__getitem__, i) for i in indices])
+                    if len(waiting) > 2:
+                        yield self.ready(waiting.popleft())
+                while waiting:
+                    yield self.ready(waiting.popleft())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def ready(self, futures) -> list[Example]:
+        found = [future.result() for future in futures]
+        self.check_losses()
+        return [example for example in found if example is not None]
+
+
+def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
+    """Which records step `step` uses: epoch after epoch, each a shuffle of its own. A pure function, so that a resumed
+    run needs no saved sampler, and the order does not depend on the number of ranks."""
+    indices = []
+    for place in range(step * size, (step + 1) * size):
+        indices.append(epoch_order(count, place // count, seed)[place % count])
+    return indices
+
+
+_orders = {}
+
+
+def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+    key = (count, epoch, seed)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = random.Random(f"{seed}/{epoch}").sample(range(count), count)
+    return _orders[key]
+
+
+def collate(examples: Sequence[Example]) -> Prompts:
+    """Pads prompts at their ends and joins the media, in prompt order."""
+    longest = max(len(e.ids) for e in examples)
+    pad = lambda x: torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
+    return Prompts(ids=torch.stack([pad(e.ids) for e in examples]),
+                   lengths=torch.tensor([len(e.ids) for e in examples]),
+                   positions=torch.stack([pad(e.positions) for e in examples], dim=1),
+                   next_position=torch.tensor([e.next_position for e in examples]),
+                   pixels=torch.cat([e.pixels for e in examples]), grid=[e.grid for e in examples])
+
+
+# ------------------------------------------------------------------------------------------------ the toy world
+
+TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
+PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
+
+
+def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
+    """One frame (56, 56, 3) uint8: a letter somewhere near the middle, larger or smaller, brighter or darker, noisy."""
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-6, 6, (2, 1, 1))
+    r, thick = rng.uniform(15, 20), rng.uniform(3, 4.5)
+    ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
+           "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
+           "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
+    frame = np.where(ink[..., None], np.array(PAINT[colour]) * rng.uniform(0.7, 1.1), rng.uniform(60, 130))
+    noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)).repeat(2, 0).repeat(2, 1) * 16   # coarse: files stay small
+    return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
+
+
+def write_avi(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes frames (N, h, w, 3) as PNG pictures in an AVI file: lossless, and decord reads it back exactly."""
+    chunk = lambda tag, body: tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+    listed = lambda kind, body: chunk(b"LIST", kind + body)
+    n, h, w, _ = frames.shape
+    pictures = []
+    for frame in frames:
+        Image.fromarray(frame).save(buffer := io.BytesIO(), "PNG", compress_level=1)
+        pictures.append(buffer.getvalue())
+    largest = max(map(len, pictures))
+    header = struct.pack("<14I", 1_000_000 // fps, largest * fps, 0, 0x10, n, 0, 1, largest, w, h, 0, 0, 0, 0)
+    stream = struct.pack("<4s4sIHHIIIIIIIIHHHH", b"vids", b"MPNG", 0, 0, 0, 0, 1, fps, 0, n, largest, 0, 0, 0, 0, w, h)
+    bitmap = struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MPNG", w * h * 3, 0, 0, 0, 0)
+    at, index = 4, b""
+    for picture in pictures:
+        index += struct.pack("<4sIII", b"00dc", 0x10, at, len(picture))
+        at += 8 + len(picture) + len(picture) % 2
+    body = listed(b"hdrl", chunk(b"avih", header) + listed(b"strl", chunk(b"strh", stream) + chunk(b"strf", bitmap)))
+    body += listed(b"movi", b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
+    path.write_bytes(chunk(b"RIFF", b"AVI " + body))
+
+
+def toy_think(problem_type: str, asked: str, options: list[str], shown: list[str]) -> str:
+    """Reasoning in steps that can be taken one at a time: a small model learns to walk, not to jump to a result."""
+    if problem_type == "multiple choice":
+        steps = [f"{x} no" for x in shown[:shown.index(asked)]] + [f"{asked} yes", f"next {shown[shown.index(asked) + 1]}"]
+        wanted = shown[shown.index(asked) + 1]
+        return ", ".join(steps + [f"{letter} {text} {'yes' if text == wanted else 'no'}" for letter, text in
+                                  zip("ABCD", options[:options.index(wanted) + 1])])
+    if problem_type == "numerical":
+        return ", ".join(f"{x} {sum(y.startswith(asked) for y in shown[:i + 1])}" for i, x in enumerate(shown))
+    if problem_type == "OCR":
+        return ", ".join(f"{x} skip" if x.startswith(asked) else f"{x} keep {x[-1]}" for x in shown)
+    if problem_type == "free-form":
+        return f"first {shown[0]}, last {shown[-1]}"
+    return ", ".join(f"{x} {sum(PRICES[y[-1]] for y in shown[:i + 1])}" for i, x in enumerate(shown))
+
+
+def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
+    """A question about three letters, with its answer and a faultless trace. Returns the record and what is shown."""
+    problem_type = PROBLEM_TYPES[number % len(PROBLEM_TYPES)]
+    everything = [f"{c} {l}" for c in COLOURS for l in LETTERS]
+    while True:
+        shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
+        asked, options = "", []
+        if problem_type == "multiple choice":
+            asked = rng.choice(shown[:-1])
+            right = shown[shown.index(asked) + 1]
+            options = rng.sample([x for x in everything if x != right], 2)
+            options.insert(rng.randrange(3), right)
+        elif problem_type in ("numerical", "OCR"):
+            asked = rng.choice(shown).split()[0]
+        question = TOY_QUESTIONS[problem_type].format(asked)
+        lettered = [f"{letter}. {x}" for letter, x in zip("ABC", options)]
+        answer = toy_answer(problem_type, question, lettered, shown)
+        if answer is not None:                               # for some draws a question has no answer: draw again
+            break
+    return {"problem_id": f"{split}-{number}", "problem": question, "options": lettered, "data_type": "video",
+            "problem_type": problem_type, "solution": f"<answer>{answer}</answer>", "answer": answer,
+            "path": f"./{split}/{number:05d}.avi", "data_source": "toy", "observation": ", ".join(shown),
+            "process": toy_think(problem_type, asked, options, shown)}, shown
+
+
+TOY_SPLITS = {"sft": 2000, "rl": 3000, "heldout": 512}
+
+
+def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
+    """Writes the toy world: clips and `<split>.json`, unless it is there already. Every clip has a seed of its own, made
+    of the split's name and its number, so that no held-out clip is ever a training clip."""
+    folder = Path(folder)
+    if all((folder / f"{split}.json").is_file() for split in splits):
+        return folder
+    bar = tqdm(total=sum(splits.values()), desc="toy clips", unit="clip", file=sys.stderr)
+    for split, count in splits.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        records = []
+        for number in range(count):
+            rng = random.Random(f"{seed}/{split}/{number}")
+            record, shown = toy_record(rng, number, split)
+            noise = np.random.default_rng(rng.getrandbits(64))
+            frames = [draw(*x.split(), noise) for x in shown for _ in range(2)]
+            write_avi(folder / record["path"], np.stack(frames), TOY_FPS)
+            records.append(record)
+            bar.update()
+        aside = folder / f"{split}.json.writing"
+        aside.write_text(json.dumps(records, indent=1))
+        os.replace(aside, folder / f"{split}.json")          # the records appear when all their clips are there
+    bar.close()
+    return folder
+
+
+def make_toy_model(folder: str | Path, seed: int) -> None:
+    """Writes a random tiny twin of Qwen2.5-VL with a byte-level tokenizer that holds the toy world's words whole."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    cut = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?</?[a-z]+>\n?| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    rng = random.Random(0)
+    rows = [toy_record(rng, n, "words")[0] for n in range(500)]
+    texts = ["system\nYou are a helpful assistant.\n", "user\n", "assistant\n", "0123456789"]
+    for record in (to_record(row, True) for row in rows):
+        texts += [instruction(record, InputSettings(prompt="short")), trace_text(record, "p2r")]
+    words = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                "<|image_pad|>", "<|video_pad|>"]
+    pieces = specials + sorted(byte_characters().values()) + sorted(w for w in words if len(w) > 1)
+    # ignore_merges: a piece that stands in the vocabulary is one token, anything else falls apart into bytes.
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed)
+    assert len(pieces) <= model.config.vocab_size
+    source = Path(folder).with_name(Path(folder).name + ".source")
+    source.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+                            ).save_pretrained(str(source))
+    write_config(model.config, source, stop_ids=[2, 0])
+    save_model(dict(model.named_parameters()), folder, source)
+    for file in source.iterdir():
+        file.unlink()
+    source.rmdir()

@@ -1,0 +1,674 @@
+"""Qwen2.5-VL from scratch: looking (vision tower), reading (decoder), speaking (generate), scoring (logprobs).
+
+Read it from top to bottom: settings → building blocks → vision tower → text decoder → the whole model with its four
+entries (`forward`, `prefill`, `generate`, `logprobs`) → checkpoints on disk. Everything is plain PyTorch, and tensors
+carry the names of the official checkpoints, so folders are exchanged with `transformers` without conversion.
+
+Shapes stand at line ends, in one notation for the whole project:
+    B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
+    S patches of all media  D width  H heads  K key/value heads  E width of a head  V vocabulary
+"""
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}.")
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    sys.exit(f"torch 2.11 or later is needed, this is {torch.__version__}: pip install -r requirements.txt")
+try:  # CUDA only and optional: windows of unequal size then need no padding
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Fields of `vision_config` in config.json. Those without a default must stand in the file: there the classes
+    of transformers fall back to other values than the official checkpoints use, so a guess would be silently wrong."""
+    hidden_size: int                                         # D of the tower
+    out_hidden_size: int                                     # D of the decoder
+    tokens_per_second: int                                   # temporal positions per second of video
+    depth: int = 32
+    num_heads: int = 16
+    intermediate_size: int = 3420
+    patch_size: int = 14                                     # pixels
+    temporal_patch_size: int = 2                             # frames folded into one grid step
+    spatial_merge_size: int = 2                              # 2×2 patches become one token of the decoder
+    window_size: int = 112                                   # pixels: windows of 4×4 merged tokens
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks that see the whole frame
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields of config.json, flat (official) or nested under `text_config` (as transformers 5 writes it)."""
+    vision: VisionConfig
+    vocab_size: int                                          # V, padded beyond the tokenizer's length
+    hidden_size: int                                         # D
+    num_hidden_layers: int
+    num_attention_heads: int                                 # H
+    num_key_value_heads: int                                 # K
+    intermediate_size: int
+    mrope_section: tuple[int, ...]                           # rotary frequencies for time, height, width
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:                               # E
+        return self.hidden_size // self.num_attention_heads
+
+
+def qwen(hidden, layers, heads, kv_heads, mlp, vocab, tied, sections=(16, 24, 24), ids=(151655, 151656), vision=None):
+    """One row of the table below. Official vision towers differ in `out_hidden_size` only."""
+    tower = dict(hidden_size=1280, out_hidden_size=hidden, tokens_per_second=2) | (vision or {})
+    return Config(VisionConfig(**tower), vocab, hidden, layers, heads, kv_heads, mlp, sections, tied, *ids)
+
+
+CONFIGS = {  # one architecture, three sizes: what a class trains on a laptop is what the paper trains on eight GPUs
+    #            D     layers H  K  MLP    V       tied
+    "tiny": qwen(128,  4,     4, 2, 384,   384,    True, sections=(4, 6, 6), ids=(6, 7), vision=dict(
+        hidden_size=96, depth=2, num_heads=4, intermediate_size=256, fullatt_block_indexes=(1,))),
+    "3b":   qwen(2048, 36,    16, 2, 11008, 151936, True),
+    "7b":   qwen(3584, 28,    28, 4, 18944, 152064, False),
+}
+
+
+def read_config(folder: str | Path) -> Config:
+    """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
+    raw = json.loads(path.read_text())
+    text = raw | raw.get("text_config", {})                  # nested values win over flat ones
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    values = raw | text | {"mrope_section": rope.get("mrope_section"),
+                           "rope_theta": text.get("rope_theta", rope.get("rope_theta", 1e6)),
+                           "tie_word_embeddings": raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
+
+    def build(cls, source, **extra):
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()
+                  if k in cls.__dataclass_fields__ and v is not None}
+        try:
+            return cls(**(fields | extra))
+        except TypeError as error:
+            raise ValueError(f"{path}: {str(error).split('() ')[-1]}; is this a Qwen2.5-VL checkpoint?") from None
+
+    return build(Config, values, vision=build(VisionConfig, raw.get("vision_config", {})))
+
+
+def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str = "float32") -> None:
+    """Writes config.json in the official flat layout, so that transformers builds the same network from it."""
+    flat = {k: v for k, v in asdict(config).items() if k not in ("vision", "mrope_section")}
+    flat |= {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": dtype,
+             "hidden_act": "silu", "eos_token_id": stop_ids[0], "max_position_embeddings": 128000,
+             "rope_scaling": {"type": "mrope", "mrope_section": config.mrope_section},
+             "vision_config": asdict(config.vision) | {"hidden_act": "silu", "in_chans": 3, "model_type": "qwen2_5_vl"}}
+    (folder / "config.json").write_text(json.dumps(flat, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ building blocks
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in fp32 whatever the dtype of x."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down( silu(gate x) · up x )"""
+
+    def __init__(self, width: int, hidden: int, bias: bool):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias), nn.Linear(width, hidden, bias)
+        self.down_proj = nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Rope(NamedTuple):
+    """Rotary tables; they broadcast against heads. cos, sin (…, 1, T, E) for the decoder, (S, 1, E) for the tower."""
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def of(angles: Tensor, dtype: torch.dtype) -> "Rope":
+        angles = torch.cat([angles, angles], dim=-1)         # frequency i turns the pair (i, i + E/2)
+        return Rope(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def turn(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-b, a], dim=-1) * self.sin
+
+
+def inverse_frequencies(count: int, theta: float, device) -> Tensor:
+    # A function, not a buffer: a model built on the meta device would come back with garbage in its buffers.
+    return theta ** -(torch.arange(count, device=device, dtype=torch.float32) / count)
+
+
+# ------------------------------------------------------------------------------------------------ vision tower
+
+class Blocks(NamedTuple):
+    """How S patches fall into consecutive blocks that attend only within themselves (windows, or frames)."""
+    lengths: Tensor                                          # (N,) patches in each block
+    index: Tensor                                            # (N, L) where each stands, rows padded with 0
+    keep: Tensor                                             # (N, L) False at padding
+    ragged: bool                                             # are there padded places at all?
+
+    @staticmethod
+    def of(lengths: Tensor) -> "Blocks":
+        """lengths [2, 3] → index [[0, 1, 0], [2, 3, 4]], keep [[T, T, F], [T, T, T]]"""
+        places = torch.arange(int(lengths.max()), device=lengths.device)
+        keep = places < lengths[:, None]
+        starts = lengths.cumsum(0) - lengths
+        return Blocks(lengths, (starts[:, None] + places) * keep, keep, not bool(keep.all()))
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Softmax attention inside each block. q, k, v and the result (S, H, E)."""
+    if flash_attn_varlen_func and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        bounds, longest = F.pad(blocks.lengths.cumsum(0, dtype=torch.int32), (1, 0)), blocks.index.shape[1]
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest)
+    q, k, v = (x[blocks.index].transpose(1, 2) for x in (q, k, v))            # (N, H, L, E)
+    mask = blocks.keep[:, None, None, :] if blocks.ragged else None           # without it the flash kernel is free
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[blocks.keep]
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv, self.proj = nn.Linear(c.hidden_size, 3 * c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor, rope: Rope, blocks: Blocks) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
+        q, k = rope.turn(q.float()).to(x.dtype), rope.turn(k.float()).to(x.dtype)
+        return self.proj(block_attention(q, k, v, blocks).flatten(1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.hidden_size), RMSNorm(c.hidden_size)
+        self.attn, self.mlp = VisionAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, rope: Rope, blocks: Blocks) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, blocks)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """The official 3-D convolution has stride = kernel, so on cut patches it is one matrix product."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.proj = nn.Conv3d(3, c.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:             # (S, 3·2·14·14) → (S, D)
+        return F.linear(pixels, self.proj.weight.flatten(1))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches → one token as wide as the decoder."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.width = c.hidden_size * c.spatial_merge_size ** 2
+        self.ln_q = RMSNorm(c.hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
+                                 nn.Linear(self.width, c.out_hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:                  # (S, D) → (S/4, D of the decoder)
+        return self.mlp(self.ln_q(x).view(-1, self.width))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config = c
+        self.patch_embed, self.merger = PatchEmbed(c), PatchMerger(c)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+
+    def layout(self, grid: list[tuple[int, int, int]], device) -> tuple[Tensor, Tensor, Blocks, Blocks]:
+        """Where every patch stands. `grid` holds (steps in time, rows, columns) of patches for each medium.
+
+        Returns positions (S, 2) as row and column, the window order of merged tokens (S/4,), and the blocks of windowed
+        and of full attention. Full attention means the whole frame pair, never across time.
+        """
+        merge = self.config.spatial_merge_size
+        side = self.config.window_size // self.config.patch_size // merge     # merged tokens along a window's side
+        positions, window_of, frames, windows = [], [], [], 0
+        for t, h, w in grid:
+            row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+            by_merge = torch.stack([row, col], -1).view(h // merge, merge, w // merge, merge, 2).transpose(1, 2)
+            positions.append(by_merge.reshape(-1, 2).repeat(t, 1))            # patches of a merged token are neighbours
+            row, col = torch.meshgrid(torch.arange(h // merge) // side, torch.arange(w // merge) // side, indexing="ij")
+            per_row, per_frame = (w // merge - 1) // side + 1, int(row[-1, 0] + 1) * ((w // merge - 1) // side + 1)
+            window = (row * per_row + col).flatten()
+            window_of += [windows + step * per_frame + window for step in range(t)]
+            windows, frames = windows + t * per_frame, frames + [h * w] * t
+        window_of = torch.cat(window_of)
+        lengths = torch.bincount(window_of, minlength=windows) * merge ** 2
+        return (torch.cat(positions).to(device), window_of.argsort(stable=True).to(device),
+                Blocks.of(lengths.to(device)), Blocks.of(torch.tensor(frames, device=device)))
+
+    def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False) -> Tensor:
+        """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder), same order."""
+        unit = self.config.spatial_merge_size ** 2
+        positions, order, windows, frames = self.layout(grid, pixels.device)
+        quarter = self.config.hidden_size // self.config.num_heads // 4       # frequencies for rows, as many for columns
+        angles = positions[:, :, None] * inverse_frequencies(quarter, 10_000.0, pixels.device)   # (S, 2, E/4)
+        x = self.patch_embed(pixels)
+        x, angles = (z.flatten(1).view(len(order), unit, -1)[order].flatten(0, 1) for z in (x, angles))  # by windows
+        rope = Rope.of(angles[:, None], torch.float32)
+        save_memory = save_memory and torch.is_grad_enabled()
+        for i, block in enumerate(self.blocks):
+            blocks = frames if i in self.config.fullatt_block_indexes else windows
+            x = checkpoint(block, x, rope, blocks, use_reentrant=False) if save_memory else block(x, rope, blocks)
+        return self.merger(x)[order.argsort()]
+
+
+# ------------------------------------------------------------------------------------------------ text decoder
+
+class Past(NamedTuple):
+    """Keys and values of the prompts in one layer. They are computed once and shared by a question's G responses."""
+    k: Tensor                                                # (B, K, P, E)
+    v: Tensor                                                # (B, K, P, E)
+    keep: Tensor | None                                      # (B, P) False at padding; None if nothing is padded
+
+
+class Cache(NamedTuple):
+    """Static memory for what was sampled so far, in one layer; `used` places are filled."""
+    k: Tensor                                                # (B·G, K, T, E)
+    v: Tensor                                                # (B·G, K, T, E)
+    used: int
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
+    """Whole responses attend to their prompt and to themselves (training). q (B·G, H, T, E) → (B·G, H, T, E)."""
+    n, t, p, group = len(q), q.shape[2], past.k.shape[2], len(q) // len(past.k)
+    k, v = (torch.cat([old[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1), new], dim=2)
+            for old, new in ((past.k, k), (past.v, v)))                       # (B·G, K, P + T, E)
+    mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # lower right: every prompt token is seen
+    if past.keep is not None:
+        keep = F.pad(past.keep, (0, t), value=True).repeat_interleave(group, 0)                # (B·G, P + T)
+        mask = mask & keep[:, None, None, :]
+    elif q.is_cuda:  # a boolean mask would lose the flash kernel; plain is_causal is aligned top left, wrong here
+        from torch.nn.attention.bias import causal_lower_right
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        mask = causal_lower_right(t, p + t)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def decode_attention(q: Tensor, past: Past, cache: Cache) -> Tensor:
+    """One new token of every response: a softmax over prompt and response without copying the prompt's cache G times.
+
+    The G responses of a question, and the query heads that share a key head, are rows of one product with the prompt.
+    q (B·G, H, 1, E) → (B·G, H, 1, E)
+    """
+    n, h, _, e = q.shape
+    b, kv, p, _ = past.k.shape
+    g, r = n // b, h // kv
+    q = q.view(b, g, kv, r, e) * e ** -0.5
+    k, v = cache.k[:, :, :cache.used], cache.v[:, :, :cache.used]             # (B·G, K, t, E)
+    to_prompt = q.transpose(1, 2).reshape(b, kv, g * r, e) @ past.k.mT        # (B, K, G·r, P)
+    if past.keep is not None:
+        to_prompt = to_prompt.masked_fill(~past.keep[:, None, None, :], -torch.inf)
+    to_prompt = to_prompt.view(b, kv, g, r, p).transpose(1, 2)                # (B, G, K, r, P)
+    to_response = (q.reshape(n, kv, r, e) @ k.mT).view(b, g, kv, r, -1)       # (B, G, K, r, t)
+    weights = torch.cat([to_prompt, to_response], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    w_prompt, w_response = weights.split([p, k.shape[2]], -1)
+    out = (w_prompt.transpose(1, 2).reshape(b, kv, g * r, p) @ past.v).view(b, kv, g, r, e).transpose(1, 2)
+    return (out.reshape(n, kv, r, e) + w_response.reshape(n, kv, r, -1) @ v).reshape(n, h, 1, e)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope, past: Past | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
+        n, t, _ = x.shape
+        q = rope.turn(self.q_proj(x).view(n, t, self.heads, -1).transpose(1, 2))               # (N, H, T, E)
+        k = rope.turn(self.k_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2))            # (N, K, T, E)
+        v = self.v_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2)
+        if past is None:       # a prompt: padding stands at its end, so causality alone hides it from every real token
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif cache is None:
+            out = prefix_attention(q, k, v, past)
+        else:
+            cache.k[:, :, cache.used - 1], cache.v[:, :, cache.used - 1] = k[:, :, 0], v[:, :, 0]
+            out = decode_attention(q, past, cache)
+        return self.o_proj(out.transpose(1, 2).reshape(n, t, -1)), k, v
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope, past: Past | None = None, cache: Cache | None = None):
+        attended, k, v = self.self_attn(self.input_layernorm(x), rope, past, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm: what stands under `model.` in the checkpoint."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list[float], config: Config
+                    ) -> tuple[Tensor, int]:
+    """Multimodal rotary positions of one prompt (section 2.1.2 of the Qwen2.5-VL report): text counts on alike in
+    all three axes, a medium spreads over (time, row, column) from where the text stopped, text resumes after the
+    largest position used.
+
+    ids (P,); grid and `seconds` (per grid step, 0 for an image) of its media in order. Returns positions (3, P) and
+    the position of the first response token. Time runs in floor(step · seconds · tokens_per_second) as the model
+    was trained; later versions of transformers cut `seconds` to an integer or let text resume earlier (README).
+    Raises ValueError if placeholders and grids disagree.
+    """
+    merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
+    media = (ids == config.image_token_id) | (ids == config.video_token_id)
+    pieces, at, start = [], 0, 0                                              # `at` in tokens, `start` in positions
+    places = torch.cat([media.int().argmax()[None], media.nonzero()[:, 0]])[1:].tolist()
+    for (t, h, w), step in zip(grid, seconds):
+        size = t * (h // merge) * (w // merge)
+        if not places:
+            raise ValueError(f"{len(grid)} media, but the prompt has placeholders for fewer")
+        text = torch.arange(start, start + places[0] - at).expand(3, -1)
+        at, start = places[0], start + places[0] - at
+        if not bool(media[at:at + size].all()) or at + size > len(ids):
+            raise ValueError(f"a medium of {size} tokens does not fit its placeholders at token {at}")
+        time = (torch.arange(t) * step * rate).long()
+        axes = torch.meshgrid(time, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+        pieces += [text, torch.stack(axes).flatten(1) + start]
+        at, start, places = at + size, int(pieces[-1].max()) + 1, places[size:]
+    if places:
+        raise ValueError(f"{len(places)} media placeholders are left over after {len(grid)} media")
+    pieces.append(torch.arange(start, start + len(ids) - at).expand(3, -1))
+    return torch.cat(pieces, dim=1), start + len(ids) - at
+
+
+# ------------------------------------------------------------------------------------------------ the whole model
+
+@dataclass
+class Prompts:
+    """A batch of prompts, padded at the end. All media stand in prompt order in one tensor of patches."""
+    ids: Tensor                                              # (B, P)
+    lengths: Tensor                                          # (B,)
+    positions: Tensor                                        # (3, B, P)
+    next_position: Tensor                                    # (B,) position of the first response token
+    pixels: Tensor | None                                    # (S, 1176), None for text alone
+    grid: list[tuple[int, int, int]]                         # (steps, rows, columns) of patches of each medium
+
+    def to(self, device) -> "Prompts":
+        return Prompts(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(self).values()))
+
+
+class Responses(NamedTuple):
+    """What was sampled. Places after the end hold token 0 and log-probability 0: build masks from `lengths`."""
+    tokens: Tensor                                           # (B, G, T)
+    lengths: Tensor                                          # (B, G) with the stop token
+    logprobs: Tensor                                         # (B, G, T) log-probabilities they were sampled with
+    finished: Tensor                                         # (B, G) False: cut off by the token limit
+
+
+def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Samples a token a row by inverting the cumulative distribution at a given uniform number, so that a response's
+    randomness is fixed before it is sampled. logits (N, V) fp32, uniforms (N,) in [0, 1) → tokens (N,), logprobs (N,)
+
+    Temperature 0 takes the most likely token (its log-probability is that of temperature 1).
+    """
+    logprobs = (logits / temperature if temperature else logits).log_softmax(-1)
+    if not temperature:
+        tokens = logits.argmax(-1)
+    else:
+        if top_p < 1:  # the smallest set of tokens that holds top_p, the most likely one always in it
+            ranked, order = logprobs.exp().sort(descending=True)
+            cut = (ranked.cumsum(-1) - ranked >= top_p).scatter(-1, order, ranked.cumsum(-1) - ranked >= top_p)
+            logprobs = logprobs.masked_fill(cut, -torch.inf).log_softmax(-1)
+        cumulative = logprobs.double().exp().cumsum(-1)       # fp64: a draw can then never reach past the last token
+        target = uniforms.double()[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+class Qwen2_5_VL(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.visual, self.model = VisionTower(config.vision), Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.banned = torch.empty(0, dtype=torch.long, device="cpu")   # ids that no distribution of this model contains
+        self.save_memory = False                             # activation checkpointing: recompute blocks in backward
+
+    # Everything that leaves the model as a probability passes here, so sampling, scoring and the KL reference agree.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the banned ids."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight).float().index_fill(-1, self.banned.to(hidden.device), -1e30)
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of `mrope_section`."""
+        c = self.config
+        angles = positions[..., None] * inverse_frequencies(c.head_dim // 2, c.rope_theta, positions.device)
+        by_axis = [part[axis] for axis, part in enumerate(angles.split(c.mrope_section, dim=-1))]
+        return Rope.of(torch.cat(by_axis, dim=-1)[:, None], dtype)
+
+    def run(self, layer: DecoderLayer, *inputs):
+        save = self.save_memory and torch.is_grad_enabled()
+        return checkpoint(layer, *inputs, use_reentrant=False) if save else layer(*inputs)
+
+    def prefill(self, prompts: Prompts) -> tuple[Tensor, list[Past]]:
+        """Reads the prompts. Returns hidden states (B, P, D) and every layer's keys and values, in the graph."""
+        x = self.model.embed_tokens(prompts.ids)                                               # (B, P, D)
+        if prompts.pixels is not None:
+            features = self.visual(prompts.pixels.to(x.dtype), prompts.grid, self.save_memory)
+            here = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
+            x = x.masked_scatter(here[..., None], features.to(x.dtype))
+        keep = torch.arange(x.shape[1], device=x.device) < prompts.lengths[:, None]            # (B, P)
+        keep = None if bool(keep.all()) else keep
+        rope, past = self.rope(prompts.positions, x.dtype), []
+        for layer in self.model.layers:
+            x, k, v = self.run(layer, x, rope)
+            past.append(Past(k, v, keep))
+        return self.model.norm(x), past
+
+    def forward(self, prompts: Prompts) -> Tensor:
+        """Logits at every place of the prompts, (B, P, V). For comparisons; training never holds this tensor."""
+        return self.logits(self.prefill(prompts)[0].flatten(0, 1)).unflatten(0, prompts.ids.shape)
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, uniforms: Tensor, stop_ids: list[int], temperature: float = 1.0,
+                 top_p: float = 1.0) -> Responses:
+        """Samples G responses to each prompt, at most T tokens long, from given uniform numbers (B, G, T).
+
+        A prompt is read once; its cache serves the whole group. Responses have a static cache of their own.
+        """
+        (b, g, limit), device = uniforms.shape, prompts.ids.device
+        uniforms, stops = uniforms.to(device).flatten(0, 1), torch.tensor(stop_ids, device=device)
+        hidden, past = self.prefill(prompts)
+        logits = self.logits(hidden[torch.arange(b, device=device), prompts.lengths - 1]).repeat_interleave(g, 0)
+        shape = (b * g, self.config.num_key_value_heads, limit, self.config.head_dim)
+        caches = [(hidden.new_empty(shape), hidden.new_empty(shape)) for _ in past]
+        tokens = torch.zeros(b * g, limit, dtype=torch.long, device=device)
+        logprobs, lengths = torch.zeros(b * g, limit, device=device), torch.zeros(b * g, dtype=torch.long, device=device)
+        going = torch.ones(b * g, dtype=torch.bool, device=device)
+        start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
+        for t in range(limit):
+            token, logprob = choose(logits, uniforms[:, t], temperature, top_p)
+            tokens[:, t], logprobs[:, t] = token * going, logprob * going
+            lengths += going
+            going = going & ~torch.isin(token, stops)
+            if t + 1 == limit or not bool(going.any()):
+                break
+            x = self.model.embed_tokens(tokens[:, t, None])                                    # (B·G, 1, D)
+            rope = self.rope((start + t).expand(3, -1)[..., None], x.dtype)
+            for layer, before, (k, v) in zip(self.model.layers, past, caches):
+                x, _, _ = layer(x, rope, before, Cache(k, v, t + 1))
+            logits = self.logits(self.model.norm(x)[:, 0])
+        fold = lambda x: x[..., :t + 1].unflatten(0, (b, g)) if x.dim() > 1 else x.view(b, g)
+        return Responses(fold(tokens), fold(lengths), fold(logprobs), fold(~going))
+
+    def logprobs(self, prompts: Prompts, tokens: Tensor, lengths: Tensor, temperature: float = 1.0
+                 ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of given responses under this model, with gradient, and the entropy where they were drawn.
+
+        The prompt is computed once for its group and stays in the graph; logits exist only where a response token is
+        predicted. tokens (B, G, T), lengths (B, G) → logprobs (B, G, T), entropies (B, G, T), both 0 after the end.
+        """
+        (b, g, t), device = tokens.shape, tokens.device
+        hidden, past = self.prefill(prompts)
+        last = hidden[torch.arange(b, device=device), prompts.lengths - 1]                     # (B, D) predicts token 0
+        hidden = last[:, None, None].expand(b, g, 1, -1).flatten(0, 1)                         # (B·G, 1, D)
+        if t > 1:
+            x = self.model.embed_tokens(tokens.flatten(0, 1)[:, :-1])                          # (B·G, T-1, D)
+            start = prompts.next_position.repeat_interleave(g, 0)[:, None]
+            rope = self.rope((start + torch.arange(t - 1, device=device)).expand(3, -1, -1), x.dtype)
+            for layer, before in zip(self.model.layers, past):
+                x, _, _ = self.run(layer, x, rope, before)
+            hidden = torch.cat([hidden, self.model.norm(x)], dim=1)                            # (B·G, T, D)
+        real = torch.arange(t, device=device) < lengths.flatten()[:, None]                     # (B·G, T)
+        logprobs, entropies = self.score(hidden[real], tokens.flatten(0, 1)[real], temperature)
+        empty = torch.zeros(b * g, t, device=device)
+        return tuple(empty.masked_scatter(real, x).view(b, g, t) for x in (logprobs, entropies))
+
+    def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""
+        def chunk(hidden, targets):
+            logprobs = (self.logits(hidden) / temperature).log_softmax(-1)
+            with torch.no_grad():
+                entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+        size = max(1, 2 ** 25 // self.config.vocab_size)     # 128 MiB of fp32 logits at a time, whatever V is
+        if len(hidden) <= size:
+            return chunk(hidden, targets)
+        parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
+        return tuple(torch.cat(x) for x in zip(*parts))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
+    """Random start: normal(0, 0.02) matrices, zero biases, unit norms. The same numbers for a seed everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+        else:
+            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor, from the index or from the single file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def load_weights(folder: str | Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Reads a folder's tensors strictly: one missing, left over or misshapen raises ValueError that names it."""
+    where = tensor_files(Path(folder))
+    missing, extra = sorted(wanted.keys() - where.keys()), sorted(where.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(f"{folder}: " + "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for what, names in (("missing tensors", missing), ("tensors too many", extra)) if names))
+    tensors = {}
+    for path in sorted(set(where.values())):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is named in the index but is not there")
+        with safe_open(path, "pt") as file:
+            for name in (n for n, p in where.items() if p == path):
+                shape = torch.Size(file.get_slice(name).get_shape())
+                if shape != wanted[name]:
+                    raise ValueError(f"{path}: {name} has shape {tuple(shape)}, not {tuple(wanted[name])}")
+                tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
+    """Builds the network on the meta device and fills it from a checkpoint folder, so that nothing is held twice."""
+    with torch.device("meta"):
+        model = Qwen2_5_VL(read_config(folder))
+    tensors = load_weights(folder, {name: p.shape for name, p in model.named_parameters()})
+    model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
+    return model
+
+
+def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
+               beside: Callable[[Path], None] | None = None, shard_bytes: int = 5 * 2 ** 30) -> None:
+    """Writes tensors as (sharded) safetensors, with the configuration and tokenizer files of `source` beside them, and
+    whatever `beside(folder)` adds. The folder appears under its name only when it is whole: it is written aside and
+    renamed."""
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for file in Path(source).iterdir() if source else ():
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in ("model.safetensors.index.json", "state.json"):
+            shutil.copy(file, aside)
+    shards, size = [{}], 0
+    for name, x in tensors.items():
+        if size + x.nbytes > shard_bytes and shards[-1]:
+            shards, size = shards + [{}], 0
+        shards[-1][name], size = x.detach().cpu().contiguous(), size + x.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names if len(shards) > 1 else ["model.safetensors"], shards):
+        save_file(shard, aside / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
+                 "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if beside:
+        beside(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)

@@ -1,0 +1,471 @@
+"""Stage 2, PA-GRPO: reinforcement learning with separate rewards and advantages for looking and thinking (eq. 3–7).
+
+    python pagrpo.py                                     the toy world on any machine: clips, SFT, PA-GRPO, table
+    torchrun --nproc_per_node=8 pagrpo.py                the 7b preset: the paper's settings on eight GPUs
+
+One step, in the order of this file:
+    1. rollout      sample G responses to each question, with the log-probabilities they were sampled with
+    2. rewards      R_P = does the observation suffice (judge) + format + length;  R_R = is the answer right + …
+    3. advantages   each segment's rewards are normalised in their own group:      A_P, A_R            (eq. 6)
+    4. loss         A_P reaches the observation's tokens, A_R those of think and answer, a KL term holds
+                    the policy near the frozen SFT model                                               (eq. 7)
+    5. update       AdamW, one step for all questions of all ranks
+
+"Loss is 0, is it broken?" No: with one update per rollout the ratio is 1, and the advantages of a group add up to 0,
+so without the KL term the loss is about 0 by construction. Its gradient is not: watch the rewards.
+"""
+import hashlib
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import sft
+from data import Example, Examples, Vocabulary, collate, flag, read_records, step_indices
+from model import Qwen2_5_VL
+from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens, response_rewards,
+                     rule_judge, task_metric)
+from sft import (QWEN, TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
+                 micro_batches, newest_checkpoint, parse_flags, peak_memory_gb, prepare_toy, start_world, update)
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    model: str = flag("", "SFT checkpoint to start from; it stays the KL reference (toy: SFT is run when missing)")
+    questions: int = flag(8, "questions in one step, over all ranks; whole questions go to ranks")
+    group_size: int = flag(8, "G, responses sampled to each question")
+    max_response: int = flag(768, "tokens after which a response is cut off")
+    temperature: float = flag(1.0, "of sampling and of scoring: the policy that acts is the policy that learns")
+    advantage: str = flag("pa", "pa: each segment its own (paper); grpo: R_R on all tokens; joint: R_P + R_R on all tokens",
+                          ["pa", "grpo", "joint"])
+    token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one in each segment, added",
+                           ["response", "segment"])
+    reward_off: str = flag("none", "leaves a reward out, as the ablations do", ["none", "perception", "reasoning", "length"])
+    perception_window: tuple = flag((128, 320), "tokens of an observation that earn the length reward")
+    reasoning_window: tuple = flag((320, 512), "tokens of think and answer that earn the length reward")
+    kl_beta: float = flag(0.04, "weight of the KL term; 0: no reference model is loaded")
+    clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
+    updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
+    judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own", ["rule"])
+    transcript_every: int = flag(50, "steps between printed transcripts")
+
+
+PRESETS = {
+    "tiny": TINY | dict(questions=16, micro_batch=16, steps=250, lr=1e-4, warmup=15, max_response=48,
+                        perception_window=(8, 16), reasoning_window=(10, 32)),
+    "3b": dict(model="runs/3b/sft", data="data/videop2r/VideoP2R-RL-263K.json.gz", media="data/Video-R1-data", steps=1000),
+    "7b": dict(model="runs/7b/sft", data="data/videop2r/VideoP2R-RL-263K.json.gz", media="data/Video-R1-data", steps=1000),
+}
+
+
+# ------------------------------------------------------------------------------------------------ 1. rollout
+
+@dataclass
+class Episode:
+    """One response, from sampling to loss."""
+    example: Example
+    tokens: list[int]                                        # with the stop token, if it came to one
+    logprobs: Tensor                                         # (T,) as sampled
+    finished: bool                                           # False: cut off at the token limit
+    text: str
+    parsed: Parsed
+    boundary: int | None                                     # tokens of the perception segment; None: never closed
+    perception: SegmentReward | None = None
+    reasoning: SegmentReward | None = None
+    advantages: tuple[float, float] = (0.0, 0.0)             # A_P, A_R
+
+
+def question_uniforms(seed: int, stream: str, example: Example, group: int, tokens: int) -> Tensor:
+    """The random numbers of a question's responses, (G, T). They belong to the seed, the step and the question, not to
+    a process: any number of ranks draws the same ones."""
+    r = example.record
+    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+    return torch.rand(group, tokens, generator=generator)
+
+
+def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary, settings: Settings, group: int,
+            temperature: float, stream: str, device, top_p: float = 1.0) -> list[list[Episode]]:
+    """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
+    uniforms = torch.stack([question_uniforms(settings.seed, stream, e, group, settings.max_response) for e in examples])
+    sampled = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature, top_p)
+    tokens, lengths, logprobs, finished = (x.cpu() for x in sampled)
+    groups = []
+    for b, example in enumerate(examples):
+        groups.append([])
+        for g in range(group):
+            ids = tokens[b, g, :lengths[b, g]].tolist()
+            text = vocabulary.decode(ids)
+            groups[-1].append(Episode(example, ids, logprobs[b, g, :len(ids)], bool(finished[b, g]), text, parse(text),
+                                      perception_tokens([vocabulary.bytes[i] for i in ids])))
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------ 2. rewards
+
+def reward(episodes: Sequence[Episode], judge: Judge, settings: Settings) -> None:
+    """Fills in R_P and R_R (eq. 3–5). All observations go to the judge together; an empty one needs no judge."""
+    claims = {}
+    for i, e in enumerate(episodes):
+        r = e.example.record
+        if e.parsed.observation:
+            claims[i] = Claim(r.question, r.options, r.problem_type, r.reference, e.parsed.observation)
+    verdicts = dict(zip(claims, judge(list(claims.values()))))
+    for i, e in enumerate(episodes):
+        r, boundary = e.example.record, e.boundary or 0
+        score = task_metric(r.problem_type, e.parsed.answer, r.reference, r.options)
+        e.perception, e.reasoning = response_rewards(
+            e.parsed, verdicts.get(i, False), score, e.finished, (boundary, len(e.tokens) - boundary),
+            (settings.perception_window, settings.reasoning_window))
+
+
+def totals(group: Sequence[Episode], off: str) -> tuple[Tensor, Tensor]:
+    """R_P and R_R of a group's responses, (G,) each, without what an ablation leaves out."""
+    total = lambda r: r.total - r.length if off == "length" else r.total
+    return (torch.tensor([0.0 if off == "perception" else total(e.perception) for e in group]),
+            torch.tensor([0.0 if off == "reasoning" else total(e.reasoning) for e in group]))
+
+
+# ------------------------------------------------------------------------------------------------ 3. advantages
+
+def normalise(rewards: Tensor) -> Tensor:
+    """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4). rewards (…, G) → (…, G)
+
+    A group whose rewards are all equal says nothing about what was better: its advantages are 0.
+        [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]
+    """
+    if rewards.shape[-1] < 2:
+        return torch.zeros_like(rewards)
+    std = rewards.std(-1, keepdim=True)
+    return torch.where(std < 1e-6, 0.0, (rewards - rewards.mean(-1, keepdim=True)) / (std + 1e-4))
+
+
+def group_advantages(perception: Tensor, reasoning: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """A_P and A_R of a group from R_P and R_R, (G,) each.
+
+    pa     each segment normalised in its own group: the paper
+    grpo   R_R for both: ordinary process-agnostic GRPO, which never asks whether the look was right
+    joint  R_P + R_R for both: both rewards, no separation
+    """
+    if mode == "pa":
+        return normalise(perception), normalise(reasoning)
+    both = normalise(reasoning if mode == "grpo" else perception + reasoning)
+    return both, both
+
+
+# ------------------------------------------------------------------------------------------------ 4. loss
+
+class Tokens(NamedTuple):
+    """A micro-batch of B questions with G responses each, as the loss needs it."""
+    tokens: Tensor                                           # (B, G, T)
+    lengths: Tensor                                          # (B, G)
+    sampled: Tensor                                          # (B, G, T) log-probabilities at sampling
+    advantages: Tensor                                       # (B, G, T) A_P on the observation, A_R behind it
+    weights: Tensor                                          # (B, G, T) share of a token in its response's mean
+
+
+def to_tokens(groups: Sequence[Sequence[Episode]], token_mean: str, device) -> Tokens:
+    """Lays episodes out as tensors. A response without a boundary carries the mean of both advantages everywhere.
+
+    5 tokens, boundary 2, A = (+1, -1): advantages [+1, +1, -1, -1, -1]
+    weights, one mean a response: [1/5, 1/5, 1/5, 1/5, 1/5]; one mean a segment: [1/2, 1/2, 1/3, 1/3, 1/3]
+    """
+    b, g, t = len(groups), len(groups[0]), max(len(e.tokens) for group in groups for e in group)
+    tokens, lengths = torch.zeros(b, g, t, dtype=torch.long), torch.zeros(b, g, dtype=torch.long)
+    sampled, advantages, weights = torch.zeros(3, b, g, t)
+    for i, group in enumerate(groups):
+        for j, e in enumerate(group):
+            n, p, (a_p, a_r) = len(e.tokens), e.boundary, e.advantages
+            tokens[i, j, :n], lengths[i, j], sampled[i, j, :n] = torch.tensor(e.tokens), n, e.logprobs
+            if p is None:
+                advantages[i, j, :n], weights[i, j, :n] = (a_p + a_r) / 2, 1 / n
+            else:
+                advantages[i, j, :p], advantages[i, j, p:n] = a_p, a_r
+                by_segment = token_mean == "segment" and p < n
+                weights[i, j, :p] = 1 / p if by_segment else 1 / n
+                weights[i, j, p:n] = 1 / (n - p) if by_segment else 1 / n
+    return Tokens(*(x.to(device) for x in (tokens, lengths, sampled, advantages, weights)))
+
+
+def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, weights: Tensor,
+                 clip_eps: float, kl_beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped objective with a KL term (eq. 7), summed over responses. All inputs (B, G, T), 0 after the end.
+
+    Departures from eq. 7 as printed. There, ρ is the ratio of a whole segment's probabilities, and no length divides
+    it: over hundreds of tokens such a ratio leaves [1 - ε, 1 + ε] at once, and long responses outweigh short ones. Here
+    each token has its own ratio and `weights` make one mean over a response, as in the code the authors build on. With
+    one update per rollout the ratio is 1 either way, and the gradient differs by that mean only. The KL term stands
+    inside the same mean; it is the k3 estimate e^d - d - 1 with d = log π_ref - log π, clamped to ±10.
+
+    Two tokens with log-probability -1 now and before, the reference at -1 and -1.5, A = (+1, -1), weights (1/2, 1/2),
+    ε 0.2, β 0.04:  ρ = 1, 1 → objective +1, -1;  d = 0, -0.5 → KL 0, 0.1065
+        loss = 1/2 (-1 + 0.04 · 0) + 1/2 (+1 + 0.04 · 0.1065) = 0.00213
+    The loss is nearly 0 and the gradient is not: d loss / d logprobs = (-1/2, +1/2 + 0.02 · (1 - e^-0.5)) = (-0.5, 0.508).
+
+    Returns the loss (a sum: divide it by the responses of the whole step), KL and "was clipped" of each token (B, G, T).
+    """
+    ratio = torch.exp(logprobs - old)                                         # (B, G, T); 1 after the end, weight 0
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)       # (B, G, T)
+    kl = torch.zeros_like(logprobs)
+    if reference is not None:
+        d = (reference - logprobs).clamp(-10, 10)
+        kl = torch.exp(d) - d - 1                                             # (B, G, T), never negative
+    loss = (weights * (kl_beta * kl - objective)).sum()
+    return loss, kl.detach(), (clipped * advantages < ratio * advantages).detach()
+
+
+# ------------------------------------------------------------------------------------------------ 5. update
+
+def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer, lr: float,
+             vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, list[float]]:
+    """One or more updates on a step's episodes. Returns what is worth logging, a value a token or an update."""
+    seen = defaultdict(list)
+    responses = world.sum({"n": sum(len(group) for group in groups)})["n"]    # one denominator for the whole step
+    parts, old, ref = [], [], []
+    by_question = {id(group[0].example): group for group in groups}
+    for examples, weight in micro_batches([g[0].example for g in groups], settings.micro_batch, world, policy, vocabulary):
+        episodes = [by_question.get(id(e)) or [Episode(e, vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)]
+                    for e in examples]                       # a rank without work scores one token with weight 0
+        batch = to_tokens(episodes, settings.token_mean, world.device)
+        parts.append((collate(examples).to(world.device), batch, weight))
+        with torch.no_grad():
+            score = lambda model: model.logprobs(parts[-1][0], batch.tokens, batch.lengths, settings.temperature)[0]
+            ref.append(score(reference) if reference else None)
+            old.append(score(policy) if settings.updates_per_rollout > 1 else None)   # before the first update
+    for _ in range(settings.updates_per_rollout):
+        for (prompts, batch, weight), ref_logprobs, old_logprobs in zip(parts, ref, old):
+            logprobs, entropy = policy.logprobs(prompts, batch.tokens, batch.lengths, settings.temperature)
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()             # a single update: old = current, the ratio is 1
+            loss, kl, was_clipped = pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, batch.advantages, batch.weights,
+                                                 settings.clip_eps, settings.kl_beta)
+            (loss * weight * world.size / max(1, responses)).backward()       # FSDP averages over ranks: undo that
+            if weight:
+                real = torch.arange(batch.tokens.shape[-1], device=world.device) < batch.lengths[..., None]
+                seen["loss"].append(float(loss))
+                for name, values in (("kl", kl), ("clip_share", was_clipped.float()), ("entropy", entropy),
+                                     ("logprob_gap", (logprobs.detach() - batch.sampled).abs())):
+                    seen[name] += values[real].tolist()
+        seen["grad_norm"].append(update(policy, optimizer, lr, settings.clip_norm))
+    return seen
+
+
+REWARD_PARTS = [f"{segment}/{part}" for segment in ("perception", "reasoning")
+                for part in ("reward", "accuracy", "format", "length", "tokens")]
+SHARES = ["perception/zero_variance", "reasoning/zero_variance", "truncated"]
+OF_TOKENS = ["kl", "clip_share", "entropy", "logprob_gap"]
+
+
+def statistics(groups: list[list[Episode]], settings: Settings) -> dict[str, list[float]]:
+    """Every reward part of every segment, one value a response, and the shares that say how much of it can teach."""
+    values = defaultdict(list)
+    for group in groups:
+        for segment, rewards in zip(("perception", "reasoning"), totals(group, settings.reward_off)):
+            values[f"{segment}/zero_variance"].append(float(len(group) < 2 or rewards.std() < 1e-6))
+            for e in group:
+                part = getattr(e, segment)
+                for name, value in {"reward": part.total, **asdict(part)}.items():
+                    values[f"{segment}/{name}"].append(float(value))
+        values["truncated"] += [float(not e.finished) for e in group]
+    return values
+
+
+def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread: bool = False) -> dict[str, float]:
+    """Means over the values of all ranks, and with `spread` their standard deviations too."""
+    sums = world.sum({f"{k} {p}": sum(x ** p for x in values.get(k, ())) for k in keys for p in (0, 1, 2)})
+    result = {}
+    for k in keys:
+        n, total, squares = (sums[f"{k} {p}"] for p in (0, 1, 2))
+        result[k] = total / max(1, n)
+        if spread:
+            result[k + "_std"] = math.sqrt(max(0.0, squares / max(1, n) - result[k] ** 2))
+    return result
+
+
+def one_step(step: int, steps: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer,
+             vocabulary: Vocabulary, judge: Judge, settings: Settings, world: World
+             ) -> tuple[list[list[Episode]], dict[str, float]]:
+    """The five parts of a step, with a stopwatch. Returns the step's episodes and its metrics."""
+    watch = [time.perf_counter()]
+    with gathered(policy), torch.no_grad():
+        groups = rollout(policy, examples, vocabulary, settings, settings.group_size, settings.temperature,
+                         f"step {step}", world.device) if examples else []
+    watch.append(time.perf_counter())
+    reward([e for group in groups for e in group], judge, settings)
+    for group in groups:
+        for e, *e.advantages in zip(group, *group_advantages(*totals(group, settings.reward_off), settings.advantage)):
+            e.advantages = tuple(float(a) for a in e.advantages)
+    watch.append(time.perf_counter())
+    lr = learning_rate(step, steps, settings)
+    seen = train_on(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
+    watch.append(time.perf_counter())
+    sampling, judging, training = (b - a for a, b in zip(watch, watch[1:]))
+    counts = world.sum({"tokens": sum(len(e.tokens) for g in groups for e in g), "questions": len(groups),
+                        "loss": sum(seen["loss"])})
+    responses = max(1, counts["questions"] * settings.group_size)
+    return groups, {
+        "step": step + 1, **pooled(statistics(groups, settings), REWARD_PARTS, world, spread=True),
+        **pooled(statistics(groups, settings), SHARES, world), **pooled(seen, OF_TOKENS, world),
+        "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)), "loss": counts["loss"] / responses,
+        "grad_norm": seen["grad_norm"][-1], "lr": lr, "questions": int(counts["questions"]),
+        "tokens_per_second": counts["tokens"] / (sampling + judging + training), "seconds_sampling": sampling,
+        "seconds_judging": judging, "seconds_training": training, "peak_memory_gb": peak_memory_gb(world)}
+
+
+def transcript(e: Episode) -> str:
+    """A response as a person reads it: what was asked, said, right, and what it was worth."""
+    r, p, q = e.example.record, e.perception, e.reasoning
+    part = lambda s: f"accuracy {s.accuracy:.2f} + format {s.format:.0f} + length {s.length:.1f} ({s.tokens} tokens)"
+    lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"), f"question    {r.question}  {'  '.join(r.options)}".rstrip(),
+             f"reference   {r.reference}", e.text.strip() + ("" if e.finished else " … (cut off)"),
+             f"perception  {part(p)} → advantage {e.advantages[0]:+.2f}",
+             f"reasoning   {part(q)} → advantage {e.advantages[1]:+.2f}"]
+    return "\n".join(lines + ["─" * 100])
+
+
+# ------------------------------------------------------------------------------------------------ held-out evaluation
+
+@torch.no_grad()
+def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Settings, temperature: float, world: World,
+             top_p: float = 1.0, batch: int = 128) -> list[dict]:
+    """One response to each record, greedy (temperature 0) or sampled. Returns one row a record, on every rank all of its
+    own: perception and answer are right or not, formats hold or not."""
+    rows, steps = [], range(0, len(examples), batch)
+    mine = [[*range(i, min(i + batch, len(examples)))][world.rank::world.size] for i in steps]
+    with gathered(model):
+        for part in tqdm(examples.ahead(mine), total=len(mine), desc="evaluating", unit="batch", leave=False,
+                         disable=not world.first):
+            if part:
+                groups = rollout(model, part, examples.vocabulary, settings, 1, temperature, "evaluation", world.device, top_p)
+                reward([e for group in groups for e in group], judge, settings)
+                rows += [{"problem_id": e.example.record.problem_id, "problem_type": e.example.record.problem_type,
+                          "perception": e.perception.accuracy, "answer": float(e.reasoning.accuracy > 1 - 1e-9),
+                          "score": e.reasoning.accuracy, "format": e.perception.format * e.reasoning.format,
+                          "text": e.text} for (e,) in groups]
+    return rows
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): unlike share ± 2 s it stays inside [0, 1] and is right near its ends."""
+    if n == 0:
+        return 0.0, 1.0
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def summary(rows: list[dict], world: World) -> dict[str, dict[str, float]]:
+    """Shares in percent with their intervals: {"perception": {"value", "low", "high", "n"}, "answer": …, by type …}."""
+    kinds = {"perception": ("perception", None), "answer": ("answer", None), "format": ("format", None)}
+    kinds |= {f"answer: {t}": ("answer", t) for t in PROBLEM_TYPES}
+    sums = world.sum({f"{kind} {p}": sum(row[key] ** p for row in rows if t in (None, row["problem_type"]))
+                      for kind, (key, t) in kinds.items() for p in (0, 1)})
+    result = {}
+    for kind in kinds:
+        n, right = int(sums[f"{kind} 0"]), sums[f"{kind} 1"]
+        if n:
+            low, high = wilson(right / n, n)
+            result[kind] = {"value": 100 * right / n, "low": 100 * low, "high": 100 * high, "n": n}
+    return result
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """{"SFT, greedy": summary, …} as a table, one row a model and way of sampling."""
+    kinds = list(dict.fromkeys(k for r in results.values() for k in r))
+    cell = lambda v: f"{v['value']:5.1f} ({v['low']:.0f}–{v['high']:.0f})" if v else "–"
+    rows = [["", *(k.removeprefix("answer: ") for k in kinds)]]
+    rows += [[name, *(cell(result.get(k)) for k in kinds)] for name, result in results.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(x.ljust(w) if not i else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))) for row in rows]
+    n = max(v["n"] for r in results.values() for v in r.values())
+    return "\n".join([f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right",
+                      lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+JUDGES = {"rule": rule_judge}
+
+
+def train(settings: Settings, world: World) -> None:
+    """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
+    toy = not settings.data
+    if toy:
+        begin = settings.model or sft.train(
+            sft.Settings(**(sft.PRESETS["tiny"] | dict(out=settings.out, seed=settings.seed))), world)
+        settings = replace(settings, **prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin)))
+    start = newest_checkpoint(settings.model)
+    folder = Path(settings.out) / {"pa": "pagrpo"}.get(settings.advantage, settings.advantage)
+    run = Run(folder, settings, settings.steps, world)
+    report = folder / "results.json"
+    if run.finished and report.is_file():
+        return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
+    source = newest_checkpoint(folder) if run.step else start
+    vocabulary, judge = Vocabulary(source), JUDGES[settings.judge]
+    policy = build_model(source, vocabulary, world, settings.save_memory)
+    held = settings.heldout and Examples(read_records(settings.heldout), settings.media, vocabulary, policy.config, settings,
+                                         folder / "skipped.log")
+    if not run.finished:
+        reinforce(policy, start, source, run, vocabulary, judge, settings, world)
+    if not held:
+        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
+    results = {}
+    models = ({"base": Path(settings.out) / "base"} if toy else {}) | {"SFT": start, folder.name: newest_checkpoint(folder)}
+    for name, path in models.items():
+        model = build_model(path, vocabulary, world)
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            results[f"{name}, {how}"] = summary(evaluate(model, held, judge, settings, temperature, world), world)
+    if world.first:
+        report.write_text(json.dumps(results, indent=1) + "\n")
+    world.say(table(results))
+
+
+def reinforce(policy: Qwen2_5_VL, start: Path, source: Path, run: Run, vocabulary: Vocabulary, judge: Judge,
+              settings: Settings, world: World) -> None:
+    """The loop. The KL reference is the SFT model it started from, also when the policy comes from a checkpoint."""
+    reference = build_model(start, vocabulary, world).requires_grad_(False) if settings.kl_beta else None
+    optimizer = make_optimizer(policy, settings)
+    if run.step:
+        run.restore(policy, optimizer)
+        world.say(f"PA-GRPO continues after step {run.step}")
+    records = read_records(settings.data)
+    examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
+    run.stop_at_boundary()
+    todo = range(run.step, run.steps)
+    mine = (step_indices(len(records), settings.questions, s, settings.seed)[world.rank::world.size] for s in todo)
+    bar = tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step", disable=not world.first)
+    for step, batch in zip(todo, examples.ahead(mine)):
+        groups, metrics = one_step(step, run.steps, batch, policy, reference, optimizer, vocabulary, judge, settings, world)
+        run.log(metrics | {"skipped": len(examples.skipped)})
+        if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
+            tqdm.write(f"Step {step + 1}, one of {settings.group_size} responses:\n" + transcript(groups[0][0]))
+        bar.update()
+        bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} answer {metrics['reasoning/accuracy']:.2f} "
+                            f"KL {metrics['kl']:.3f}")
+        stop = world.most(run.stopping)
+        if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
+            run.save(policy, optimizer, source, step + 1)
+        if stop:
+            bar.close()
+            raise SystemExit(f"Stopped after step {step + 1} of {run.steps}; the same command continues it.")
+    bar.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings, preset, reason = parse_flags(Settings, PRESETS, argv, __doc__)
+    world = start_world()
+    world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in PRESETS if p != preset))
+    train(settings, world)
+
+
+if __name__ == "__main__":
+    main()

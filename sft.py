@@ -1,0 +1,466 @@
+"""Stage 1, supervised fine-tuning: the model learns to write observation, think and answer (paper, stage 1).
+
+    python sft.py                                        the toy world on any machine: runs/tiny/sft
+    torchrun --nproc_per_node=8 sft.py --preset 7b       VideoP2R-CoT-162K on eight GPUs: runs/7b/sft
+
+The loss is the cross-entropy of the response tokens: prompt and video carry none. It is the same `logprobs` that
+PA-GRPO scores with, for a group of one. An unfinished run in the output folder is continued, a finished one is shown.
+
+What both training scripts share stands here, in the first one that needs it: settings and presets, ranks and sharding,
+the optimizer and its schedule, the metrics log, checkpoints. Then comes SFT itself, in a page.
+"""
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from tqdm import tqdm
+
+from data import (Example, Examples, InputSettings, Vocabulary, blank_example, collate, flag, make_toy, make_toy_model, read_records,
+                  step_indices, trace_text)
+from model import Qwen2_5_VL, load_model, load_weights, read_config, save_model
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+@dataclass(frozen=True)
+class TrainSettings(InputSettings):
+    """What SFT and PA-GRPO have in common."""
+    out: str = flag("", "folder of the whole run, default runs/PRESET; each stage has a folder of its own in it")
+    data: str = flag("", "record file to train on (toy: made when missing)")
+    media: str = flag("", "folder to which the records' paths are relative")
+    heldout: str = flag("", "record file for held-out evaluation, never trained on")
+    steps: int = flag(0, "optimizer steps; 0: one epoch (SFT), the preset's number (PA-GRPO)")
+    lr: float = flag(1e-6, "peak learning rate")
+    warmup: int = flag(0, "steps in which the learning rate rises to its peak; a cosine to 0 follows")
+    weight_decay: float = flag(0.01, "decoupled weight decay of AdamW")
+    clip_norm: float = flag(5.0, "gradients are scaled down to this norm")
+    micro_batch: int = flag(1, "questions in one forward and backward pass; changes memory and speed, never gradients")
+    save_memory: bool = flag(True, "activation checkpointing: recompute blocks in the backward pass")
+    save_every: int = flag(100, "steps between checkpoints")
+    seed: int = flag(0, "decides weights of a new model, data order and sampling")
+
+
+TINY = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28, save_memory=False, clip_norm=1.0)
+QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
+
+
+def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, description: str):
+    """Builds a settings dataclass from the preset, then from the flags given. Returns (settings, preset, reason).
+
+    The default preset is 7b on several ranks with CUDA, and tiny everywhere else.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=presets, help="a row of settings; flags given beside it win")
+    for f in fields(cls):
+        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
+        shown = "; ".join(([] if len(values) == len(presets) else [f"default {f.default!r}"]) + values)
+        kind = type(f.default)
+        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+               {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
+               {"choices": f.metadata["choices"]} if "choices" in f.metadata else {"type": kind, "metavar": kind.__name__.upper()})
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **how)
+    given = vars(parser.parse_args(argv))
+    preset, reason = given.pop("preset"), "chosen by flag"
+    if preset is None:
+        several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        preset, reason = ("7b", "several ranks with CUDA") if several and "7b" in presets else (
+            "tiny", "no flag names one, and these are not several ranks with CUDA")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    return cls(**({"out": f"runs/{preset}"} | presets[preset] | given)), preset, reason
+
+
+# ------------------------------------------------------------------------------------------------ ranks and sharding
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def say(self, *words) -> None:
+        if self.first:
+            print(*words, flush=True)
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Adds up the same keys over all ranks."""
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return dict(zip(values, total.tolist()))
+
+    def most(self, value: float) -> float:
+        """The largest value of any rank."""
+        most = torch.tensor(float(value), device=self.device)
+        if self.size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return float(most)
+
+
+def start_world() -> World:
+    """Reads torchrun's environment and joins the ranks. Without torchrun: one rank."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Threads of several ranks on the same cores spin against each other: ten times slower than one rank alone.
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized() and (size > 1 or cuda):
+        alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), **alone)
+    return World(rank, size, device)
+
+
+def shard(model: Qwen2_5_VL, world: World) -> Qwen2_5_VL:
+    """FSDP2: every rank keeps its part of each weight in fp32; a block's weights are gathered (in bf16 on CUDA) when it
+    runs. Each block is a group, the rest of the vision tower another, the root holds embedding, last norm and head."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)))
+    if world.device.type == "cuda":
+        how["mp_policy"] = half                              # rotary tables stay fp32: inputs are not cast
+    for block in (*model.visual.blocks, *model.model.layers, model.visual):
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    for entry in ("generate", "logprobs"):                   # ways into the model other than forward
+        register_fsdp_forward_method(model, entry)
+    return model
+
+
+def build_model(folder: str | Path, vocabulary: Vocabulary, world: World, save_memory: bool = False) -> Qwen2_5_VL:
+    """Loads a checkpoint, sharded where there are several ranks or a GPU. Rank 0 reads it and sends the parts."""
+    if world.size == 1 and world.device.type == "cpu":
+        model = load_model(folder)
+    else:
+        with torch.device("meta"):
+            model = shard(Qwen2_5_VL(read_config(folder)), world)
+        wanted = {name: p.shape for name, p in model.named_parameters()}
+        model.to_empty(device=world.device)
+        tensors = {k: x.float() for k, x in load_weights(folder, wanted).items()} if world.first else {}
+        set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    model.save_memory = save_memory
+    return vocabulary.restrict(model)
+
+
+class gathered:
+    """`with gathered(model):` holds all weights whole, so that sampling needs no exchange for each token, and ranks may
+    sample different numbers of tokens."""
+
+    def __init__(self, model: Qwen2_5_VL):
+        self.parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+    def __enter__(self):
+        for part in self.parts:
+            part.unshard()
+            part.set_reshard_after_forward(False, recurse=False)
+
+    def __exit__(self, *_):
+        for part in self.parts:
+            part.set_reshard_after_forward(part is not self.parts[0], recurse=False)
+            part.reshard()
+
+
+# ------------------------------------------------------------------------------------------------ optimizer and log
+
+def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices], "weight_decay": decay}
+              for matrices, decay in ((True, settings.weight_decay), (False, 0.0))]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=next(model.parameters()).is_cuda)
+
+
+def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
+    """Linear warm-up, then a cosine to zero. step counts from 0."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
+
+
+def update(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
+    """One clipped optimizer step. Returns the gradient norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if norm == norm and norm != float("inf"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def peak_memory_gb(world: World) -> float:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 2 ** 10        # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+# ------------------------------------------------------------------------------------------------ a run on disk
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+
+def newest_checkpoint(folder: str | Path) -> Path:
+    """A model folder itself, or the newest checkpoint of a stage's folder. Raises FileNotFoundError."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    found = sorted(p.parent for p in folder.glob("step-*/state.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
+    return found[-1]
+
+
+class Run:
+    """A stage's folder: settings.json, metrics.jsonl, skipped.log, and complete checkpoints step-NNNNNN.
+
+    A checkpoint is a model folder in Hugging Face format with optimizer.safetensors and state.json beside it. It is
+    written aside and renamed, so it is there whole or not at all.
+    """
+
+    def __init__(self, folder: Path, settings, steps: int, world: World):
+        """Raises SystemExit if the folder holds a run with other settings."""
+        self.folder, self.steps, self.world = folder, steps, world
+        self.step, self.stopping = 0, False
+        now = json.loads(json.dumps(asdict(settings) | {"steps": steps}))
+        file = folder / "settings.json"
+        if file.is_file():
+            before = json.loads(file.read_text())
+            free = ("out", "workers", "cache_gb", "save_every", "micro_batch", "save_memory", "transcript_every")
+            other = {k: (before.get(k), v) for k, v in now.items() if k not in free and before.get(k) != v}
+            if other:
+                raise SystemExit(f"{folder} holds a run with other settings:\n" + "\n".join(
+                    f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
+                    + "\nUse the old settings to continue it, another --out for a new run, or remove the folder.")
+        elif world.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(now, indent=2) + "\n")
+        checkpoints = self.checkpoints()
+        self.step = int(checkpoints[-1].name[5:]) if checkpoints else 0
+        if world.first:                                      # steps after the checkpoint are taken again: log them once
+            kept = [line for line in self.read() if line["step"] <= self.step]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-??????") if (p / "state.json").is_file())
+
+    def read(self) -> list[dict]:
+        """Metrics logged so far; a last line cut short by a kill is left out."""
+        file, lines = self.folder / "metrics.jsonl", []
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def log(self, metrics: dict) -> None:
+        if self.world.first:
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(rounded) + "\n")
+
+    def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> Path:
+        """Writes checkpoint `step` and removes the ones before it. `source` gives configuration and tokenizer files."""
+        weights = get_model_state_dict(model, options=WHOLE)
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+
+        def beside(folder: Path) -> None:
+            save_file({k: x.contiguous() for k, x in moments.items() if isinstance(x, Tensor)},
+                      folder / "optimizer.safetensors")
+            (folder / "state.json").write_text(json.dumps({"step": step} | state, indent=2) + "\n")
+
+        target, old = self.folder / f"step-{step:06d}", self.checkpoints()
+        if self.world.first:
+            save_model(weights, target, source, beside)
+            for folder in old:
+                if folder != target:
+                    shutil.rmtree(folder)
+        self.step = step
+        return target
+
+    def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
+        """Loads the optimizer's moments from the newest checkpoint; the model was built from it. Returns state.json."""
+        newest = self.checkpoints()[-1]
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)    # for the keys that hold no tensors
+        if self.world.first:
+            moments |= load_file(newest / "optimizer.safetensors")
+        spread = replace(WHOLE, broadcast_from_rank0=self.world.size > 1)
+        set_optimizer_state_dict(model, optimizer, moments, options=spread)
+        return json.loads((newest / "state.json").read_text())
+
+    def stop_at_boundary(self) -> None:
+        """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once."""
+        def ask(number, frame):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self.world.say("\nStopping after this step, with a checkpoint (once more: at once, without) …")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+
+
+def micro_batches(examples: Sequence[Example], size: int, world: World, model: Qwen2_5_VL, vocabulary: Vocabulary
+                  ) -> Iterator[tuple[list[Example], float]]:
+    """Cuts a rank's examples into micro-batches, as many on every rank: one that has too few joins the exchange of
+    weights and gradients with a blank example of weight 0. Yields (examples, weight)."""
+    for i in range(int(world.most(-(-len(examples) // size)))):
+        part = examples[i * size:(i + 1) * size]
+        yield (list(part), 1.0) if part else ([blank_example(vocabulary, model.config)], 0.0)
+
+
+def prepare_toy(settings: TrainSettings, world: World) -> dict[str, str]:
+    """Makes the toy world and a random tiny model in the run's folder. Returns the settings that point there."""
+    out = Path(settings.out)
+    if world.first:
+        make_toy(out / "toy")
+        if not (out / "base" / "config.json").is_file():
+            make_toy_model(out / "base", settings.seed)
+    if world.size > 1:
+        dist.barrier()
+    return dict(model=settings.model or str(out / "base"), media=str(out / "toy"),
+                heldout=str(out / "toy" / "heldout.json"))
+
+
+# ------------------------------------------------------------------------------------------------ SFT
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    model: str = flag("", "checkpoint folder to start from (toy: a random tiny model, made when missing)")
+    batch: int = flag(16, "traces in one optimizer step, over all ranks")
+    epochs: float = flag(1.0, "passes over the records, if --steps does not say how long")
+    heldout_count: int = flag(256, "without --heldout: so many records are held out of --data")
+
+
+PRESETS = {
+    "tiny": TINY | dict(batch=64, micro_batch=64, epochs=8.0, lr=2e-3, warmup=20),
+    "3b": dict(model=QWEN.format("3B"), data="data/videop2r/VideoP2R-CoT-162K.json.gz", media="data/Video-R1-data"),
+    "7b": dict(model=QWEN.format("7B"), data="data/videop2r/VideoP2R-CoT-162K.json.gz", media="data/Video-R1-data"),
+}
+
+
+def trace_tokens(examples: Sequence[Example], vocabulary: Vocabulary, template: str) -> tuple[Tensor, Tensor]:
+    """The traces as responses in groups of one, each with its stop token: tokens (B, 1, T), lengths (B, 1)."""
+    traces = [torch.tensor(vocabulary.encode(trace_text(e.record, template)) + vocabulary.stop_ids[:1]) for e in examples]
+    lengths = torch.tensor([[len(t)] for t in traces])
+    return torch.nn.utils.rnn.pad_sequence(traces, batch_first=True)[:, None], lengths
+
+
+def sft_loss(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary, template: str, device
+             ) -> tuple[Tensor, int]:
+    """Sum of the cross-entropy over response tokens, and their number. Prompt, video and padding are never scored."""
+    tokens, lengths = trace_tokens(examples, vocabulary, template)
+    logprobs, _ = model.logprobs(collate(examples).to(device), tokens.to(device), lengths.to(device))   # (B, 1, T)
+    return -logprobs.sum(), int(lengths.sum())
+
+
+@torch.no_grad()
+def heldout_loss(model: Qwen2_5_VL, examples: Examples, settings: Settings, world: World) -> float:
+    """Mean cross-entropy of a response token over the held-out records."""
+    total, count = 0.0, 0
+    steps = [range(i, min(i + settings.batch, len(examples))) for i in range(0, len(examples), settings.batch)]
+    for batch in examples.ahead([step[world.rank::world.size] for step in steps]):
+        for part, weight in micro_batches(batch, settings.micro_batch, world, model, examples.vocabulary):
+            loss, tokens = sft_loss(model, part, examples.vocabulary, settings.template, world.device)
+            total, count = total + weight * float(loss), count + int(weight) * tokens
+    sums = world.sum({"loss": total, "tokens": count})
+    return sums["loss"] / max(1, sums["tokens"])
+
+
+def train(settings: Settings, world: World) -> Path:
+    """Runs or continues SFT. Returns the folder of the finished checkpoint; SystemExit where it cannot finish."""
+    folder = Path(settings.out) / "sft"
+    if not settings.data:
+        settings = replace(settings, data=f"{settings.out}/toy/sft.json", **prepare_toy(settings, world))
+    records = read_records(settings.data, traces=True)
+    if settings.heldout:
+        heldout = read_records(settings.heldout, traces=True)
+    else:
+        random.Random(0).shuffle(records)
+        records, heldout = records[settings.heldout_count:], records[:settings.heldout_count]
+    steps = settings.steps or int(settings.epochs * len(records)) // settings.batch
+    run = Run(folder, settings, steps, world)
+    if run.finished:
+        world.say(f"SFT is finished: {newest_checkpoint(folder)}")
+        return newest_checkpoint(folder)
+
+    source = newest_checkpoint(folder) if run.step else Path(settings.model)
+    vocabulary = Vocabulary(source)
+    model = build_model(source, vocabulary, world, settings.save_memory)
+    optimizer = make_optimizer(model, settings)
+    open_examples = lambda some: Examples(some, settings.media, vocabulary, model.config, settings, folder / "skipped.log")
+    examples, held = open_examples(records), open_examples(heldout)
+    if run.step:
+        before = run.restore(model, optimizer)["heldout_before"]
+        world.say(f"SFT continues after step {run.step}")
+    else:
+        before = heldout_loss(model, held, settings, world)
+    run.stop_at_boundary()
+    todo = range(run.step, steps)
+    mine = ([*step_indices(len(records), settings.batch, s, settings.seed)[world.rank::world.size]] for s in todo)
+    bar = tqdm(total=steps, initial=run.step, desc="SFT", unit="step", disable=not world.first)
+    for step, batch in zip(todo, examples.ahead(mine)):
+        began, lr, loss = time.perf_counter(), learning_rate(step, steps, settings), 0.0
+        count = sum(len(vocabulary.encode(trace_text(e.record, settings.template))) + 1 for e in batch)
+        count = world.sum({"tokens": count})["tokens"]       # one denominator for the whole step, over all ranks
+        for part, weight in micro_batches(batch, settings.micro_batch, world, model, vocabulary):
+            summed, _ = sft_loss(model, part, vocabulary, settings.template, world.device)
+            (summed * weight * world.size / max(1, count)).backward()         # FSDP averages over ranks: undo that
+            loss += weight * float(summed)
+        norm = update(model, optimizer, lr, settings.clip_norm)
+        loss, seconds = world.sum({"loss": loss})["loss"] / max(1, count), time.perf_counter() - began
+        run.log({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(count),
+                 "tokens_per_second": count / seconds, "seconds": seconds, "skipped": len(examples.skipped),
+                 "peak_memory_gb": peak_memory_gb(world)})
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.3f}")
+        stop = world.most(run.stopping)
+        if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
+            run.save(model, optimizer, source, step + 1, heldout_before=before)
+        if stop:
+            bar.close()
+            raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
+    bar.close()
+    after = heldout_loss(model, held, settings, world)
+    world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; {len(examples.skipped)} records "
+              f"skipped. Checkpoint: {newest_checkpoint(folder)}")
+    return newest_checkpoint(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings, preset, reason = parse_flags(Settings, PRESETS, argv, __doc__)
+    world = start_world()
+    world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in PRESETS if p != preset))
+    train(settings, world)
+
+
+if __name__ == "__main__":
+    main()
