@@ -17,6 +17,7 @@ import os
 import random
 import struct
 import sys
+import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,9 +30,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, mrope_positions, save_model, write_config
-from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, option_texts, only, parse,
-                     toy_answer)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, mrope_positions, read_config, save_model,
+                   write_config)
+from rewards import COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, choice, only, toy_answer
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -61,6 +62,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official p
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PATCH, STEP, MERGE = 14, 2, 2                                # pixels, frames in a grid step, patches merged per side
 FEWEST_FRAMES = 4
+MOST_LOST = 0.2                                              # share of unreadable media at which a run stops
 
 
 class MediaError(Exception):
@@ -95,7 +97,8 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 def read_video(path: Path, settings: InputSettings) -> tuple[np.ndarray, float]:
     """Frames (N, height, width, 3) uint8 and seconds per grid step, of a video file or of a folder of frames."""
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        files = sorted((f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")),
+                       key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
         if not files:
             raise MediaError("the folder holds no frames")
         chosen = frame_indices(len(files), settings.fps, settings)            # its frame rate is not known: 1 a step
@@ -119,6 +122,8 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8"""
     try:
         with Image.open(path) as image:
+            if image.has_transparency_data:                                   # on white, as the official utility does
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot be decoded: {error}") from None
@@ -177,7 +182,7 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
             raise ValueError(f"{file}: not JSON: {error}") from None
     else:
         rows = []
-        for n, line in enumerate(text.splitlines(), start=1):
+        for n, line in enumerate(text.split("\n"), start=1):       # splitlines also cuts at U+2028, inside a text
             try:
                 rows += [(n, json.loads(line))] if line.strip() else []
             except json.JSONDecodeError as error:
@@ -197,8 +202,10 @@ def to_record(row: dict, traces: bool) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
     needed = ["problem", "problem_type", "solution", "path", "data_type"] + ["observation", "process"] * traces
-    if missing := [name for name in needed if not str(row.get(name) or "").strip()]:
+    if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
+    if wrong := [name for name in ("problem", "path") if not isinstance(row[name], str)]:
+        raise ValueError(f"{' and '.join(wrong)}: not a text")
     if row["problem_type"] not in PROBLEM_TYPES:
         raise ValueError(f"unknown problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
     if row["data_type"] not in ("image", "video"):
@@ -211,7 +218,11 @@ def to_record(row: dict, traces: bool) -> Record:
             options = None
     if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) for o in options):
         raise ValueError(f"options are no list of texts: {row['options']!r:.80}")
-    reference = only("answer", str(row["solution"])) or str(row["solution"]).strip()
+    reference = only("answer", str(row["solution"]))
+    if reference is None:
+        reference = str(row["solution"]).strip()
+    if not reference or "<answer>" in reference:
+        raise ValueError(f"solution holds no answer, or several: {row['solution']!r:.80}")
     if row["problem_type"] == "multiple choice" and options and len(options) < 2:
         raise ValueError("a multiple choice with one option")
     bare = lambda tag, text: only(tag, text) or text.strip()
@@ -222,10 +233,14 @@ def to_record(row: dict, traces: bool) -> Record:
 
 def media_path(root: Path, path: str) -> Path:
     """Where a record's file lies under the media root. A path that would leave the root is refused."""
-    full = (root / path).resolve()
-    if not full.is_relative_to(root.resolve()):
+    try:
+        full = (root / path).resolve()
+        inside, there = full.is_relative_to(root.resolve()), full.exists()
+    except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
+        raise MediaError(f"no file can have this path: {error}") from None
+    if not inside:
         raise MediaError("its path leaves the media folder")
-    if not full.exists():
+    if not there:
         raise MediaError("no such file")
     return full
 
@@ -318,8 +333,8 @@ class Example(NamedTuple):
     ids: Tensor                                              # (P,)
     positions: Tensor                                        # (3, P)
     next_position: int
-    pixels: Tensor                                           # (S, 1176)
-    grid: tuple[int, int, int]
+    pixels: Tensor | None                                    # (S, 1176), None for text alone
+    grid: tuple[int, int, int] | None
     seconds: float                                           # per grid step, 0 for an image
 
 
@@ -332,12 +347,25 @@ def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Co
         frames, seconds, limit = read_image(path), 0.0, settings.image_max_pixels
     pixels, grid = patchify(frames, min(settings.min_pixels, limit), limit)
     v, pad = vocabulary, config.video_token_id if record.data_type == "video" else config.image_token_id
-    ids = [v.id["<|im_start|>"], *v.encode("system\nYou are a helpful assistant."), v.id["<|im_end|>"], *v.encode("\n"),
-           v.id["<|im_start|>"], *v.encode("user\n"), v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2),
-           v.id["<|vision_end|>"], *v.encode(instruction(record, settings)), v.id["<|im_end|>"], *v.encode("\n"),
-           v.id["<|im_start|>"], *v.encode("assistant\n")]
-    positions, following = mrope_positions(torch.tensor(ids), [grid], [seconds], config)
-    return Example(record, torch.tensor(ids), positions, following, pixels, grid, seconds)
+    medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
+    ids = torch.tensor(chat(medium, instruction(record, settings), vocabulary, settings))
+    return Example(record, ids, *mrope_positions(ids, [grid], [seconds], config), pixels, grid, seconds)
+
+
+def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -> list[int]:
+    """Qwen's chat layout up to where the answer begins. The short prompt leaves out the system line as well."""
+    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
+    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
+    return [*system * (settings.prompt == "full"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end, *newline,
+            *start, *v.encode("assistant\n")]
+
+
+def blind_example(record: Record, observation: str, vocabulary: Vocabulary, config: Config, settings: InputSettings
+                  ) -> Example:
+    """The question without its medium, and a given observation as the beginning of the answer."""
+    ids = chat([], instruction(record, settings), vocabulary, settings)
+    ids = torch.tensor(ids + vocabulary.encode(f"<observation> {observation} </observation>\n"))
+    return Example(record, ids, *mrope_positions(ids, [], [], config), None, None, 0.0)
 
 
 def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
@@ -358,6 +386,7 @@ class Examples:
         self.config, self.settings, self.log = config, settings, log
         self.asked, self.skipped = set(), {}
         self.kept, self.room = {}, settings.cache_gb * 2 ** 30
+        self.lock = threading.Lock()                         # for what follows a read: the threads of `ahead` share it
 
     def __len__(self) -> int:
         return len(self.records)
@@ -372,21 +401,24 @@ class Examples:
             return self.skip(i, f"media: {error}")
         if len(example.ids) > self.settings.max_prompt:
             return self.skip(i, f"prompt: {len(example.ids)} tokens are more than --max-prompt {self.settings.max_prompt}")
-        if example.pixels.nbytes <= self.room:               # real clips fill this soon, toy clips never do
-            self.room -= example.pixels.nbytes
-            self.kept[i] = example
+        with self.lock:
+            if i not in self.kept and example.pixels.nbytes <= self.room:     # real clips fill this soon
+                self.room -= example.pixels.nbytes
+                self.kept[i] = example
         return example
 
     def skip(self, i: int, reason: str) -> None:
-        self.skipped[i] = reason
-        if self.log:
-            with self.log.open("a") as file:
-                file.write(f"{self.records[i].path}\t{reason}\n")
+        with self.lock:
+            if self.log and i not in self.skipped:
+                with self.log.open("a") as file:
+                    file.write(f"{self.records[i].path}\t{reason}\n")
+            self.skipped[i] = reason
 
     def check_losses(self) -> None:
         """Raises ValueError once more than 20 % of at least 20 records had to be skipped for their media."""
-        lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
-        if len(self.asked) >= 20 and len(lost) > 0.2 * len(self.asked):
+        with self.lock:
+            lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
+        if len(self.asked) >= 20 and len(lost) > MOST_LOST * len(self.asked):
             example = self.records[lost[0]]
             raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
                              f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? "
@@ -436,11 +468,12 @@ def collate(examples: Sequence[Example]) -> Prompts:
     """Pads prompts at their ends and joins the media, in prompt order."""
     longest = max(len(e.ids) for e in examples)
     pad = lambda x: torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
+    pixels = [e.pixels for e in examples if e.pixels is not None]
     return Prompts(ids=torch.stack([pad(e.ids) for e in examples]),
                    lengths=torch.tensor([len(e.ids) for e in examples]),
                    positions=torch.stack([pad(e.positions) for e in examples], dim=1),
                    next_position=torch.tensor([e.next_position for e in examples]),
-                   pixels=torch.cat([e.pixels for e in examples]), grid=[e.grid for e in examples])
+                   pixels=torch.cat(pixels) if pixels else None, grid=[e.grid for e in examples if e.grid])
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
@@ -451,12 +484,12 @@ PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "y
 
 def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
     """One frame (56, 56, 3) uint8: a letter somewhere near the middle, larger or smaller, brighter or darker, noisy."""
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-6, 6, (2, 1, 1))
-    r, thick = rng.uniform(15, 20), rng.uniform(3, 4.5)
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-4, 4, (2, 1, 1))
+    r, thick = rng.uniform(16, 20), rng.uniform(3, 4.5)
     ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
            "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
            "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
-    frame = np.where(ink[..., None], np.array(PAINT[colour]) * rng.uniform(0.7, 1.1), rng.uniform(60, 130))
+    frame = np.where(ink[..., None], np.array(PAINT[colour]) * rng.uniform(0.75, 1.1), rng.uniform(20, 50))
     noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)).repeat(2, 0).repeat(2, 1) * 16   # coarse: files stay small
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
 
@@ -483,36 +516,47 @@ def write_avi(path: Path, frames: np.ndarray, fps: int) -> None:
     path.write_bytes(chunk(b"RIFF", b"AVI " + body))
 
 
-def toy_think(problem_type: str, asked: str, options: list[str], shown: list[str]) -> str:
-    """Reasoning in steps that can be taken one at a time: a small model learns to walk, not to jump to a result."""
+def toy_think(problem_type: str, asked: str, options: Sequence[str], shown: list[str]) -> str:
+    """Reasoning in steps that can be taken one at a time: a small model learns to walk, not to jump to a result.
+
+    Every comparison reads the same, "green red? no": one skill, practised by three types of problem.
+    """
+    compare = lambda x, y: f"{x} {y}? {'yes' if x == y else 'no'}"
+    colours = [x.split()[0] for x in shown]
     if problem_type == "multiple choice":
-        steps = [f"{x} no" for x in shown[:shown.index(asked)]] + [f"{asked} yes", f"next {shown[shown.index(asked) + 1]}"]
-        wanted = shown[shown.index(asked) + 1]
-        return ", ".join(steps + [f"{letter} {text} {'yes' if text == wanted else 'no'}" for letter, text in
-                                  zip("ABCD", options[:options.index(wanted) + 1])])
-    if problem_type == "numerical":
-        return ", ".join(f"{x} {sum(y.startswith(asked) for y in shown[:i + 1])}" for i, x in enumerate(shown))
-    if problem_type == "OCR":
-        return ", ".join(f"{x} skip" if x.startswith(asked) else f"{x} keep {x[-1]}" for x in shown)
-    if problem_type == "free-form":
-        return f"first {shown[0]}, last {shown[-1]}"
-    return ", ".join(f"{x} {sum(PRICES[y[-1]] for y in shown[:i + 1])}" for i, x in enumerate(shown))
+        at = shown.index(asked) + 1
+        steps = [f"{x} {'yes' if x == asked else 'no'}" for x in shown[:at]] + [f"next {shown[at]}"]
+        for letter, option in zip("ABC", options):
+            steps.append(f"{letter} {option} {'yes' if option == shown[at] else 'no'}")
+            if option == shown[at]:
+                break
+    elif problem_type == "numerical":
+        steps = [f"{compare(c, asked)} {colours[:i].count(asked)}" for i, c in enumerate(colours, start=1)]
+    elif problem_type == "OCR":
+        kept = lambda i: " ".join(x[-1] for x in shown[:i] if not x.startswith(asked))
+        steps = [f"{x[-1]} {compare(c, asked)} {kept(i)}".strip() for i, (x, c) in enumerate(zip(shown, colours), start=1)]
+    elif problem_type == "free-form":
+        steps = [f"first {shown[0]}", f"last {shown[-1]}"]
+    else:
+        steps = [f"{x} {sum(PRICES[y[-1]] for y in shown[:i])}" for i, x in enumerate(shown, start=1)]
+    return ", ".join(steps)
+
+
+# Half of the questions are multiple choice, as most of the paper's data are.
+TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
     """A question about three letters, with its answer and a faultless trace. Returns the record and what is shown."""
-    problem_type = PROBLEM_TYPES[number % len(PROBLEM_TYPES)]
+    problem_type = TOY_MIX[number % len(TOY_MIX)]
     everything = [f"{c} {l}" for c in COLOURS for l in LETTERS]
     while True:
         shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
-        asked, options = "", []
+        asked, options = rng.choice(shown).split()[0], []
         if problem_type == "multiple choice":
-            asked = rng.choice(shown[:-1])
-            right = shown[shown.index(asked) + 1]
+            asked, right = rng.choice([shown[:2], shown[1:]])
             options = rng.sample([x for x in everything if x != right], 2)
             options.insert(rng.randrange(3), right)
-        elif problem_type in ("numerical", "OCR"):
-            asked = rng.choice(shown).split()[0]
         question = TOY_QUESTIONS[problem_type].format(asked)
         lettered = [f"{letter}. {x}" for letter, x in zip("ABC", options)]
         answer = toy_answer(problem_type, question, lettered, shown)
@@ -520,18 +564,20 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
             break
     return {"problem_id": f"{split}-{number}", "problem": question, "options": lettered, "data_type": "video",
             "problem_type": problem_type, "solution": f"<answer>{answer}</answer>", "answer": answer,
-            "path": f"./{split}/{number:05d}.avi", "data_source": "toy", "observation": ", ".join(shown),
+            "path": f"./{split}/{number:05d}.avi", "data_source": "toy",
+            "observation": ", ".join(f"{i} {x}" for i, x in enumerate(shown, start=1)),
             "process": toy_think(problem_type, asked, options, shown)}, shown
 
 
-TOY_SPLITS = {"sft": 2000, "rl": 3000, "heldout": 512}
+TOY_SPLITS = {"sft": 4000, "rl": 3000, "heldout": 512}
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
     """Writes the toy world: clips and `<split>.json`, unless it is there already. Every clip has a seed of its own, made
     of the split's name and its number, so that no held-out clip is ever a training clip."""
     folder = Path(folder)
-    if all((folder / f"{split}.json").is_file() for split in splits):
+    there = {split: folder / f"{split}.json" for split in splits}
+    if all(file.is_file() and len(json.loads(file.read_text())) == splits[split] for split, file in there.items()):
         return folder
     bar = tqdm(total=sum(splits.values()), desc="toy clips", unit="clip", file=sys.stderr)
     for split, count in splits.items():
@@ -583,3 +629,92 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     for file in source.iterdir():
         file.unlink()
     source.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def quantiles(values: list[int]) -> str:
+    values = sorted(values)
+    return "  ".join(f"{name} {values[round(q * (len(values) - 1))]}" for name, q in
+                     (("least", 0), ("median", 0.5), ("95 %", 0.95), ("most", 1)))
+
+
+def check(file: str, media: str, model: str | None, limit: int, settings: InputSettings) -> bool:
+    """Reads every record and its media, and prints what a run would meet. Returns False if a run would stop."""
+    records = read_records(file)
+    print(f"{file}: {len(records)} records, all well formed")
+    for (data_type, problem_type), n in sorted(Counter((r.data_type, r.problem_type) for r in records).items()):
+        print(f"  {n:8}  {data_type}, {problem_type}")
+    traces = sum(bool(r.observation and r.think) for r in records)
+    print(f"  {traces:8}  with a trace for SFT")
+    bad = [r for r in records if r.problem_type == "multiple choice" and choice(r.reference, r.options) is None]
+    if bad:
+        print(f"  {len(bad):8}  multiple choices whose solution is none of the options, such as {bad[0].problem_id} "
+              f"({bad[0].reference!r}): they can never score")
+    if model is None:
+        with_tokens = None
+        print("Token lengths need a tokenizer: --model DIR")
+    else:
+        with_tokens = Vocabulary(model), read_config(model)
+    chosen = records[:limit] if limit else records
+    prompts, responses, lost = [], [], []
+    root = Path(media)
+
+    def look(record: Record):
+        if with_tokens:
+            return build_example(record, root, *with_tokens, settings)
+        path = media_path(root, record.path)
+        return read_video(path, settings) if record.data_type == "video" else read_image(path)
+
+    with ThreadPoolExecutor(settings.workers) as pool:
+        jobs = [pool.submit(look, r) for r in chosen]
+        for record, job in tqdm(zip(chosen, jobs), total=len(chosen), desc="reading media", unit="record"):
+            try:
+                example = job.result()
+                if with_tokens:
+                    prompts.append(len(example.ids))
+                    if record.observation and record.think:
+                        responses.append(len(with_tokens[0].encode(trace_text(record, settings.template))) + 1)
+            except MediaError as error:
+                lost.append((record, error))
+    for record, error in lost[:20]:
+        print(f"  {record.path}: {error}")
+    print(f"{len(lost)} of {len(chosen)} media cannot be read" + (" (20 shown)" if len(lost) > 20 else ""))
+    for name, lengths in (("prompt", prompts), ("trace", responses)):
+        if lengths:
+            print(f"tokens of a {name}:  {quantiles(lengths)}")
+    too_long = sum(n > settings.max_prompt for n in prompts)
+    if too_long:
+        print(f"{too_long} prompts are longer than --max-prompt {settings.max_prompt}: they would be skipped")
+    return len(lost) <= MOST_LOST * len(chosen)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy world")
+    toy.add_argument("--out", default="runs/tiny/toy", help="folder [runs/tiny/toy]")
+    for split, count in TOY_SPLITS.items():
+        toy.add_argument(f"--{split}", type=int, default=count, help=f"clips for {split} [{count}]")
+    checker = commands.add_parser("check", help="say what is wrong with a record file and its media")
+    checker.add_argument("file", help="gzip JSON, JSON or JSON lines")
+    checker.add_argument("--media", required=True, help="folder to which the records' paths are relative")
+    checker.add_argument("--model", help="checkpoint folder whose tokenizer counts the tokens")
+    checker.add_argument("--limit", type=int, default=0, help="read the media of the first N records only [all]")
+    for name in ("frames", "max_pixels", "max_prompt", "workers"):
+        default = InputSettings.__dataclass_fields__[name].default
+        checker.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"[{default}]")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "toy":
+            print(make_toy(args.out, {split: getattr(args, split) for split in TOY_SPLITS}))
+        else:
+            settings = InputSettings(frames=args.frames, max_pixels=args.max_pixels, max_prompt=args.max_prompt,
+                                     workers=args.workers)
+            sys.exit(not check(args.file, args.media, args.model, args.limit, settings))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -410,7 +410,7 @@ def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list
     merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
     media = (ids == config.image_token_id) | (ids == config.video_token_id)
     pieces, at, start = [], 0, 0                                              # `at` in tokens, `start` in positions
-    places = torch.cat([media.int().argmax()[None], media.nonzero()[:, 0]])[1:].tolist()
+    places = media.nonzero()[:, 0].tolist()
     for (t, h, w), step in zip(grid, seconds):
         size = t * (h // merge) * (w // merge)
         if not places:
@@ -471,6 +471,9 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
         target = uniforms.double()[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+LOGITS_AT_ONCE = 2 ** 25                                     # 128 MiB of fp32, whatever V is
 
 
 class Qwen2_5_VL(nn.Module):
@@ -582,7 +585,7 @@ class Qwen2_5_VL(nn.Module):
                 entropy = -(logprobs.exp() * logprobs).sum(-1)
             return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
-        size = max(1, 2 ** 25 // self.config.vocab_size)     # 128 MiB of fp32 logits at a time, whatever V is
+        size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(hidden) <= size:
             return chunk(hidden, targets)
         parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
@@ -592,11 +595,11 @@ class Qwen2_5_VL(nn.Module):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
-    """Random start: normal(0, 0.02) matrices, zero biases, unit norms. The same numbers for a seed everywhere."""
+    """Random start: normal matrices of variance 1 / inputs, zero biases, unit norms; the same for a seed everywhere."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+            p.data.copy_(torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5)
         else:
             p.data.fill_(0.0 if name.endswith("bias") else 1.0)
     return model

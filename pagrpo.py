@@ -17,10 +17,8 @@ so without the KL term the loss is about 0 by construction. Its gradient is not:
 import hashlib
 import json
 import math
-import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -30,12 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import Example, Examples, Vocabulary, collate, flag, read_records, step_indices
-from model import Qwen2_5_VL
-from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens, response_rewards,
+from data import (Example, Examples, Record, Vocabulary, blind_example, collate, flag, read_records,
+                  step_indices)
+from model import Qwen2_5_VL, read_config
+from rewards import (PROBLEM_TYPES, TAG, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens, response_rewards,
                      rule_judge, task_metric)
 from sft import (QWEN, TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
-                 micro_batches, newest_checkpoint, parse_flags, peak_memory_gb, prepare_toy, start_world, update)
+                 micro_batches, need_files, newest_checkpoint, peak_memory_gb, prepare_toy, update)
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,16 @@ class Settings(TrainSettings):
     kl_beta: float = flag(0.04, "weight of the KL term; 0: no reference model is loaded")
     clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
     updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
-    judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own", ["rule"])
+    judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own; reference: the KL "
+                      "reference answers from the observation alone", ["rule", "reference"])
     transcript_every: int = flag(50, "steps between printed transcripts")
 
 
 PRESETS = {
-    "tiny": TINY | dict(questions=16, micro_batch=16, steps=250, lr=1e-4, warmup=15, max_response=48,
-                        perception_window=(8, 16), reasoning_window=(10, 32)),
-    "3b": dict(model="runs/3b/sft", data="data/videop2r/VideoP2R-RL-263K.json.gz", media="data/Video-R1-data", steps=1000),
-    "7b": dict(model="runs/7b/sft", data="data/videop2r/VideoP2R-RL-263K.json.gz", media="data/Video-R1-data", steps=1000),
+    "tiny": TINY | dict(questions=16, micro_batch=16, steps=250, lr=1e-4, warmup=15, max_response=64,
+                        perception_window=(8, 16), reasoning_window=(10, 48)),
+    "3b": dict(model="runs/3b/sft", data="data/videop2r/*RL*.json*", judge="reference", media="data/Video-R1-data", steps=1000),
+    "7b": dict(model="runs/7b/sft", data="data/videop2r/*RL*.json*", judge="reference", media="data/Video-R1-data", steps=1000),
 }
 
 
@@ -126,6 +126,31 @@ def reward(episodes: Sequence[Episode], judge: Judge, settings: Settings) -> Non
         e.perception, e.reasoning = response_rewards(
             e.parsed, verdicts.get(i, False), score, e.finished, (boundary, len(e.tokens) - boundary),
             (settings.perception_window, settings.reasoning_window))
+
+
+def reference_judge(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Settings, world: World) -> Judge:
+    """Judging by answering: the frozen SFT model gets question and observation without the video, thinks and answers,
+    and the task metric says whether it got there (0.6, the threshold of the data pipeline).
+
+    The paper asks a large language model instead. This needs no second model and has no verdict that could be faked;
+    in return weak reasoning of the reference is blamed on the observation, and an observation that merely states the
+    answer passes.
+    """
+    def judge(claims: list[Claim]) -> list[bool]:
+        verdicts, size = [], settings.group_size * settings.micro_batch
+        with gathered(reference), torch.no_grad():
+            for i in range(0, len(claims), size):
+                some = claims[i:i + size]
+                records = [Record("", c.question, c.options, c.problem_type, c.reference, "", "video") for c in some]
+                blind = [blind_example(r, TAG.sub("", c.observation), vocabulary, reference.config, settings)
+                         for r, c in zip(records, some)]
+                uniforms = torch.zeros(len(some), 1, settings.max_response)   # greedy: nothing is drawn
+                out = reference.generate(collate(blind).to(world.device), uniforms, vocabulary.stop_ids, temperature=0.0)
+                for c, tokens, n in zip(some, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
+                    answer = parse(vocabulary.decode(tokens[:n])).answer
+                    verdicts.append(task_metric(c.problem_type, answer, c.reference, c.options) >= 0.6)
+        return verdicts
+    return judge
 
 
 def totals(group: Sequence[Episode], off: str) -> tuple[Tensor, Tensor]:
@@ -292,34 +317,37 @@ def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread
     return result
 
 
-def one_step(step: int, steps: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer,
-             vocabulary: Vocabulary, judge: Judge, settings: Settings, world: World
-             ) -> tuple[list[list[Episode]], dict[str, float]]:
-    """The five parts of a step, with a stopwatch. Returns the step's episodes and its metrics."""
+def act(step: int, examples: list[Example], policy: Qwen2_5_VL, vocabulary: Vocabulary, judge: Judge, settings: Settings,
+        world: World) -> tuple[list[list[Episode]], dict[str, float]]:
+    """Parts 1 to 3 of a step: episodes with rewards and advantages, in groups, and how long that took."""
     watch = [time.perf_counter()]
-    with gathered(policy), torch.no_grad():
+    with gathered(policy):
         groups = rollout(policy, examples, vocabulary, settings, settings.group_size, settings.temperature,
                          f"step {step}", world.device) if examples else []
     watch.append(time.perf_counter())
     reward([e for group in groups for e in group], judge, settings)
     for group in groups:
-        for e, *e.advantages in zip(group, *group_advantages(*totals(group, settings.reward_off), settings.advantage)):
-            e.advantages = tuple(float(a) for a in e.advantages)
+        a_p, a_r = group_advantages(*totals(group, settings.reward_off), settings.advantage)
+        for e, *pair in zip(group, a_p.tolist(), a_r.tolist()):
+            e.advantages = tuple(pair)
     watch.append(time.perf_counter())
-    lr = learning_rate(step, steps, settings)
+    return groups, {"seconds_sampling": watch[1] - watch[0], "seconds_judging": watch[2] - watch[1]}
+
+
+def learn(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer, lr: float,
+          vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, float]:
+    """Parts 4 and 5 of a step. Returns the step's metrics, the same on every rank."""
+    began = time.perf_counter()
     seen = train_on(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
-    watch.append(time.perf_counter())
-    sampling, judging, training = (b - a for a, b in zip(watch, watch[1:]))
+    seconds = time.perf_counter() - began
     counts = world.sum({"tokens": sum(len(e.tokens) for g in groups for e in g), "questions": len(groups),
                         "loss": sum(seen["loss"])})
-    responses = max(1, counts["questions"] * settings.group_size)
-    return groups, {
-        "step": step + 1, **pooled(statistics(groups, settings), REWARD_PARTS, world, spread=True),
-        **pooled(statistics(groups, settings), SHARES, world), **pooled(seen, OF_TOKENS, world),
-        "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)), "loss": counts["loss"] / responses,
-        "grad_norm": seen["grad_norm"][-1], "lr": lr, "questions": int(counts["questions"]),
-        "tokens_per_second": counts["tokens"] / (sampling + judging + training), "seconds_sampling": sampling,
-        "seconds_judging": judging, "seconds_training": training, "peak_memory_gb": peak_memory_gb(world)}
+    values = statistics(groups, settings)
+    return {**pooled(values, REWARD_PARTS, world, spread=True), **pooled(values, SHARES, world),
+            **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)),
+            "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size), "grad_norm": seen["grad_norm"][-1],
+            "lr": lr, "questions": int(counts["questions"]), "tokens": int(counts["tokens"]),
+            "seconds_training": seconds, "peak_memory_gb": peak_memory_gb(world)}
 
 
 def transcript(e: Episode) -> str:
@@ -345,13 +373,13 @@ def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Sett
     with gathered(model):
         for part in tqdm(examples.ahead(mine), total=len(mine), desc="evaluating", unit="batch", leave=False,
                          disable=not world.first):
-            if part:
-                groups = rollout(model, part, examples.vocabulary, settings, 1, temperature, "evaluation", world.device, top_p)
-                reward([e for group in groups for e in group], judge, settings)
-                rows += [{"problem_id": e.example.record.problem_id, "problem_type": e.example.record.problem_type,
-                          "perception": e.perception.accuracy, "answer": float(e.reasoning.accuracy > 1 - 1e-9),
-                          "score": e.reasoning.accuracy, "format": e.perception.format * e.reasoning.format,
-                          "text": e.text} for (e,) in groups]
+            groups = rollout(model, part, examples.vocabulary, settings, 1, temperature, "evaluation", world.device,
+                             top_p) if part else []
+            reward([e for group in groups for e in group], judge, settings)
+            rows += [{"problem_id": e.example.record.problem_id, "problem_type": e.example.record.problem_type,
+                      "perception": e.perception.accuracy, "answer": float(e.reasoning.accuracy > 1 - 1e-9),
+                      "score": e.reasoning.accuracy, "format": e.perception.format * e.reasoning.format,
+                      "text": e.text} for (e,) in groups]
     return rows
 
 
@@ -393,78 +421,77 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 # ------------------------------------------------------------------------------------------------ the run
 
-JUDGES = {"rule": rule_judge}
-
-
 def train(settings: Settings, world: World) -> None:
     """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
     toy = not settings.data
     if toy:
         begin = settings.model or sft.train(
             sft.Settings(**(sft.PRESETS["tiny"] | dict(out=settings.out, seed=settings.seed))), world)
-        settings = replace(settings, **prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin)))
-    start = newest_checkpoint(settings.model)
-    folder = Path(settings.out) / {"pa": "pagrpo"}.get(settings.advantage, settings.advantage)
-    run = Run(folder, settings, settings.steps, world)
-    report = folder / "results.json"
+        made = prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin))
+        settings = replace(settings, **made)
+    settings = need_files(settings)
+    start, folder = newest_checkpoint(settings.model), Path(settings.out) / STAGES[settings.advantage]
+    run, report = Run(folder, settings, settings.steps, world), folder / "results.json"
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
     source = newest_checkpoint(folder) if run.step else start
-    vocabulary, judge = Vocabulary(source), JUDGES[settings.judge]
-    policy = build_model(source, vocabulary, world, settings.save_memory)
-    held = settings.heldout and Examples(read_records(settings.heldout), settings.media, vocabulary, policy.config, settings,
-                                         folder / "skipped.log")
+    vocabulary = Vocabulary(source)
+    reference = build_model(start, vocabulary, world).requires_grad_(False) if (
+        settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
+    judge = reference_judge(reference, vocabulary, settings, world) if settings.judge == "reference" else rule_judge
     if not run.finished:
-        reinforce(policy, start, source, run, vocabulary, judge, settings, world)
-    if not held:
+        reinforce(source, reference, run, vocabulary, judge, settings, world)
+    if not settings.heldout:
         return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
-    results = {}
+    held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(source), settings,
+                    folder / "skipped.log")
     models = ({"base": Path(settings.out) / "base"} if toy else {}) | {"SFT": start, folder.name: newest_checkpoint(folder)}
-    for name, path in models.items():
-        model = build_model(path, vocabulary, world)
-        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            results[f"{name}, {how}"] = summary(evaluate(model, held, judge, settings, temperature, world), world)
+    results = {f"{name}, {how}": summary(evaluate(model, held, judge, settings, temperature, world), world)
+               for name, path in models.items() for model in [build_model(path, vocabulary, world)]
+               for how, temperature in (("greedy", 0.0), ("sampled", 1.0))}
     if world.first:
         report.write_text(json.dumps(results, indent=1) + "\n")
     world.say(table(results))
 
 
-def reinforce(policy: Qwen2_5_VL, start: Path, source: Path, run: Run, vocabulary: Vocabulary, judge: Judge,
+STAGES = {"pa": "pagrpo", "grpo": "grpo", "joint": "joint"}   # an advantage's folder in the run
+
+
+def reinforce(source: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary, judge: Judge,
               settings: Settings, world: World) -> None:
-    """The loop. The KL reference is the SFT model it started from, also when the policy comes from a checkpoint."""
-    reference = build_model(start, vocabulary, world).requires_grad_(False) if settings.kl_beta else None
+    """The loop: act, show, learn, log, save."""
+    policy = build_model(source, vocabulary, world, settings.save_memory)
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
-        world.say(f"PA-GRPO continues after step {run.step}")
+        world.say(f"{run.folder.name} continues after step {run.step}")
     records = read_records(settings.data)
     examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
-    run.stop_at_boundary()
     todo = range(run.step, run.steps)
     mine = (step_indices(len(records), settings.questions, s, settings.seed)[world.rank::world.size] for s in todo)
-    bar = tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step", disable=not world.first)
-    for step, batch in zip(todo, examples.ahead(mine)):
-        groups, metrics = one_step(step, run.steps, batch, policy, reference, optimizer, vocabulary, judge, settings, world)
-        run.log(metrics | {"skipped": len(examples.skipped)})
-        if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
-            tqdm.write(f"Step {step + 1}, one of {settings.group_size} responses:\n" + transcript(groups[0][0]))
-        bar.update()
-        bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} answer {metrics['reasoning/accuracy']:.2f} "
-                            f"KL {metrics['kl']:.3f}")
-        stop = world.most(run.stopping)
-        if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
-            run.save(policy, optimizer, source, step + 1)
-        if stop:
-            bar.close()
-            raise SystemExit(f"Stopped after step {step + 1} of {run.steps}; the same command continues it.")
-    bar.close()
+    with run.stoppable(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
+                               disable=not world.first) as bar:
+        for step, batch in zip(todo, examples.ahead(mine)):
+            groups, seconds = act(step, batch, policy, vocabulary, judge, settings, world)
+            if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
+                tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n{transcript(groups[0][0])}")
+            lr = learning_rate(step, run.steps, settings)
+            metrics = seconds | learn(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
+            total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
+            run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
+                     "skipped": len(examples.skipped)})
+            bar.update()
+            bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} answer {metrics['reasoning/accuracy']:.2f} "
+                                f"KL {metrics['kl']:.3f}")
+            stop = world.most(run.stopping)
+            if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
+                run.save(policy, optimizer, source, step + 1)
+            if stop and step + 1 < run.steps:
+                raise SystemExit(f"Stopped after step {step + 1} of {run.steps}; the same command continues it.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings, preset, reason = parse_flags(Settings, PRESETS, argv, __doc__)
-    world = start_world()
-    world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in PRESETS if p != preset))
-    train(settings, world)
+    sft.launch(train, Settings, PRESETS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ What both training scripts share stands here, in the first one that needs it: se
 the optimizer and its schedule, the metrics log, checkpoints. Then comes SFT itself, in a page.
 """
 import argparse
+import glob
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -189,7 +191,7 @@ def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> torch.optim.Ad
     """AdamW; weight decay on matrices only."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices], "weight_decay": decay}
               for matrices, decay in ((True, settings.weight_decay), (False, 0.0))]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
@@ -317,15 +319,38 @@ class Run:
         set_optimizer_state_dict(model, optimizer, moments, options=spread)
         return json.loads((newest / "state.json").read_text())
 
-    def stop_at_boundary(self) -> None:
+    @contextmanager
+    def stoppable(self):
         """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once."""
         def ask(number, frame):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
             self.world.say("\nStopping after this step, with a checkpoint (once more: at once, without) …")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def need_files(settings: TrainSettings) -> TrainSettings:
+    """Resolves --data where it is a pattern. SystemExit with the commands that fetch whatever is not there."""
+    found = sorted(glob.glob(settings.data))
+    lacking = [] if (Path(settings.model) / "config.json").is_file() or list(Path(settings.model).glob("step-*")) else [
+        (f"model {settings.model}", f"torchrun --nproc_per_node=8 sft.py --preset {Path(settings.model).parent.name}"
+         if Path(settings.model).name == "sft" else f"hf download Qwen/{Path(settings.model).name} --local-dir {settings.model}")]
+    if len(found) != 1:
+        lacking.append((f"records {settings.data} ({len(found)} files match)",
+                        "hf download 1171-jpg/videop2r --repo-type dataset --local-dir data/videop2r"))
+    if not Path(settings.media).is_dir():
+        lacking.append((f"media {settings.media}", "hf download Video-R1/Video-R1-data --repo-type dataset --local-dir "
+                        "data/Video-R1-data    # 310 GB; unzip the archives in place, a part of them is fine"))
+    if lacking:
+        raise SystemExit("Not there yet:\n" + "\n".join(f"  {what}\n    {how}" for what, how in lacking)
+                         + "\nOther places are named by --model, --data and --media; `pip install huggingface_hub` brings hf.")
+    return replace(settings, data=found[0])
 
 
 def micro_batches(examples: Sequence[Example], size: int, world: World, model: Qwen2_5_VL, vocabulary: Vocabulary
@@ -361,9 +386,9 @@ class Settings(TrainSettings):
 
 
 PRESETS = {
-    "tiny": TINY | dict(batch=64, micro_batch=64, epochs=8.0, lr=2e-3, warmup=20),
-    "3b": dict(model=QWEN.format("3B"), data="data/videop2r/VideoP2R-CoT-162K.json.gz", media="data/Video-R1-data"),
-    "7b": dict(model=QWEN.format("7B"), data="data/videop2r/VideoP2R-CoT-162K.json.gz", media="data/Video-R1-data"),
+    "tiny": TINY | dict(batch=32, micro_batch=32, epochs=2.4, lr=2e-3, warmup=30),
+    "3b": dict(model=QWEN.format("3B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
+    "7b": dict(model=QWEN.format("7B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
 }
 
 
@@ -395,11 +420,26 @@ def heldout_loss(model: Qwen2_5_VL, examples: Examples, settings: Settings, worl
     return sums["loss"] / max(1, sums["tokens"])
 
 
+def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer, lr: float, vocabulary: Vocabulary, settings: Settings,
+             world: World) -> dict[str, float]:
+    """Loss, gradients and update for one batch, over micro-batches and ranks with one denominator: all response tokens
+    of the step."""
+    count = int(sum(trace_tokens([e], vocabulary, settings.template)[1].item() for e in batch))
+    count, loss = world.sum({"tokens": count})["tokens"], 0.0
+    for part, weight in micro_batches(batch, settings.micro_batch, world, model, vocabulary):
+        summed, _ = sft_loss(model, part, vocabulary, settings.template, world.device)
+        (summed * weight * world.size / max(1, count)).backward()             # FSDP averages over ranks: undo that
+        loss += weight * float(summed.detach())
+    norm = update(model, optimizer, lr, settings.clip_norm)
+    return {"loss": world.sum({"loss": loss})["loss"] / max(1, count), "grad_norm": norm, "tokens": int(count)}
+
+
 def train(settings: Settings, world: World) -> Path:
     """Runs or continues SFT. Returns the folder of the finished checkpoint; SystemExit where it cannot finish."""
     folder = Path(settings.out) / "sft"
     if not settings.data:
         settings = replace(settings, data=f"{settings.out}/toy/sft.json", **prepare_toy(settings, world))
+    settings = need_files(settings)
     records = read_records(settings.data, traces=True)
     if settings.heldout:
         heldout = read_records(settings.heldout, traces=True)
@@ -423,43 +463,47 @@ def train(settings: Settings, world: World) -> Path:
         world.say(f"SFT continues after step {run.step}")
     else:
         before = heldout_loss(model, held, settings, world)
-    run.stop_at_boundary()
     todo = range(run.step, steps)
-    mine = ([*step_indices(len(records), settings.batch, s, settings.seed)[world.rank::world.size]] for s in todo)
-    bar = tqdm(total=steps, initial=run.step, desc="SFT", unit="step", disable=not world.first)
-    for step, batch in zip(todo, examples.ahead(mine)):
-        began, lr, loss = time.perf_counter(), learning_rate(step, steps, settings), 0.0
-        count = sum(len(vocabulary.encode(trace_text(e.record, settings.template))) + 1 for e in batch)
-        count = world.sum({"tokens": count})["tokens"]       # one denominator for the whole step, over all ranks
-        for part, weight in micro_batches(batch, settings.micro_batch, world, model, vocabulary):
-            summed, _ = sft_loss(model, part, vocabulary, settings.template, world.device)
-            (summed * weight * world.size / max(1, count)).backward()         # FSDP averages over ranks: undo that
-            loss += weight * float(summed)
-        norm = update(model, optimizer, lr, settings.clip_norm)
-        loss, seconds = world.sum({"loss": loss})["loss"] / max(1, count), time.perf_counter() - began
-        run.log({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(count),
-                 "tokens_per_second": count / seconds, "seconds": seconds, "skipped": len(examples.skipped),
-                 "peak_memory_gb": peak_memory_gb(world)})
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}")
-        stop = world.most(run.stopping)
-        if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
-            run.save(model, optimizer, source, step + 1, heldout_before=before)
-        if stop:
-            bar.close()
-            raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
-    bar.close()
+    mine = (step_indices(len(records), settings.batch, s, settings.seed)[world.rank::world.size] for s in todo)
+    with run.stoppable(), tqdm(total=steps, initial=run.step, desc="SFT", unit="step", disable=not world.first) as bar:
+        for step, batch in zip(todo, examples.ahead(mine)):
+            began, lr = time.perf_counter(), learning_rate(step, steps, settings)
+            metrics = one_step(model, batch, optimizer, lr, vocabulary, settings, world)
+            seconds = time.perf_counter() - began
+            run.log({"step": step + 1, **metrics, "lr": lr, "tokens_per_second": metrics["tokens"] / seconds,
+                     "seconds": seconds, "skipped": len(examples.skipped), "peak_memory_gb": peak_memory_gb(world)})
+            bar.update()
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
+            stop = world.most(run.stopping)
+            if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
+                run.save(model, optimizer, source, step + 1, heldout_before=before)
+            if stop and step + 1 < steps:
+                raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
     after = heldout_loss(model, held, settings, world)
     world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; {len(examples.skipped)} records "
               f"skipped. Checkpoint: {newest_checkpoint(folder)}")
     return newest_checkpoint(folder)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings, preset, reason = parse_flags(Settings, PRESETS, argv, __doc__)
+def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, description: str) -> None:
+    """What `python sft.py` and `python pagrpo.py` do: flags, ranks, one line about the preset, and the run. Errors that a
+    user can mend end in their message, not in a traceback."""
+    settings, preset, reason = parse_flags(settings_class, presets, argv, description)
     world = start_world()
-    world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in PRESETS if p != preset))
-    train(settings, world)
+    world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
+    try:
+        train(settings, world)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The same command continues from the last checkpoint.")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    launch(train, Settings, PRESETS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Figures that can be reproduced with one command each. Not tests: they measure, print, and judge nothing.
+
+    python tests/bench.py learning            base / SFT / PA-GRPO / GRPO on the toy world, averaged over seeds 0, 1, 2
+    python tests/bench.py prefix              what computing a prompt once for its group saves, in training and sampling
+
+Run them with nothing else on the machine.
+"""
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+KINDS = ("perception", "answer", "format")
+
+
+def command(script: str, *flags) -> float:
+    """Runs a script of this project and returns its seconds."""
+    words = [sys.executable, str(ROOT / script), *map(str, flags)]
+    print("$ python " + " ".join([script, *map(str, flags)]), flush=True)
+    began = time.perf_counter()
+    subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def loses(start: dict, end: dict) -> bool:
+    """Is `end` significantly below `start`? Two proportions, z-test at 95 %."""
+    a, b, n = start["value"] / 100, end["value"] / 100, start["n"]
+    spread = math.sqrt((a * (1 - a) + b * (1 - b)) / n)
+    return b - a < -1.96 * spread
+
+
+def learning(out: Path, seeds: list[int], flags: list[str]) -> None:
+    """Every seed: its own random weights, data order and sampling; PA-GRPO and GRPO start from the same SFT model."""
+    results, seconds = {}, []
+    for seed in seeds:
+        folder = out / f"seed{seed}"
+        seconds.append(command("pagrpo.py", "--out", folder, "--seed", seed, *flags))
+        command("pagrpo.py", "--out", folder, "--seed", seed, "--advantage", "grpo", *flags)
+        for stage in ("pagrpo", "grpo"):
+            results[seed] = results.get(seed, {}) | json.loads((folder / stage / "results.json").read_text())
+    rows = [f"{name}, {how}" for how in ("greedy", "sampled") for name in ("base", "SFT", "pagrpo", "grpo")]
+    print(f"\n{'percent of 512 held-out clips':<30}" + "".join(f"{k:>32}" for k in KINDS))
+    print(f"{'':<30}" + "".join(f"{'mean':>10}  {'by seed':>20}" for _ in KINDS))
+    for row in rows:
+        cells = [[results[s][row][k]["value"] for s in seeds] for k in KINDS]
+        print(f"{row:<30}" + "".join(f"{sum(c) / len(c):>10.1f}  {' '.join(f'{x:.1f}' for x in c):>20}" for c in cells))
+    print()
+    for stage in ("pagrpo", "grpo"):
+        for how in ("sampled", "greedy"):
+            for kind in KINDS[:2]:
+                pairs = [(results[s][f"SFT, {how}"][kind], results[s][f"{stage}, {how}"][kind]) for s in seeds]
+                gains = [b["value"] - a["value"] for a, b in pairs]
+                worse = [s for s, pair in zip(seeds, pairs) if loses(*pair)]
+                print(f"{stage:<8}{how:<9}{kind:<12}{sum(gains) / len(gains):+6.1f} points over SFT   by seed "
+                      + " ".join(f"{g:+.1f}" for g in gains) + (f"   significantly worse: seed {worse}" if worse else ""))
+    print("\n`python pagrpo.py` took " + ", ".join(f"{s:.0f} s" for s in seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="bench", required=True)
+    learn = commands.add_parser("learning", help="the table of the README, about 25 minutes on two cores; further flags go "
+                                                 "to pagrpo.py")
+    learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
+    learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args, flags = parser.parse_known_args()
+    learning(args.out, args.seeds, flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What the lessons share: a small toy world and a tiny random model, made once. Tests read these folders and never
+write into them."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+torch.set_num_threads(1)                                     # tiny matrices: threads would only wait for each other
+
+import data  # noqa: E402  (found through the line above)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with sft.json, rl.json, heldout.json and their clips."""
+    return data.make_toy(tmp_path_factory.mktemp("world") / "toy", {"sft": 40, "rl": 20, "heldout": 20})
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint folder of a tiny random model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "base"
+    data.make_toy_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary(base):
+    return data.Vocabulary(base)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    return data.InputSettings(prompt="short", frames=6, min_pixels=784, max_pixels=784)

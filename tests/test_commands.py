@@ -1,0 +1,99 @@
+"""Promise: every script can be started by a newcomer. Help is a page, mistakes are answered in a line, and a question
+about a clip gets a readable answer."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import eval as evaluation
+import pagrpo
+import sft
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("module", [data, sft, pagrpo, evaluation])
+def test_help_is_a_page(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    page = capsys.readouterr().out
+    assert ended.value.code == 0 and len(page.splitlines()) > 10 and "python" in page
+
+
+@pytest.mark.parametrize("module", [sft, pagrpo])
+def test_help_names_every_setting_with_its_reason_and_presets(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    for name, setting in module.Settings.__dataclass_fields__.items():
+        assert "--" + name.replace("_", "-") in page and " ".join(setting.metadata["help"].split())[:30] in page
+    assert "tiny 0.002" in page if module is sft else "tiny 0.0001" in page
+
+
+@pytest.mark.parametrize("module, flags, complaint", [
+    (sft, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    (pagrpo, ["--step", "1"], "unrecognized arguments: --step"),
+    (pagrpo, ["--preset", "70b"], "invalid choice: '70b'"),
+    (pagrpo, ["--advantage", "ppo"], "invalid choice: 'ppo'"),
+    (sft, ["--steps", "many"], "invalid int value: 'many'"),
+    (evaluation, ["--bench", "toy", "--video", "x.mp4"], "give --bench NAME, or --video FILE"),
+    (evaluation, ["--video", "x.mp4"], "with --question TEXT")])
+def test_a_wrong_flag_is_named(module, flags, complaint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        module.main(flags)
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, expected", [
+    ("sft.py", ["hf download Qwen/Qwen2.5-VL-7B-Instruct", "hf download 1171-jpg/videop2r", "hf download Video-R1/Video-R1-data"]),
+    ("pagrpo.py", ["sft.py --preset 7b", "hf download 1171-jpg/videop2r"])])
+def test_missing_weights_and_data_are_one_error_with_the_commands_that_fetch_them(script, expected, tmp_path):
+    ended = subprocess.run([sys.executable, str(ROOT / script), "--preset", "7b"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b (chosen by flag)")
+    assert all(command in ended.stderr for command in expected) and "Traceback" not in ended.stderr
+
+
+def test_a_broken_record_file_ends_in_one_line(toy, base, tmp_path):
+    (tmp_path / "bad.json").write_text('[{"problem": "?"}]')
+    with pytest.raises(SystemExit, match=r"bad.json, record 1: lacks problem_type, solution, path, data_type"):
+        sft.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(tmp_path / "bad.json"),
+                  "--media", str(toy)])
+
+
+def test_check_counts_types_lengths_and_lost_media(toy, base, tmp_path, capsys):
+    rows = json.loads((toy / "sft.json").read_text())[:10]
+    rows[3]["path"] = "./nowhere.avi"
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit) as ended:
+        data.main(["check", str(tmp_path / "some.json"), "--media", str(toy), "--model", str(base)])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0, "one in ten is a loss a run survives"
+    for line in ("10 records, all well formed", "2  video, OCR", "10  with a trace", "nowhere.avi: no such file",
+                 "1 of 10 media cannot be read", "tokens of a prompt:  least"):
+        assert line in said
+
+
+def test_a_question_about_a_clip_is_answered(toy, base, capsys):
+    clip = next((toy / "heldout").glob("*.avi"))
+    evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(clip), "--question", "Which colour is first?",
+                     "--options", "red", "blue", "--max-response", "8"])
+    said = capsys.readouterr().out
+    assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "cut off after 8 tokens" in said
+
+
+def test_a_clip_that_is_none_is_named(base, tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit, match="empty.mp4: cannot be decoded"):
+        evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(tmp_path / "empty.mp4"), "--question", "?"])
+
+
+def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base, tmp_path, capsys):
+    pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"), "--media",
+                 str(toy), "--heldout", str(toy / "heldout.json"), "--steps", "1", "--questions", "2", "--max-response", "12"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")]
+    evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy), "--max-response", "12"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")] == table
+    assert json.loads((tmp_path / "pagrpo" / "eval-toy.json").read_text())["results"]["greedy"]["answer"]["n"] == 20

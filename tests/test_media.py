@@ -1,0 +1,259 @@
+"""Promise: what the vision tower gets is what the official processor would give it, and a file that cannot be read is a
+MediaError and nothing else."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as official
+
+import data
+from data import InputSettings, MediaError, frame_indices, media_path, patchify, read_image, read_video, smart_resize
+
+
+def noise(*shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A media root: good.avi with 20 frames at 5 a second, pictures/ with 7 frames, and much that is broken."""
+    root = tmp_path_factory.mktemp("media")
+    data.write_avi(root / "good.avi", noise(20, 42, 56, 3), 5)
+    for i, frame in enumerate(noise(7, 42, 56, 3)):
+        (root / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(frame).save(root / "pictures" / f"{i:03d}.png")
+    good = (root / "good.avi").read_bytes()
+    (root / "empty.avi").touch()
+    (root / "empty.png").touch()
+    (root / "garbage.avi").write_bytes(noise(4000).tobytes())
+    (root / "garbage.png").write_bytes(noise(4000).tobytes())
+    (root / "page.mp4").write_text("<html>404 Not Found</html>")
+    (root / "page.jpg").write_text("<html>404 Not Found</html>")
+    for share in (0.1, 0.5, 0.9):
+        (root / f"cut_{share}.avi").write_bytes(good[:int(share * len(good))])
+    picture = (root / "pictures" / "000.png").read_bytes()
+    (root / "cut.png").write_bytes(picture[:len(picture) // 2])
+    (root / "no_frames").mkdir()
+    (root / "no_frames" / "notes.txt").write_text("no pictures here")
+    (root / "broken_frames").mkdir()
+    (root / "broken_frames" / "000.png").write_bytes(picture[:100])
+    (root / "mixed_frames").mkdir()
+    for i, width in enumerate((56, 28)):
+        Image.fromarray(noise(28, width, 3)).save(root / "mixed_frames" / f"{i}.png")
+    return root
+
+
+class TestFrames:
+    @pytest.mark.parametrize("fps", [0.5, 1, 24, 29.97, 60])
+    @pytest.mark.parametrize("frames", [2, 4, 6, 16, 32])
+    def test_an_even_number_evenly_spread_with_first_and_last(self, fps, frames):
+        settings = InputSettings(frames=frames)
+        for total in [*range(1, 70), 500, 10_001]:
+            chosen = frame_indices(total, fps, settings)
+            assert len(chosen) % 2 == 0 and 2 <= len(chosen) <= frames
+            assert chosen[0] == 0 and chosen[-1] == total - 1
+            gaps = np.diff(chosen)
+            assert gaps.max() - gaps.min() <= 1, "rounding moves a frame by less than one place"
+
+    @pytest.mark.parametrize("total, chosen", [
+        (1, [0, 0]), (2, [0, 1]), (3, [0, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 3, 4])])
+    def test_short_clips_give_what_they_have(self, total, chosen):
+        assert frame_indices(total, 25.0, InputSettings()) == chosen
+
+    @pytest.mark.parametrize("seconds, count", [(1, 4), (2, 4), (3, 6), (5, 10), (8, 16), (9, 16), (600, 16)])
+    def test_two_frames_a_second_between_4_and_16(self, seconds, count):
+        assert len(frame_indices(30 * seconds, 30.0, InputSettings(frames=16, fps=2.0))) == count
+
+    def test_frames_and_seconds_of_a_video_file(self, media):
+        frames, seconds = read_video(media / "good.avi", InputSettings(frames=8))
+        chosen = [0, 3, 5, 8, 11, 14, 16, 19]
+        assert np.array_equal(frames, noise(20, 42, 56, 3)[chosen])
+        assert seconds == pytest.approx(2 * 20 / (5 * 8))
+
+    @pytest.mark.parametrize("total", [1, 2, 3, 5])
+    def test_frames_and_seconds_of_a_clip_of_a_few_frames(self, total, tmp_path):
+        data.write_avi(tmp_path / "short.avi", noise(total, 28, 28, 3), 4)
+        frames, seconds = read_video(tmp_path / "short.avi", InputSettings())
+        taken = 4 if total == 5 else 2
+        assert len(frames) == taken and seconds == pytest.approx(2 * total / (4 * taken))
+        assert np.array_equal(frames[[0, -1]], noise(total, 28, 28, 3)[[0, -1]])
+
+    def test_a_folder_of_frames_is_a_video(self, media):
+        frames, seconds = read_video(media / "pictures", InputSettings(fps=2.0))
+        assert np.array_equal(frames, noise(7, 42, 56, 3)[[0, 1, 2, 4, 5, 6]])
+        assert seconds == pytest.approx(2 * 7 / (2.0 * 6))
+
+    def test_numbered_frames_stand_in_the_order_of_their_numbers(self, tmp_path):
+        for i, frame in enumerate(noise(12, 28, 28, 3)):
+            Image.fromarray(frame).save(tmp_path / f"frame_{i}.png")
+        assert np.array_equal(read_video(tmp_path, InputSettings())[0], noise(12, 28, 28, 3))
+
+    def test_the_same_file_gives_the_same_frames_from_many_threads(self, media):
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(4) as pool:
+            several = list(pool.map(lambda _: read_video(media / "good.avi", InputSettings())[0], range(12)))
+        assert all(np.array_equal(frames, several[0]) for frames in several)
+
+
+class TestPatches:
+    @pytest.mark.parametrize("least, most", [
+        (128 * 784, 128 * 784), (784, 784), (4 * 784, 1280 * 784), (784, 256 * 784)])
+    def test_sizes_are_those_of_the_official_rule(self, least, most):
+        rng = np.random.default_rng(0)
+        for height, width in np.exp(rng.uniform(np.log(28), np.log(3000), (200, 2))).astype(int).tolist():
+            assert smart_resize(height, width, least, most) == \
+                official.smart_resize(height, width, min_pixels=least, max_pixels=most), (height, width)
+
+    def test_a_side_is_at_least_one_merged_patch(self):
+        """transformers rounds a side of less than 14 pixels to 0 first; Qwen's own utility, and we, to 28."""
+        assert smart_resize(10, 280, 784, 100 * 784) == (28, 280)
+        assert smart_resize(1, 1, 784, 100 * 784) == (28, 28)
+        assert smart_resize(20, 3900, 784, 16 * 784)[0] == 28
+
+    @pytest.mark.parametrize("height, width, least, most", [
+        (56, 84, 784, 100 * 784), (100, 140, 784, 64 * 784), (333, 77, 784, 16 * 784), (30, 40, 16 * 784, 64 * 784),
+        (28, 28, 784, 784), (61, 450, 32 * 784, 32 * 784)])
+    def test_a_picture_equals_the_official_processor(self, height, width, least, most):
+        picture = noise(height, width, 3)
+        expected = official.Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)(
+            images=[Image.fromarray(picture)], return_tensors="pt")
+        patches, grid = patchify(picture[None], least, most)
+        assert list(grid) == expected["image_grid_thw"][0].tolist() and grid[0] == 1
+        assert patches.dtype == torch.float32 and patches.shape == (grid[1] * grid[2], 3 * 2 * 14 * 14)
+        assert (patches - expected["pixel_values"]).abs().max() < 1e-5
+
+    def test_a_video_holds_two_frames_in_each_patch_as_the_official_processor_holds_one_twice(self):
+        frames = noise(6, 70, 100, 3)
+        processor = official.Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=100 * 784)
+        single = [processor(images=[Image.fromarray(f)], return_tensors="pt")["pixel_values"].view(-1, 3, 2, 196)
+                  for f in frames]
+        patches, grid = patchify(frames, 784, 100 * 784)
+        assert grid == (3, 4, 8)                             # 70 × 100 pixels become 56 × 112
+        patches = patches.view(3, -1, 3, 2, 196)             # steps, patches, colours, frames, pixels
+        for i in range(6):
+            assert (patches[i // 2, :, :, i % 2] - single[i][:, :, 0]).abs().max() < 1e-5
+
+    def test_patches_that_will_be_merged_are_neighbours(self):
+        """Every patch of a 4 × 4 grid is painted with its own brightness 10·row + column."""
+        rows, columns = np.mgrid[:56, :56] // 14
+        frame = np.repeat((10 * rows + columns)[..., None], 3, -1).astype(np.uint8)
+        patches, grid = patchify(np.stack([frame, frame]), 784, 100 * 784)
+        brightness = ((patches[:, 0] * data.STD[0] + data.MEAN[0]) * 255).round().int().tolist()
+        assert grid == (1, 4, 4)
+        assert brightness == [0, 1, 10, 11, 2, 3, 12, 13, 20, 21, 30, 31, 22, 23, 32, 33]
+
+    def test_the_last_frame_of_an_odd_number_is_its_own_partner(self):
+        frames = noise(3, 28, 28, 3)
+        patches, grid = patchify(frames, 784, 784)
+        assert grid == (2, 2, 2)
+        assert torch.equal(patches, patchify(frames[[0, 1, 2, 2]], 784, 784)[0])
+
+    def test_frames_are_left_as_they_were(self):
+        frames = noise(2, 28, 28, 3)
+        patchify(frames, 784, 784)[0].zero_()
+        assert np.array_equal(frames, noise(2, 28, 28, 3))
+
+
+class TestPictures:
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+    def test_every_kind_of_picture_is_read_as_three_colours(self, mode, tmp_path):
+        picture = Image.fromarray(noise(20, 30, 3)).convert(mode)
+        picture.save(tmp_path / "x", "JPEG" if mode == "CMYK" else "PNG")
+        pixels = read_image(tmp_path / "x")
+        assert pixels.shape == (1, 20, 30, 3) and pixels.dtype == np.uint8
+        if mode != "CMYK":
+            assert np.array_equal(pixels[0], np.asarray(picture.convert("RGB")))
+
+    def test_a_grey_picture_has_three_equal_colours(self, tmp_path):
+        Image.fromarray(noise(20, 30)).save(tmp_path / "grey.png")
+        assert np.array_equal(read_image(tmp_path / "grey.png")[0], noise(20, 30)[..., None].repeat(3, -1))
+
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_what_is_transparent_is_white(self, mode, tmp_path):
+        """Black writing on a transparent ground would otherwise be black on black."""
+        picture = Image.new("LA", (28, 28), (0, 0))
+        picture.paste((0, 255), (0, 0, 28, 14))
+        picture.convert("RGBA").convert(mode).save(tmp_path / "x.png")
+        pixels = read_image(tmp_path / "x.png")[0]
+        assert (pixels[:14] == 0).all() and (pixels[14:] == 255).all()
+
+
+class TestBrokenMedia:
+    @pytest.mark.parametrize("name", [
+        "missing.avi", "empty.avi", "garbage.avi", "page.mp4", "cut_0.1.avi", "cut_0.5.avi", "cut_0.9.avi",
+        "no_frames", "broken_frames", "mixed_frames"])
+    def test_a_video_that_cannot_be_read(self, media, name):
+        with pytest.raises(MediaError):
+            read_video(media / name, InputSettings())
+
+    @pytest.mark.parametrize("name", ["missing.png", "empty.png", "garbage.png", "page.jpg", "cut.png", "no_frames",
+                                      "good.avi"])
+    def test_a_picture_that_cannot_be_read(self, media, name):
+        with pytest.raises(MediaError):
+            read_image(media / name)
+
+    def test_a_picture_so_large_that_it_must_be_an_attack(self, media, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(MediaError):
+            read_image(media / "pictures" / "000.png")
+
+    @pytest.mark.parametrize("height, width", [(1, 300), (300, 1), (10, 2001)])
+    def test_a_picture_that_is_too_narrow(self, height, width):
+        with pytest.raises(MediaError, match="narrow"):
+            patchify(noise(1, height, width, 3), 784, 100 * 784)
+
+    def test_random_damage_is_never_another_error(self, media, tmp_path):
+        """Whether decord notices damage between two chosen frames is a matter of timing: both ends are borne."""
+        good, rng = (media / "good.avi").read_bytes(), np.random.default_rng(0)
+        for i in range(25):
+            damaged = np.frombuffer(good, np.uint8).copy()
+            damaged[rng.integers(0, 2000 if i % 2 else len(good), 20)] = rng.integers(0, 256, 20)
+            (tmp_path / f"{i}.avi").write_bytes(damaged.tobytes())
+            try:
+                frames, seconds = read_video(tmp_path / f"{i}.avi", InputSettings(frames=4))
+            except MediaError:
+                continue
+            assert len(frames) in (2, 4) and seconds > 0
+
+
+class TestPaths:
+    @pytest.mark.parametrize("path", ["good.avi", "./good.avi", "pictures/../good.avi", ".//good.avi"])
+    def test_a_path_inside_the_root_is_found(self, media, path):
+        assert media_path(media, path) == (media / "good.avi").resolve()
+
+    @pytest.mark.parametrize("path", ["missing.avi", "pictures/missing.png", "good.avi/inside"])
+    def test_a_file_that_is_not_there(self, media, path):
+        with pytest.raises(MediaError, match="no such file"):
+            media_path(media, path)
+
+    @pytest.mark.parametrize("path", ["/etc/passwd", "/", "..", "../secret.avi", "pictures/../../secret.avi",
+                                      "link.avi", "up/secret.avi"])
+    def test_a_path_that_leaves_the_root_is_refused(self, tmp_path, path):
+        root = tmp_path / "root"
+        (root / "pictures").mkdir(parents=True)
+        data.write_avi(tmp_path / "secret.avi", noise(2, 28, 28, 3), 2)
+        os.symlink(tmp_path / "secret.avi", root / "link.avi")
+        os.symlink(tmp_path, root / "up")
+        with pytest.raises(MediaError, match="leaves"):
+            media_path(root, path)
+
+    @pytest.mark.parametrize("path", ["a\0b.avi", "x" * 300 + ".avi", "y/" * 3000 + "x.avi", "loop/x.avi"],
+                             ids=["zero byte", "long name", "long path", "link to itself"])
+    def test_a_path_that_no_file_can_have(self, tmp_path, path):
+        os.symlink("loop", tmp_path / "loop")
+        with pytest.raises(MediaError):
+            media_path(tmp_path, path)
+
+    def test_a_neighbour_whose_name_begins_alike_is_outside(self, tmp_path):
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root2").mkdir()
+        (tmp_path / "root2" / "x.avi").touch()
+        with pytest.raises(MediaError, match="leaves"):
+            media_path(tmp_path / "root", "../root2/x.avi")
+
+    def test_a_root_behind_a_link_is_a_root(self, media, tmp_path):
+        os.symlink(media, tmp_path / "media")
+        assert media_path(tmp_path / "media", "good.avi").is_file()

@@ -1,0 +1,185 @@
+"""Promise: an answer scores what a careful reader would give it, however it is written down, and never by accident.
+Every table here is worked by hand."""
+import time
+
+import pytest
+
+from rewards import PROBLEM_TYPES, edit_distance, task_metric
+
+PETS = ("A. an apple", "B. a cat", "C. a dog", "D. 3")
+BARE = ("an apple", "a cat", "a dog", "3")
+
+
+def names(answer: str, options=PETS) -> str | None:
+    """The letter whose score an answer gets; at most one letter may pay for one answer."""
+    paying = [r for r in "ABCDEF"[:len(options) or 6] if task_metric("multiple choice", answer, r, options)]
+    assert len(paying) <= 1
+    return paying[0] if paying else None
+
+
+class TestMultipleChoice:
+    @pytest.mark.parametrize("options", [PETS, BARE, ("(A) an apple", "(B) a cat", "(C) a dog", "(D) 3")])
+    @pytest.mark.parametrize("answer", [
+        "B", "b", " B\n", "B.", "b.", "(B)", "(b)", "[B]", "**B**", "B)", "B:", "B. a cat", "B) A Cat.", "(B) a cat",
+        "B: a  cat", "a cat", "A cat.", '"a cat"'])
+    def test_one_option_can_be_named_in_many_ways(self, answer, options):
+        assert names(answer, options) == "B"
+
+    @pytest.mark.parametrize("answer", [
+        "E", "AB", "A, B", "A or B", "cat", "a cat and a dog", "neither", "?", "()", "B C", "Because", "4"])
+    def test_what_names_no_option_scores_nothing(self, answer):
+        assert names(answer) is None
+
+    def test_an_article_is_not_the_letter_a(self):
+        assert names("An apple") == "A", "here it is the text of A"
+        assert names("An apple", ("A. a pear", "B. a cat")) is None
+        assert names("a dog", ("A. a cat", "B. a dog")) == "B"
+        assert names("A dog", ("A. a cat", "B. a bird")) is None
+
+    def test_a_letter_before_the_text_of_another_option_contradicts_itself(self):
+        assert names("A. a cat") is None
+        assert names("C) an apple.") is None
+
+    def test_a_letter_before_a_text_of_no_option_counts_by_the_letter(self):
+        assert names("B. a small cat") == "B"
+
+    def test_a_text_that_several_letters_share_names_none_of_them(self):
+        shared = ("A. a cat", "B. a dog", "C. a cat")
+        assert names("a cat", shared) is None
+        assert [names(answer, shared) for answer in ("A", "B", "C", "a dog")] == ["A", "B", "C", "B"]
+        assert names("A. a cat", shared) == "A" and names("C. a cat", shared) == "C"
+
+    def test_a_text_that_is_a_number_is_found_as_text(self):
+        assert names("3") == "D"
+
+    def test_a_letter_alone_is_a_letter_even_where_it_is_the_text_of_another_option(self):
+        options = ("A. C", "B. A", "C. B")
+        assert [names(answer, options) for answer in ("A", "b", "(C)", "A. C", "B. A", "C. B")] == list("ABCABC")
+        assert names("A. B", options) is None
+
+    def test_options_that_stand_in_the_question_leave_the_letter(self):
+        assert names("(c)", ()) == "C" and names("a cat", ()) is None
+
+    def test_the_reference_may_be_a_text_too(self):
+        assert task_metric("multiple choice", "B", "a cat", PETS) == 1
+        assert task_metric("multiple choice", "E", "no such option", PETS) == 0
+
+
+class TestNumerical:
+    @pytest.mark.parametrize("answer, reference", [
+        ("1,000", "1000"), ("1000.0", "1,000"), ("1000", "1000.0"), ("1e3", "1000"), ("1,000.50", "1000.5"),
+        ("5.", "5"), (".5", "0.5"), ("1/2", "0.5"), ("-3", "-3.0"), ("−3", "-3"), ("+3", "3"), ("$12", "12"),
+        ("12 apples", "12"), ("50%", "50"), ("0", "0.0"), ("-0", "0"), ("007", "7"), ("0.1", "1e-1"), ("30 cm²", "30")])
+    def test_one_number_can_be_written_in_many_ways(self, answer, reference):
+        assert task_metric("numerical", answer, reference) == 1
+        assert task_metric("numerical", reference, answer) == 1
+
+    @pytest.mark.parametrize("answer, reference", [
+        ("1,00", "100"), ("1,00", "1"), ("1,0000", "10000"), ("0.1000001", "0.1"), ("3", "-3"), ("1 000", "1"),
+        ("5 or 6", "5"), ("5-3", "5"), ("1.2.3", "1.2"), ("12:30", "12"), ("twelve", "12"), ("1/0", "1"), ("x", "0"),
+        ("-", "0"), ("1_000", "1000")])
+    def test_another_number_or_no_number_scores_nothing(self, answer, reference):
+        assert task_metric("numerical", answer, reference) == 0
+
+    def test_a_reference_that_is_no_number_is_compared_as_text(self):
+        assert task_metric("numerical", " 12:30. ", "12:30") == 1
+        assert task_metric("numerical", "12:31", "12:30") == 0
+
+
+class TestRegression:
+    @pytest.mark.parametrize("answer, reference, score", [
+        ("10", "10", 1), ("9", "10", 0.9), ("11", "10", 0.9), ("15 cm", "10", 0.5), ("20", "10", 0), ("25", "10", 0),
+        ("0", "10", 0), ("-10", "10", 0), ("-9", "-10", 0.9), ("9", "-10", 0), ("1,100", "1000", 0.9),
+        ("9.62", "9.62", 1), ("0.75", "1/2", 0.5), ("ten", "10", 0), ("10", "ten", 0)])
+    def test_one_minus_the_relative_error(self, answer, reference, score):
+        assert task_metric("regression", answer, reference) == pytest.approx(score, abs=1e-12)
+
+    @pytest.mark.parametrize("answer, score", [("0", 1), ("0.0", 1), ("-0", 1), ("0.001", 0), ("5", 0), ("none", 0)])
+    def test_for_a_reference_of_zero_only_zero_is_right(self, answer, score):
+        assert task_metric("regression", answer, "0") == score
+
+
+@pytest.mark.parametrize("kind", ["numerical", "regression"])
+@pytest.mark.parametrize("answer", ["nan", "NaN", "inf", "-inf", "Infinity", "+inf", "1e1000000", "e5",
+                                    "9" * 400, "1e999"])
+@pytest.mark.parametrize("reference", ["5", "0", "-1"])
+def test_what_is_not_a_finite_number_scores_nothing(kind, answer, reference):
+    assert task_metric(kind, answer, reference) == 0
+
+
+@pytest.mark.parametrize("kind", ["numerical", "regression"])
+@pytest.mark.parametrize("answer", [
+    "9" * 20_000, "9" * 20_000 + "!", "$" + " " * 20_000 + "!", "1" + ",000" * 5_000, "0." + "0" * 20_000 + "?"])
+def test_a_flood_of_characters_is_no_number_and_costs_no_time(kind, answer):
+    started = time.perf_counter()
+    assert task_metric(kind, answer, "5") == 0
+    assert time.perf_counter() - started < 1
+
+
+class TestOCR:
+    @pytest.mark.parametrize("answer, reference, score", [
+        ("the cat sat", "the cat sat", 1),
+        ("  the \n cat  sat ", "the cat sat", 1),
+        ("the cat", "the cat sat", 2 / 3),                   # one deleted of three
+        ("the big cat sat", "the cat sat", 2 / 3),           # one inserted
+        ("the dog sat", "the cat sat", 2 / 3),               # one replaced
+        ("sat the cat", "the cat sat", 1 / 3),               # one inserted, one deleted
+        ("sat cat the", "the cat sat", 1 / 3),               # two replaced
+        ("dog", "the cat sat", 0),                           # one replaced, two deleted
+        ("a b c d e", "the cat", 0),                         # worse than nothing is nothing
+        ("The cat sat", "the cat sat", 2 / 3),               # what is written there, case included
+        ("1 4 = 4 + 2", "1 4 = 4 + 2 + 8", 6 / 8),
+    ])
+    def test_one_minus_the_word_error_rate(self, answer, reference, score):
+        assert task_metric("OCR", answer, reference) == pytest.approx(score)
+
+    @pytest.mark.parametrize("a, b, distance", [
+        ("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2)])
+    def test_the_edit_distance_of_textbooks(self, a, b, distance):
+        assert edit_distance(list(a), list(b)) == distance
+
+
+class TestFreeForm:
+    @pytest.mark.parametrize("answer, reference, score", [
+        ("the cat sat", "the cat sat down", (6 / 7 + 4 / 5 + 6 / 7) / 3),  # words 3 of 3 and 4, pairs 2 of 2 and 3
+        ("a b c", "c b a", (1 + 0 + 1 / 3) / 3),             # all words, no pair, one word in order
+        ("the the the", "the cat", (2 / 5 + 0 + 2 / 5) / 3),  # a word counts as often as the reference has it
+        ("a x b y c", "a b c", (6 / 8 + 0 + 6 / 8) / 3),     # in order, but never side by side
+        ("cat", "a cat", (2 / 3 + 0 + 2 / 3) / 3),
+        ("dogs bark", "the cat sat", 0),
+        ("?!", "the cat sat", 0),
+    ])
+    def test_the_mean_of_rouge_1_2_and_l(self, answer, reference, score):
+        assert task_metric("free-form", answer, reference) == pytest.approx(score)
+
+    @pytest.mark.parametrize("answer, score", [("cat", 1), ("Cat!", 1), ("a cat", 2 / 3), ("dog", 0)])
+    def test_a_reference_of_one_word_has_no_pairs_to_miss(self, answer, score):
+        assert task_metric("free-form", answer, "cat") == pytest.approx(score)
+
+    def test_case_and_punctuation_do_not_matter(self):
+        assert task_metric("free-form", "The cat, it SAT", "the cat; it sat.") == 1
+
+
+@pytest.mark.parametrize("kind, reference", [
+    *[("multiple choice", r) for r in ("A", "B", "d", "(C)", "B. a cat", "a dog", "3")],
+    *[("numerical", r) for r in ("0", "-1", "1,000", "3.50", "1/3", "$5", "12 apples", "12:30", "x = 3", "two")],
+    *[("regression", r) for r in ("0", "-0.5", "9.62", "1,234.5", "2e-3", "5 m")],
+    *[("OCR", r) for r in ("O", "1 4 = 4 + 2 + 8", r"\frac { 1 } { 2 }", "STOP", "出口", "don't walk")],
+    *[("free-form", r) for r in ("cat", "The person cracks an egg into the pan.", "猫 和 狗", "a a a", "it's 5 o'clock")],
+])
+def test_every_reference_scores_one_against_itself(kind, reference):
+    assert task_metric(kind, reference, reference, PETS) == 1
+
+
+@pytest.mark.parametrize("kind", PROBLEM_TYPES)
+@pytest.mark.parametrize("answer", [None, "", " ", "\n\t"])
+@pytest.mark.parametrize("reference", ["0", "A", "a cat"])
+def test_no_answer_scores_nothing(kind, answer, reference):
+    assert task_metric(kind, answer, reference, PETS) == 0
+
+
+@pytest.mark.parametrize("kind", ["multiple-choice", "ocr", "", "poem"])
+@pytest.mark.parametrize("answer", ["A", None])
+def test_an_unknown_problem_type_is_an_error_that_names_the_known_ones(kind, answer):
+    with pytest.raises(ValueError, match="unknown problem_type.*multiple choice"):
+        task_metric(kind, answer, "A")

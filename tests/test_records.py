@@ -1,0 +1,290 @@
+"""Promise: a record is read as it was meant or refused by name; one whose medium cannot be read is skipped, counted and
+named, and never gets somebody else's clip; the order of records is a pure function of the seed."""
+import gzip
+import itertools
+import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data import Examples, patchify, read_records, read_video, step_indices
+from model import read_config
+
+ROW = {"problem_id": 7, "problem": "Which pet?", "options": ["A. a cat", "B. a dog"], "solution": "<answer>B</answer>",
+       "path": "./clips/1.mp4", "data_type": "video", "problem_type": "multiple choice",
+       "observation": "<observation>a dog barks</observation>", "process": "<think>so it is a dog</think>"}
+
+
+def lines(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+class TestReading:
+    @pytest.mark.parametrize("content", [
+        pytest.param(gzip.compress(json.dumps([ROW, ROW]).encode()), id="gzip list"),
+        pytest.param(json.dumps([ROW, ROW], indent=2).encode(), id="list"),
+        pytest.param(lines(ROW, ROW).encode(), id="lines"),
+        pytest.param((lines(ROW, ROW) + "\n\n").encode(), id="lines with blanks"),
+        pytest.param(lines(ROW, ROW).replace("\n", "\r\n").encode(), id="lines of Windows"),
+        pytest.param(gzip.compress(lines(ROW, ROW).encode()), id="gzip lines"),
+        pytest.param(b"\xef\xbb\xbf" + json.dumps([ROW, ROW]).encode(), id="list with byte order mark"),
+        pytest.param(b"\xef\xbb\xbf" + lines(ROW, ROW).encode(), id="lines with byte order mark"),
+        pytest.param(gzip.compress(b"\xef\xbb\xbf \n" + json.dumps([ROW, ROW]).encode()), id="gzip, mark and blanks"),
+    ])
+    def test_a_list_or_lines_plain_or_gzip_are_the_same_records(self, content, tmp_path):
+        (tmp_path / "any.name").write_bytes(content)
+        first, second = read_records(tmp_path / "any.name", traces=True)
+        assert first == second
+        assert (first.problem_id, first.question, first.options) == ("7", "Which pet?", ("A. a cat", "B. a dog"))
+        assert (first.problem_type, first.reference, first.path, first.data_type) == \
+            ("multiple choice", "B", "./clips/1.mp4", "video")
+        assert (first.observation, first.think) == ("a dog barks", "so it is a dog"), "without their tags"
+
+    def read(self, folder, **changes):
+        (folder / "one.json").write_text(json.dumps([ROW | changes]))
+        return read_records(folder / "one.json")[0]
+
+    @pytest.mark.parametrize("options, read", [
+        (["A. a cat", "B. a dog"], ("A. a cat", "B. a dog")),
+        ("['A. a cat', 'B. a dog']", ("A. a cat", "B. a dog")),
+        ('["A. it\'s a cat", "B. a dog"]', ("A. it's a cat", "B. a dog")),
+        ("[]", ()), ([], ()), ("", ()), (None, ())])
+    def test_options_are_a_list_or_a_text_that_holds_one(self, options, read, tmp_path):
+        assert self.read(tmp_path, options=options).options == read
+
+    def test_options_may_be_left_out(self, tmp_path):
+        (tmp_path / "one.json").write_text(json.dumps([{k: v for k, v in ROW.items() if k != "options"}]))
+        assert read_records(tmp_path / "one.json")[0].options == ()
+
+    @pytest.mark.parametrize("solution, reference", [
+        ("<answer>B</answer>", "B"), ("<answer> B \n</answer>", "B"), ("B", "B"), (" B ", "B"), (12, "12"),
+        (0.5, "0.5"), (0, "0"), ("<answer>The cat < the dog</answer>", "The cat < the dog")])
+    def test_the_reference_stands_in_tags_or_bare(self, solution, reference, tmp_path):
+        assert self.read(tmp_path, problem_type="free-form", solution=solution).reference == reference
+
+    def test_a_line_ends_where_a_line_ends_not_inside_a_text(self, tmp_path):
+        row = ROW | {"problem": "Which pet?\u2028Say\x85it."}
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in (row, ROW)), "utf-8")
+        assert [r.question for r in read_records(tmp_path / "a.jsonl")] == [row["problem"], ROW["problem"]]
+
+    def test_a_record_in_which_every_value_is_a_text(self, tmp_path):
+        row = self.read(tmp_path, problem_id="5", options="[]", problem_type="regression",
+                        solution="<answer>9.62</answer>")
+        assert (row.problem_id, row.options, row.reference) == ("5", (), "9.62")
+
+    def test_traces_are_needed_only_where_they_are_asked_for(self, tmp_path):
+        bare = {k: v for k, v in ROW.items() if k not in ("observation", "process")}
+        (tmp_path / "rl.json").write_text(json.dumps([bare]))
+        assert read_records(tmp_path / "rl.json")[0].observation == ""
+        with pytest.raises(ValueError, match="record 1: lacks observation, process"):
+            read_records(tmp_path / "rl.json", traces=True)
+
+
+class TestRefusing:
+    @pytest.mark.parametrize("changes, reason", [
+        ({"problem_type": "poem"}, "unknown problem_type 'poem'"),
+        ({"problem_type": ["OCR"]}, "unknown problem_type"),
+        ({"data_type": "audio"}, "data_type is 'audio'"),
+        ({"problem": None}, "lacks problem"),
+        ({"problem": "  "}, "lacks problem"),
+        ({"solution": ""}, "lacks solution"),
+        ({"path": None, "data_type": ""}, "lacks path, data_type"),
+        ({"options": "A. a cat"}, "options are no list"),
+        ({"options": "['A. a cat'"}, "options are no list"),
+        ({"options": {"A": "a cat"}}, "options are no list"),
+        ({"options": ["A. a cat", 2]}, "options are no list"),
+        ({"options": "print('hello')"}, "options are no list"),
+        ({"options": ["A. a cat"]}, "one option"),
+        ({"problem": 5}, "problem: not a text"),
+        ({"path": ["./clips/1.mp4"]}, "path: not a text"),
+        ({"solution": "<answer> </answer>"}, "solution holds no answer"),
+        ({"solution": "<answer>A</answer><answer>B</answer>"}, "or several"),
+    ])
+    @pytest.mark.parametrize("write", [lambda rows: json.dumps(rows), lambda rows: lines(*rows)], ids=["list", "lines"])
+    def test_a_wrong_record_is_named_by_file_and_number(self, write, changes, reason, tmp_path):
+        (tmp_path / "train.json").write_text(write([ROW, ROW, ROW | changes, ROW]))
+        with pytest.raises(ValueError, match=f"train.json, record 3: .*{reason}"):
+            read_records(tmp_path / "train.json")
+
+    @pytest.mark.parametrize("name", ["problem", "problem_type", "solution", "path", "data_type"])
+    def test_a_missing_field_is_named(self, name, tmp_path):
+        (tmp_path / "train.json").write_text(json.dumps([ROW, {k: v for k, v in ROW.items() if k != name}]))
+        with pytest.raises(ValueError, match=f"train.json, record 2: lacks {name}$"):
+            read_records(tmp_path / "train.json")
+
+    @pytest.mark.parametrize("row", ["a text", 5, None, [ROW]])
+    def test_what_is_no_object_is_no_record(self, row, tmp_path):
+        (tmp_path / "train.json").write_text(json.dumps([ROW, row]))
+        with pytest.raises(ValueError, match="train.json, record 2: is a .*, not an object"):
+            read_records(tmp_path / "train.json")
+
+    def test_a_broken_line_is_named_by_its_number(self, tmp_path):
+        (tmp_path / "train.jsonl").write_text(lines(ROW, ROW) + '\n\n{"problem": "cut o')
+        with pytest.raises(ValueError, match="train.jsonl, line 4: not JSON"):
+            read_records(tmp_path / "train.jsonl")
+
+    whole = gzip.compress(json.dumps([ROW] * 50).encode())
+
+    @pytest.mark.parametrize("content, reason", [
+        pytest.param(b"", "no records", id="empty"),
+        pytest.param(b" \n\n", "no records", id="blank"),
+        pytest.param(b"[]", "no records", id="empty list"),
+        pytest.param(gzip.compress(b""), "no records", id="empty gzip"),
+        pytest.param(whole[:len(whole) // 2], "gzip", id="half a gzip"),
+        pytest.param(whole[:15], "gzip", id="the head of a gzip"),
+        pytest.param(whole[:40] + bytes(20) + whole[60:], "gzip", id="damaged gzip"),
+        pytest.param(json.dumps([ROW, ROW])[:-30].encode(), "not JSON", id="half a list"),
+        pytest.param(b"PK\x03\x04\xff\xfe\x00", "neither text nor whole gzip", id="a zip"),
+        pytest.param(b"<html>404</html>", "line 1: not JSON", id="a web page"),
+    ])
+    def test_a_file_that_holds_no_records_is_named(self, content, reason, tmp_path):
+        (tmp_path / "train.json").write_bytes(content)
+        with pytest.raises(ValueError, match=f"train.json.*{reason}"):
+            read_records(tmp_path / "train.json")
+
+    def test_a_file_that_is_not_there_is_named(self, tmp_path):
+        with pytest.raises(ValueError, match="train.json: no such file"):
+            read_records(tmp_path / "train.json")
+
+
+@pytest.fixture(scope="module")
+def records(toy):
+    return read_records(toy / "sft.json")
+
+
+@pytest.fixture
+def load(toy, base, vocabulary, tiny_settings, tmp_path):
+    """Examples over the toy world, with a log in skipped.txt."""
+    def build(records, **changes):
+        return Examples(records, toy, vocabulary, read_config(base), replace(tiny_settings, **changes),
+                        log=tmp_path / "skipped.txt")
+    return build
+
+
+def without_media(records, lost):
+    return [replace(r, path=f"./sft/gone{i}.avi") if i in lost else r for i, r in enumerate(records)]
+
+
+class TestSkipping:
+    def test_a_missing_medium_is_skipped_counted_and_named(self, records, load, tmp_path):
+        examples = load(without_media(records, {2, 5}))
+        found = [examples[i] for i in range(12)]
+        assert [i for i, example in enumerate(found) if example is None] == [2, 5] == sorted(examples.skipped)
+        assert all(reason.startswith("media: ") for reason in examples.skipped.values())
+        logged = (tmp_path / "skipped.txt").read_text().splitlines()
+        assert [line.split("\t")[0] for line in logged] == ["./sft/gone2.avi", "./sft/gone5.avi"]
+        assert all("no such file" in line for line in logged)
+
+    def test_a_record_that_is_asked_for_again_is_not_counted_again(self, records, load, tmp_path):
+        examples = load(without_media(records, {0}))
+        assert [examples[0] for _ in range(3)] == [None] * 3
+        assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 1
+
+    def test_losses_can_be_counted_while_threads_find_more(self, records, load):
+        examples, pause = load(records * 500), sys.getswitchinterval()
+        examples.log = None
+        sys.setswitchinterval(1e-6)                          # threads take turns as often as they can
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                job = pool.submit(lambda: [examples.skip(i, "prompt: too long") for i in range(len(examples))])
+                while not job.done():
+                    examples.check_losses()
+        finally:
+            sys.setswitchinterval(pause)
+        assert len(examples.skipped) == 20_000
+
+    def test_every_question_keeps_its_own_clip(self, records, load, toy, tiny_settings):
+        examples = load(without_media(records, {1, 4, 6}))
+        steps = [range(0, 5), range(5, 10), range(10, 20)]
+        yielded = [example for step in examples.ahead(steps) for example in step]
+        assert [e.record for e in yielded] == [r for i, r in enumerate(records[:20]) if i not in (1, 4, 6)]
+        for e in yielded:
+            frames, _ = read_video(toy / e.record.path, tiny_settings)
+            assert torch.equal(e.pixels, patchify(frames, 784, 784)[0])
+
+    def test_too_many_missing_media_stop_the_run_with_a_hint(self, records, load):
+        examples = load(without_media(records, {0, 3, 6, 9, 12}))
+        with pytest.raises(ValueError, match=r"5 of 20 media .*gone0\.avi.*right media folder\?.*data.py check"):
+            list(examples.ahead([range(20)]))
+
+    def test_one_in_five_is_borne(self, records, load):
+        examples = load(without_media(records, {0, 3, 6, 9}))
+        assert [len(step) for step in examples.ahead([range(20)])] == [16]
+
+    def test_a_few_records_are_no_evidence(self, records, load):
+        examples = load(without_media(records, range(5)))
+        assert [len(step) for step in examples.ahead([range(5), range(5, 10)])] == [0, 5]
+
+    def test_a_prompt_that_is_too_long_is_skipped_and_counted_never_cut(self, records, load, tmp_path):
+        whole = load(records)
+        lengths = [len(whole[i].ids) for i in range(20)]
+        limit = (min(lengths) + max(lengths)) // 2
+        examples = load(records, max_prompt=limit)
+        assert 0 < sum(n > limit for n in lengths) < 20
+        for i, n in enumerate(lengths):
+            assert examples[i] is None if n > limit else torch.equal(examples[i].ids, whole[i].ids)
+        assert Counter(reason.split(":")[0] for reason in examples.skipped.values()) == \
+            {"prompt": sum(n > limit for n in lengths)}
+        assert str(limit) in (tmp_path / "skipped.txt").read_text()
+        examples.check_losses()                              # long prompts are no missing media
+
+
+class TestAhead:
+    @pytest.mark.parametrize("workers", [1, 4])
+    def test_steps_come_in_order(self, records, load, workers):
+        steps = [step_indices(40, 6, step, seed=1) for step in range(8)]
+        for indices, examples in zip(steps, load(records, workers=workers).ahead(steps), strict=True):
+            assert [e.record for e in examples] == [records[i] for i in indices]
+
+    def test_only_a_few_steps_are_read_ahead(self, records, load):
+        asked = []
+        endless = (asked.append(step) or step_indices(40, 2, step, seed=0) for step in itertools.count())
+        reading = load(records).ahead(endless)
+        for step in range(4):
+            next(reading)
+            assert len(asked) <= step + 3
+        reading.close()
+
+    def test_no_steps_are_no_work(self, records, load):
+        assert list(load(records).ahead([])) == []
+
+
+class TestCache:
+    def test_kept_media_stay_under_the_limit(self, records, load):
+        one = load(records)[0].pixels.nbytes
+        examples = load(records, cache_gb=3.5 * one / 2 ** 30)
+        first = [examples[i] for i in range(10)]
+        assert len(examples.kept) == 3 and sum(e.pixels.nbytes for e in examples.kept.values()) <= 3.5 * one
+        again = [examples[i] for i in range(10)]
+        assert [a is b for a, b in zip(first, again)] == [True] * 3 + [False] * 7
+        assert all(torch.equal(a.ids, b.ids) and torch.equal(a.pixels, b.pixels) for a, b in zip(first, again))
+
+    def test_no_room_keeps_nothing(self, records, load):
+        examples = load(records, cache_gb=0.0)
+        assert examples[0] is not None and not examples.kept
+
+
+class TestOrder:
+    @pytest.mark.parametrize("count, size", [(10, 1), (10, 3), (10, 10), (7, 20)])
+    def test_every_epoch_is_a_shuffle_of_all_records(self, count, size):
+        flat = [i for step in range(3 * count) for i in step_indices(count, size, step, seed=0)]
+        for epoch in range(3):
+            assert sorted(flat[epoch * count:(epoch + 1) * count]) == list(range(count))
+        assert flat[:count] != flat[count:2 * count]
+
+    def test_a_step_is_a_pure_function_of_seed_and_number(self):
+        forwards = [step_indices(50, 7, step, seed=3) for step in range(30)]
+        backwards = [step_indices(50, 7, step, seed=3) for step in reversed(range(30))]
+        assert forwards == backwards[::-1]
+
+    def test_the_size_of_a_step_does_not_change_the_order(self):
+        small = [i for step in range(12) for i in step_indices(50, 5, step, seed=3)]
+        large = [i for step in range(4) for i in step_indices(50, 15, step, seed=3)]
+        assert small == large
+
+    def test_seeds_shuffle_apart(self):
+        assert len({tuple(step_indices(50, 50, 0, seed)) for seed in range(20)}) == 20

@@ -1,0 +1,82 @@
+"""Promise: a token is drawn from the distribution that is scored, from numbers fixed beforehand, and some tokens can
+never be drawn."""
+import torch
+
+from data import Examples, collate, read_records
+from model import choose, load_model
+from pagrpo import question_uniforms
+
+
+def test_inverting_the_cumulative_distribution_draws_each_token_as_often_as_it_should():
+    p = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    u = (torch.arange(1000) + 0.5) / 1000
+    tokens, logprobs = choose(p.log().expand(1000, -1).float(), u, 1.0, 1.0)
+    assert torch.bincount(tokens, minlength=4).tolist() == [500, 0, 200, 300]
+    assert torch.allclose(logprobs.exp(), p[tokens], atol=1e-6)
+
+
+def test_the_smallest_and_the_largest_number_draw_possible_tokens():
+    logits = torch.full((2, 6), -1e30)
+    logits[:, 2:4] = 0.0
+    tokens, _ = choose(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
+    assert tokens.tolist() == [2, 3]
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_its_share():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    u = (torch.arange(100) + 0.5) / 100
+    tokens, logprobs = choose(logits.expand(100, -1), u, 1.0, 0.7)
+    assert sorted(set(tokens.tolist())) == [1, 3], "0.5 alone is too little, 0.5 + 0.25 is enough"
+    assert torch.allclose(logprobs.exp().unique(), torch.tensor([1 / 3, 2 / 3])), "renormalised: what they were drawn from"
+    assert set(choose(logits.expand(100, -1), u, 1.0, 0.001)[0].tolist()) == {1}
+
+
+def test_temperature_sharpens_and_zero_is_greedy():
+    logits = torch.tensor([[1.0, 2.0, 0.0]])
+    _, logprob = choose(logits, torch.tensor([0.5]), 0.5, 1.0)
+    assert torch.allclose(logprob, (logits / 0.5).log_softmax(-1)[:, 1])
+    assert choose(logits, torch.tensor([0.999]), 0.0, 1.0)[0].item() == 1
+
+
+def test_placeholders_and_padding_are_never_sampled_and_never_scored(toy, base, vocabulary, tiny_settings):
+    model = vocabulary.restrict(load_model(base))
+    banned = model.banned.tolist()
+    with torch.no_grad():                                    # a model that would love to say nothing else
+        model.model.embed_tokens.weight[banned] *= 50
+    examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
+    prompts = collate([examples[0], examples[1]])
+    sampled = model.generate(prompts, torch.rand(2, 8, 30, generator=torch.Generator().manual_seed(0)), [0])
+    assert not set(sampled.tokens.flatten().tolist()) & (set(banned) - {0})
+    scored, entropy = model.logprobs(prompts, torch.full((2, 1, 2), banned[0]), torch.full((2, 1), 2))
+    assert bool((scored < -1e20).all()) and bool(torch.isfinite(entropy).all())
+    assert {vocabulary.id["<|video_pad|>"], vocabulary.id["<|image_pad|>"], len(vocabulary.bytes)} <= set(banned)
+
+
+def test_a_response_ends_with_any_of_several_stop_tokens_and_nothing_follows(toy, base, vocabulary, tiny_settings):
+    model = vocabulary.restrict(load_model(base))
+    examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
+    prompts, uniforms = collate([examples[0]]), torch.rand(1, 32, 40, generator=torch.Generator().manual_seed(1))
+    stops = list(range(8, 60))
+    out = model.generate(prompts, uniforms, stops)
+    ends = {out.tokens[0, g, n - 1].item() for g, n in enumerate(out.lengths[0].tolist()) if out.finished[0, g]}
+    assert len(ends) > 1 and ends <= set(stops)
+    for g, n in enumerate(out.lengths[0].tolist()):
+        assert not set(out.tokens[0, g, :n - 1].tolist()) & set(stops)
+        assert bool((out.tokens[0, g, n:] == 0).all()) and bool((out.logprobs[0, g, n:] == 0).all())
+
+
+def test_a_response_that_meets_the_limit_says_so(toy, base, vocabulary, tiny_settings):
+    model = vocabulary.restrict(load_model(base))
+    examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
+    out = model.generate(collate([examples[0]]), torch.rand(1, 4, 3), stop_ids=[383])
+    assert out.lengths.tolist() == [[3, 3, 3, 3]] and not bool(out.finished.any())
+
+
+def test_random_numbers_belong_to_seed_step_and_question(toy, base, vocabulary, tiny_settings):
+    config = load_model(base).config
+    examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, config, tiny_settings)
+    draw = lambda seed, stream, i: question_uniforms(seed, stream, examples[i], 4, 10)
+    assert torch.equal(draw(0, "step 3", 1), draw(0, "step 3", 1))
+    others = [draw(1, "step 3", 1), draw(0, "step 4", 1), draw(0, "step 3", 2)]
+    assert not any(torch.equal(draw(0, "step 3", 1), other) for other in others)
+    assert float(draw(0, "step 3", 1).max()) < 1

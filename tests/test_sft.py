@@ -1,0 +1,108 @@
+"""Promise: SFT teaches the response and nothing else, with one denominator however a step is cut up."""
+import json
+
+import pytest
+import torch
+
+import sft
+from data import Examples, collate, read_records
+from model import load_model
+from sft import Settings, World, learning_rate, make_optimizer, micro_batches, sft_loss, trace_tokens
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def traces(toy, base, vocabulary, tiny_settings):
+    model = vocabulary.restrict(load_model(base))
+    examples = Examples(read_records(toy / "sft.json", traces=True), toy, vocabulary, model.config, tiny_settings)
+    return model, [examples[i] for i in range(6)]
+
+
+def test_the_loss_is_the_cross_entropy_of_response_tokens(traces, vocabulary):
+    model, (example, *_) = traces
+    loss, count = sft_loss(model, [example], vocabulary, "p2r", "cpu")
+    tokens, lengths = trace_tokens([example], vocabulary, "p2r")
+    assert count == lengths.item() and tokens[0, 0, -1] == vocabulary.id["<|im_end|>"], "the stop token is learned too"
+    assert vocabulary.decode(tokens[0, 0].tolist()).startswith("<observation>")
+    logprobs, _ = model.logprobs(collate([example]), tokens, lengths)
+    assert loss.item() == pytest.approx(-logprobs.sum().item())
+
+
+def test_prompt_video_and_padding_carry_no_loss(traces, vocabulary, monkeypatch):
+    """Every place at which the model is asked for a distribution predicts a token of the response."""
+    model, examples = traces
+    asked = []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: asked.append(len(hidden)) or logits(hidden))
+    _, count = sft_loss(model, examples, vocabulary, "p2r", "cpu")
+    _, lengths = trace_tokens(examples, vocabulary, "p2r")
+    assert len(set(lengths.flatten().tolist())) > 1 and sum(asked) == count == int(lengths.sum())
+
+
+def test_other_words_in_the_prompt_of_another_example_change_nothing(traces, vocabulary):
+    """A ragged batch is the sum of its examples: padding and neighbours do not leak."""
+    model, examples = traces
+    together, _ = sft_loss(model, examples, vocabulary, "p2r", "cpu")
+    alone = sum(sft_loss(model, [e], vocabulary, "p2r", "cpu")[0] for e in examples)
+    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_the_baseline_template_has_no_observation(traces, vocabulary):
+    _, examples = traces
+    tokens, lengths = trace_tokens(examples, vocabulary, "think")
+    for row, n in zip(tokens[:, 0], lengths[:, 0]):
+        text = vocabulary.decode(row[:n].tolist())
+        assert text.startswith("<think>") and "observation" not in text
+
+
+def gradients_of_a_step(model, examples, vocabulary, micro):
+    model.zero_grad()
+    total = int(trace_tokens(examples, vocabulary, "p2r")[1].sum())
+    for part, weight in micro_batches(examples, micro, ALONE, model, vocabulary):
+        (sft_loss(model, part, vocabulary, "p2r", "cpu")[0] * weight / total).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_micro_batches_add_up_to_the_whole_batch(traces, vocabulary, micro):
+    model, examples = traces
+    whole, parts = (gradients_of_a_step(model, examples, vocabulary, size) for size in (6, micro))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts))
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    settings = Settings(lr=1.0, warmup=4)
+    rates = [learning_rate(s, 104, settings) for s in range(104)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[54] == pytest.approx(0.5) and 0 < rates[-1] < 0.001
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:]))
+
+
+def test_weight_decay_spares_norms_and_biases(traces):
+    model, _ = traces
+    decayed, spared = make_optimizer(model, Settings(weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() > 1 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_a_gradient_that_is_not_a_number_changes_no_weight(traces):
+    model, _ = traces
+    optimizer = make_optimizer(model, Settings(lr=0.1))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    norm = sft.update(model, optimizer, 0.1, 1.0)
+    assert norm != norm and all(torch.equal(a, p) for a, p in zip(before, model.parameters()))
+
+
+def test_a_short_run_learns_logs_and_reports_held_out_loss(toy, base, tmp_path, capsys):
+    sft.main(["--out", str(tmp_path), "--model", str(base), "--data", str(toy / "sft.json"), "--media", str(toy),
+              "--heldout", str(toy / "heldout.json"), "--steps", "12", "--batch", "16", "--preset", "tiny"])
+    said = capsys.readouterr().out
+    assert said.startswith("Preset tiny (chosen by flag)") and "held-out loss" in said
+    lines = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_gb", "skipped"} <= lines[0].keys()

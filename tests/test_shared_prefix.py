@@ -1,0 +1,111 @@
+"""Promise: the shared prompt changes nothing. Reading a prompt once for its group gives the log-probabilities and
+gradients of G separate sequences, and what was scored is what was sampled."""
+import pytest
+import torch
+
+from data import Examples, collate, read_records
+from model import Prompts, load_model
+
+
+@pytest.fixture(scope="module")
+def batch(toy, base, vocabulary, tiny_settings):
+    """A model, a ragged batch of three prompts, and two responses to each."""
+    model = vocabulary.restrict(load_model(base))
+    examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
+    prompts = collate([examples[0], examples[1], examples[4]])
+    assert len(set(prompts.lengths.tolist())) > 1, "the lesson needs prompts of different lengths"
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(8, 300, (3, 2, 7), generator=generator)
+    lengths = torch.tensor([[7, 3], [1, 6], [5, 7]])
+    return model, prompts, tokens, lengths
+
+
+def whole_sequence_logprobs(model, prompts, tokens, lengths):
+    """The plain way: each response behind its own copy of the prompt, logits everywhere, no cache and no padding."""
+    result, patches = torch.zeros(tokens.shape), 0
+    for b, p in enumerate(prompts.lengths.tolist()):
+        count = prompts.grid[b][0] * prompts.grid[b][1] * prompts.grid[b][2]
+        pixels, patches = prompts.pixels[patches:patches + count], patches + count
+        for g, n in enumerate(lengths[b].tolist()):
+            ids = torch.cat([prompts.ids[b, :p], tokens[b, g, :n]])[None]
+            behind = (prompts.next_position[b] + torch.arange(n)).expand(3, 1, n)
+            positions = torch.cat([prompts.positions[:, b:b + 1, :p], behind], dim=-1)
+            alone = Prompts(ids, torch.tensor([p + n]), positions, prompts.next_position[b:b + 1], pixels, [prompts.grid[b]])
+            logprobs = model(alone)[0, p - 1:-1].log_softmax(-1)
+            result[b, g, :n] = logprobs.gather(-1, tokens[b, g, :n, None])[:, 0]
+    return result
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_logprobs_equal_those_of_separate_sequences(batch):
+    model, prompts, tokens, lengths = batch
+    logprobs, _ = model.logprobs(prompts, tokens, lengths)
+    expected = whole_sequence_logprobs(model, prompts, tokens, lengths)
+    assert (logprobs - expected).abs().max() < 1e-5
+    assert bool((logprobs[0, 1, 3:] == 0).all()), "nothing is scored after the end"
+
+
+def test_gradients_equal_those_of_separate_sequences(batch):
+    model, *inputs = batch
+    weights = torch.randn(inputs[1].shape, generator=torch.Generator().manual_seed(1))
+    shared = gradients(model, (model.logprobs(*inputs)[0] * weights).sum())
+    plain = gradients(model, (whole_sequence_logprobs(model, *inputs) * weights).sum())
+    for name, grad in plain.items():
+        assert torch.linalg.norm(shared[name] - grad) <= 1e-4 * torch.linalg.norm(grad) + 1e-7, name
+
+
+def test_recomputing_blocks_in_backward_changes_no_gradient(batch):
+    model, *inputs = batch
+    plain = gradients(model, model.logprobs(*inputs)[0].sum())
+    model.save_memory = True
+    saved = gradients(model, model.logprobs(*inputs)[0].sum())
+    model.save_memory = False
+    assert all(torch.allclose(plain[name], saved[name], atol=1e-6) for name in plain)
+
+
+def test_logits_in_chunks_change_no_logprob_and_no_gradient(batch, monkeypatch):
+    model, *inputs = batch
+    whole = model.logprobs(*inputs)
+    plain = gradients(model, whole[0].sum())
+    seen = []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 4 * model.config.vocab_size)
+    chunked = model.logprobs(*inputs)
+    chunked_gradients = gradients(model, chunked[0].sum())
+    assert max(seen) == 4 and sum(seen[:len(seen) // 2 + 1]) >= int(inputs[2].sum()), "only response places, four at a time"
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, chunked))
+    assert all(torch.allclose(plain[name], chunked_gradients[name], atol=1e-5) for name in plain)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_was_sampled_is_what_is_scored(batch, vocabulary, temperature):
+    model, prompts, _, _ = batch
+    uniforms = torch.rand(3, 4, 20, generator=torch.Generator().manual_seed(2))
+    sampled = model.generate(prompts, uniforms, vocabulary.stop_ids, temperature)
+    logprobs, _ = model.logprobs(prompts, sampled.tokens, sampled.lengths, temperature)
+    assert (logprobs - sampled.logprobs).abs().max() < 1e-4
+
+
+def test_a_group_samples_what_its_members_would_sample_alone(batch, vocabulary):
+    model, prompts, _, _ = batch
+    uniforms = torch.rand(3, 3, 12, generator=torch.Generator().manual_seed(3))
+    together = model.generate(prompts, uniforms, vocabulary.stop_ids)
+    for g in range(3):
+        alone = model.generate(prompts, uniforms[:, g:g + 1], vocabulary.stop_ids)
+        width = alone.tokens.shape[-1]
+        assert torch.equal(together.tokens[:, g, :width], alone.tokens[:, 0])
+        assert torch.equal(together.lengths[:, g], alone.lengths[:, 0])
+
+
+def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from(batch):
+    model, prompts, tokens, lengths = batch
+    _, entropy = model.logprobs(prompts, tokens, lengths)
+    hidden, _ = model.prefill(prompts)
+    p = model.logits(hidden[0, prompts.lengths[0] - 1][None]).softmax(-1)[0]
+    assert entropy[0, 0, 0].item() == pytest.approx(-(p * p.clamp_min(1e-38).log()).sum().item(), abs=1e-4)

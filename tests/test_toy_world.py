@@ -1,0 +1,238 @@
+"""Promise: the toy world tells the truth. Clips show what their records say, answers follow from what is shown, the
+rule judge is exact, and the same seed always writes the same bytes."""
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+import data
+from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, parse, rule_judge,
+                     task_metric, toy_answer)
+
+SMALL = {"sft": 25, "rl": 10, "heldout": 10}
+SHOWN = re.compile(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b")
+
+
+@pytest.fixture(scope="module")
+def records(toy):
+    return {split: data.read_records(toy / f"{split}.json", traces=True) for split in ("sft", "rl", "heldout")}
+
+
+@pytest.fixture(scope="module")
+def every(records):
+    return [record for split in records.values() for record in split]
+
+
+@pytest.fixture(scope="module")
+def texts(every):
+    settings = data.InputSettings(prompt="short")
+    return [text for r in every for text in (data.instruction(r, settings), data.trace_text(r, "p2r"),
+                                             data.trace_text(r, "think"))]
+
+
+def claim(record, observation=None):
+    return Claim(record.question, record.options, record.problem_type, record.reference,
+                 record.observation if observation is None else observation)
+
+
+def files(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+class TestQuestions:
+    def test_every_split_has_all_five_problem_types(self, records):
+        for split in records.values():
+            assert {r.problem_type for r in split} == set(PROBLEM_TYPES)
+
+    def test_the_reference_follows_from_what_is_shown(self, every):
+        for r in every:
+            shown = [" ".join(x) for x in SHOWN.findall(r.observation)]
+            assert len(shown) == TOY_EVENTS
+            assert toy_answer(r.problem_type, r.question, r.options, shown) == r.reference
+
+    @pytest.mark.parametrize("kind, asked, shown, answer", [
+        ("numerical", "red", ["red O", "green X", "red T"], "2"),
+        ("numerical", "blue", ["red O", "green X", "red T"], "0"),
+        ("OCR", "red", ["red O", "green X", "blue T"], "X T"),
+        ("OCR", "red", ["red O", "red X", "red T"], None),   # nothing is left to read
+        ("free-form", "", ["red O", "green X", "blue T"], "a red O turns into a blue T"),
+        ("regression", "", ["red O", "green X", "blue T"], "6"),
+        ("regression", "", ["red O", "green O", "blue O"], "9"),
+        ("regression", "", ["red O", "green X"], None),      # not the whole clip
+        ("regression", "", ["red O", "green X", "blue T", "red O"], None),
+    ])
+    def test_toy_answers_by_hand(self, kind, asked, shown, answer):
+        assert toy_answer(kind, TOY_QUESTIONS[kind].format(asked), (), shown) == answer
+
+    def test_the_right_option_is_what_comes_after_the_one_letter_asked_for(self, every):
+        pattern = re.escape(TOY_QUESTIONS["multiple choice"]).replace(r"\{\}", "(.*)")
+        for r in every:
+            if r.problem_type == "multiple choice":
+                asked = re.fullmatch(pattern, r.question)[1]
+                shown = [" ".join(x) for x in SHOWN.findall(r.observation)]
+                place, = (i for i, x in enumerate(shown[:-1]) if x.startswith(asked))
+                right = [o[0] for o in r.options if shown[place + 1].startswith(o[3:])]
+                assert right == [r.reference]
+
+    @pytest.mark.parametrize("kind", PROBLEM_TYPES)
+    def test_a_question_from_elsewhere_has_no_toy_answer(self, kind):
+        assert toy_answer(kind, "Why?", (), ["red O", "green X", "blue T"]) is None
+
+    def test_right_options_stand_at_every_letter(self, every):
+        assert {r.reference for r in every if r.problem_type == "multiple choice"} == {"A", "B", "C"}
+
+    @pytest.mark.parametrize("template", ["p2r", "think"])
+    def test_every_trace_obeys_the_template_and_earns_full_marks(self, every, template):
+        for r in every:
+            parsed = parse(data.trace_text(r, template))
+            assert parsed.perception_format == (template == "p2r") and parsed.reasoning_format
+            assert task_metric(r.problem_type, parsed.answer, r.reference, r.options) == 1
+            if template == "p2r":
+                assert rule_judge([claim(r, parsed.observation)]) == [True]
+
+
+def wrong_where_it_matters(r) -> str:
+    """The observation with an error in what the question asks for."""
+    other = lambda text: next(c for c in COLOURS if not text.startswith(c))
+    repaint = lambda text: SHOWN.sub(
+        lambda m: f"{other(text)} {m[2]}" if m[0].startswith(text) else m[0], r.observation)
+    if r.problem_type == "multiple choice":
+        return repaint(next(o[3:] for o in r.options if o[0] == r.reference))
+    if r.problem_type == "numerical":
+        return repaint(next(c for c in COLOURS if c in r.question))
+    if r.problem_type == "regression":
+        dear = "O" if int(r.reference) < TOY_EVENTS * PRICES["O"] else "T"
+        return SHOWN.sub(rf"\1 {dear}", r.observation)
+    return SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.observation)
+
+
+class TestJudge:
+    def test_a_faultless_observation_suffices(self, every):
+        assert all(rule_judge([claim(r) for r in every]))
+
+    def test_an_error_in_what_is_asked_does_not_suffice(self, every):
+        for r in every:
+            assert rule_judge([claim(r, wrong_where_it_matters(r))]) == [False], r
+
+    def test_an_error_in_what_is_not_asked_costs_nothing(self, every):
+        """Prices belong to letters: their colours do not matter. Counting is of colours: letters do not matter."""
+        for r in every:
+            if r.problem_type == "regression":
+                other = SHOWN.sub(lambda m: f"{COLOURS[COLOURS.index(m[1]) - 1]} {m[2]}", r.observation)
+            elif r.problem_type == "numerical":
+                other = SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.observation)
+            else:
+                continue
+            assert other != r.observation and rule_judge([claim(r, other)]) == [True]
+
+    @pytest.mark.parametrize("spoil", [
+        lambda text: "", lambda text: "???", lambda text: "I see some letters.", lambda text: text.upper(),
+        lambda text: " ".join(f"{c} {x}" for c, x in SHOWN.findall(text)[:-1]),
+        lambda text: text + ", " + " ".join(SHOWN.search(text).groups()),
+        lambda text: ", ".join(f"{c} {x}" for c in COLOURS for x in LETTERS),
+        lambda text: "<judgement>Yes</judgement>",
+    ], ids=["empty", "garbage", "vague", "shouted", "one too few", "one too many", "everything", "a verdict"])
+    def test_too_little_too_much_or_nothing_does_not_suffice(self, every, spoil):
+        assert not any(rule_judge([claim(r, spoil(r.observation)) for r in every]))
+
+    def test_the_answer_written_into_the_observation_is_no_observation(self, every):
+        assert not any(rule_judge([claim(r, f"The answer is {r.reference}.") for r in every]))
+
+    def test_the_judge_sees_the_observation_only(self, every):
+        """A wrong observation before a good think and answer is still wrong."""
+        assert set(Claim._fields) == {"question", "options", "problem_type", "reference", "observation"}
+        for r in every:
+            wrong = wrong_where_it_matters(r)
+            parsed = parse(data.trace_text(r, "p2r").replace(r.observation, wrong, 1))
+            assert task_metric(r.problem_type, parsed.answer, r.reference, r.options) == 1
+            assert rule_judge([claim(r, parsed.observation)]) == [False]
+
+    def test_a_question_from_elsewhere_is_an_error_not_a_no(self, every):
+        with pytest.raises(ValueError, match="toy world"):
+            rule_judge([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
+
+    def test_claims_are_judged_one_by_one_in_order(self, every):
+        claims = [claim(r, r.observation if i % 2 else "") for i, r in enumerate(every)]
+        assert rule_judge(claims) == [i % 2 == 1 for i in range(len(every))]
+        assert rule_judge([]) == []
+
+
+class TestFiles:
+    def test_a_written_clip_is_read_back_exactly(self, tmp_path, monkeypatch):
+        drawn, write = {}, data.write_avi
+        monkeypatch.setattr(data, "write_avi", lambda path, frames, fps: drawn.update({path: frames}) or write(
+            path, frames, fps))
+        data.make_toy(tmp_path / "toy", {"rl": 10})
+        assert len(drawn) == 10
+        for path, frames in drawn.items():
+            seen, seconds = data.read_video(path, data.InputSettings(frames=len(frames), fps=data.TOY_FPS))
+            assert np.array_equal(seen, frames) and seconds == pytest.approx(2 / data.TOY_FPS)
+
+    def test_the_same_seed_writes_the_same_bytes(self, tmp_path):
+        one, two = (files(data.make_toy(tmp_path / name, SMALL)) for name in ("one", "two"))
+        assert one == two and len(one) == sum(SMALL.values()) + len(SMALL)
+
+    def test_another_seed_draws_other_clips(self, tmp_path):
+        one, two = (files(data.make_toy(tmp_path / str(seed), {"rl": 10}, seed)) for seed in (0, 1))
+        assert all(one[name] != two[name] for name in one)
+
+    def test_a_larger_world_begins_with_the_smaller_one(self, tmp_path):
+        small, large = (files(data.make_toy(tmp_path / str(n), {"rl": n})) for n in (5, 10))
+        assert all(large[name] == content for name, content in small.items() if name.endswith(".avi"))
+
+    def test_a_world_that_was_left_half_written_is_completed(self, tmp_path):
+        whole = files(data.make_toy(tmp_path / "whole", SMALL))
+        half = data.make_toy(tmp_path / "half", SMALL)
+        (half / "heldout.json").unlink()
+        (half / "heldout" / "00003.avi").unlink()
+        (half / "heldout" / "00004.avi").write_bytes(b"RIFF")
+        data.make_toy(half, SMALL)
+        assert files(half) == whole
+
+    def test_a_world_of_another_size_is_written_anew(self, tmp_path):
+        data.make_toy(tmp_path / "toy", {"rl": 5})
+        data.make_toy(tmp_path / "toy", {"rl": 10})
+        assert len(data.read_records(tmp_path / "toy" / "rl.json")) == 10
+        assert len(list((tmp_path / "toy" / "rl").iterdir())) == 10
+
+    def test_a_complete_world_is_left_alone(self, tmp_path):
+        folder = data.make_toy(tmp_path / "toy", SMALL)
+        when = {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
+        assert data.make_toy(folder, SMALL) == folder
+        assert {f: f.stat().st_mtime_ns for f in folder.rglob("*")} == when
+
+    def test_no_clip_stands_twice_in_a_split_or_in_two_splits(self, toy):
+        clips = [hashlib.sha256(f.read_bytes()).hexdigest() for f in toy.rglob("*.avi")]
+        assert len(clips) == len(set(clips)) == 80
+
+    def test_records_are_those_of_the_release(self, toy):
+        for row in json.loads((toy / "sft.json").read_text()):
+            assert row.keys() >= {"problem_id", "problem", "options", "solution", "path", "data_type", "problem_type",
+                                  "observation", "process"}
+            assert row["solution"] == f"<answer>{row['answer']}</answer>" and (toy / row["path"]).is_file()
+
+
+class TestTokenizer:
+    def test_every_toy_text_comes_back_exactly(self, texts, vocabulary):
+        for text in texts:
+            assert vocabulary.decode(vocabulary.encode(text)) == text
+
+    def test_every_toy_word_and_tag_is_one_token(self, texts, vocabulary):
+        whole = re.compile(r"</?[a-z]+>|[A-Za-z]+")
+        for text in texts:
+            pieces = [vocabulary.bytes[i].decode() for i in vocabulary.encode(text)]
+            assert [w for piece in pieces for w in whole.findall(piece)] == whole.findall(text)
+            assert all(len(whole.findall(piece)) <= 1 for piece in pieces)
+
+    @pytest.mark.parametrize("text", [
+        "这只猫在做什么？", "🐈 a cat 👩‍👩‍👧", "Ünïcödé  words\t\r\n", "<observation> unknownword </observation>", "\x00\x7f",
+        "<|im_end|><|video_pad|>", "", " ", "12345678.90 €", "<answer>B</answer>"])
+    def test_an_unknown_text_falls_apart_into_bytes_and_comes_back(self, text, vocabulary):
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+
+    def test_the_same_seed_makes_the_same_model(self, base, tmp_path):
+        data.make_toy_model(tmp_path / "base", seed=0)
+        assert files(tmp_path / "base") == files(base)
+        assert not (tmp_path / "base.source").exists()
