@@ -287,7 +287,7 @@ def trace_text(record: Record, template: str) -> str:
 
 
 class Vocabulary:
-    """A tokenizer and what the project needs to know about it: bytes, stop tokens, and ids that may never be sampled."""
+    """A tokenizer and what there is to know about it: bytes, stop tokens, and ids that may never be sampled."""
 
     def __init__(self, folder: str | Path):
         """Reads tokenizer.json of a checkpoint folder. Raises FileNotFoundError without one."""
@@ -338,7 +338,8 @@ class Example(NamedTuple):
     seconds: float                                           # per grid step, 0 for an image
 
 
-def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings) -> Example:
+def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings
+                  ) -> Example:
     """Reads the medium and lays out the prompt as Qwen's chat template does. Raises MediaError."""
     path = media_path(root, record.path)
     if record.data_type == "video":
@@ -356,8 +357,8 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
     """Qwen's chat layout up to where the answer begins. The short prompt leaves out the system line as well."""
     start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
     system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
-    return [*system * (settings.prompt == "full"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end, *newline,
-            *start, *v.encode("assistant\n")]
+    return [*system * (settings.prompt == "full"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
+            *newline, *start, *v.encode("assistant\n")]
 
 
 def blind_example(record: Record, observation: str, vocabulary: Vocabulary, config: Config, settings: InputSettings
@@ -371,10 +372,9 @@ def blind_example(record: Record, observation: str, vocabulary: Vocabulary, conf
 def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
     """A black picture and no question: keeps a rank that has nothing to do in step with the others."""
     ids = torch.tensor([vocabulary.id["<|vision_start|>"], config.image_token_id, vocabulary.id["<|vision_end|>"]])
-    grid = (1, MERGE, MERGE)
+    grid, pixels = (1, MERGE, MERGE), torch.zeros(MERGE ** 2, 3 * STEP * PATCH ** 2)
     record = Record("", "", (), "numerical", "0", "", "image")
-    return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), torch.zeros(MERGE ** 2, 3 * STEP * PATCH ** 2),
-                   grid, 0.0)
+    return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
 class Examples:
@@ -400,7 +400,7 @@ class Examples:
         except MediaError as error:
             return self.skip(i, f"media: {error}")
         if len(example.ids) > self.settings.max_prompt:
-            return self.skip(i, f"prompt: {len(example.ids)} tokens are more than --max-prompt {self.settings.max_prompt}")
+            return self.skip(i, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}")
         with self.lock:
             if i not in self.kept and example.pixels.nbytes <= self.room:     # real clips fill this soon
                 self.room -= example.pixels.nbytes
@@ -490,7 +490,7 @@ def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
            "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
            "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
     frame = np.where(ink[..., None], np.array(PAINT[colour]) * rng.uniform(0.75, 1.1), rng.uniform(20, 50))
-    noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)).repeat(2, 0).repeat(2, 1) * 16   # coarse: files stay small
+    noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)).repeat(2, 0).repeat(2, 1) * 16   # coarse: small files
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
 
 
@@ -534,7 +534,7 @@ def toy_think(problem_type: str, asked: str, options: Sequence[str], shown: list
         steps = [f"{compare(c, asked)} {colours[:i].count(asked)}" for i, c in enumerate(colours, start=1)]
     elif problem_type == "OCR":
         kept = lambda i: " ".join(x[-1] for x in shown[:i] if not x.startswith(asked))
-        steps = [f"{x[-1]} {compare(c, asked)} {kept(i)}".strip() for i, (x, c) in enumerate(zip(shown, colours), start=1)]
+        steps = [f"{x[-1]} {compare(c, asked)} {kept(i + 1)}".strip() for i, (x, c) in enumerate(zip(shown, colours))]
     elif problem_type == "free-form":
         steps = [f"first {shown[0]}", f"last {shown[-1]}"]
     else:
@@ -573,8 +573,8 @@ TOY_SPLITS = {"sft": 4000, "rl": 3000, "heldout": 512}
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
-    """Writes the toy world: clips and `<split>.json`, unless it is there already. Every clip has a seed of its own, made
-    of the split's name and its number, so that no held-out clip is ever a training clip."""
+    """Writes the toy world: clips and `<split>.json`, unless it is there already. Every clip has a seed of its own,
+    made of the split's name and its number, so that no held-out clip is ever a training clip."""
     folder = Path(folder)
     there = {split: folder / f"{split}.json" for split in splits}
     if all(file.is_file() and len(json.loads(file.read_text())) == splits[split] for split, file in there.items()):

@@ -7,7 +7,8 @@
 
 `--bench toy` answers the 512 held-out clips greedily and sampled at temperature 1, and prints perception (does the
 observation suffice, by the toy world's exact judge), answers by problem type, and how many responses keep the template,
-each with a 95 % interval. A model folder of a run brings its own settings (frames, pixels, prompt); flags win over them.
+each with a 95 % interval. A model folder of a run brings its own settings (frames, pixels, prompt); flags win over
+them.
 """
 import argparse
 import json
@@ -15,7 +16,8 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from data import TOY_SPLITS, Examples, InputSettings, MediaError, Record, Vocabulary, build_example, make_toy, read_records
+from data import (TOY_SPLITS, Examples, InputSettings, MediaError, Record, Vocabulary, build_example, make_toy,
+                  read_records)
 from pagrpo import PRESETS, Settings, evaluate, rollout, summary, table
 from rewards import PROBLEM_TYPES, rule_judge
 from sft import World, build_model, gathered, newest_checkpoint, start_world
@@ -59,7 +61,8 @@ def ask(path: Path, args: argparse.Namespace, settings: Settings, world: World) 
     print(f"{clip}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
           f"{len(example.ids)} prompt tokens")
     with gathered(model):
-        (episode,), = rollout(model, [example], vocabulary, settings, 1, args.temperature, "question", world.device, args.top_p)
+        (episode,), = rollout(model, [example], vocabulary, settings, 1, args.temperature, "question", world.device,
+                              args.top_p)
     parts = episode.parsed
     if parts.observation is None and parts.think is None and parts.answer is None:
         print(f"The response keeps no template:\n{episode.text}")
@@ -70,9 +73,10 @@ def ask(path: Path, args: argparse.Namespace, settings: Settings, world: World) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", choices=["toy"], help="benchmark to run")
-    parser.add_argument("--model", default="runs/tiny/pagrpo", help="model folder, or folder of a run [runs/tiny/pagrpo]")
+    parser.add_argument("--model", default="runs/tiny/pagrpo", help="model folder, or folder of a stage [%(default)s]")
     parser.add_argument("--data", help="folder of the benchmark [toy: beside the model, made when missing]")
     parser.add_argument("--json", help="file for the numbers [eval-BENCH.json in the model's folder]")
     parser.add_argument("--video", help="ask about this video, picture or folder of frames instead")
@@ -80,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--options", nargs="+", default=[], help="options of a multiple choice, without letters")
     parser.add_argument("--problem-type", choices=PROBLEM_TYPES, help="[multiple choice with options, else free-form]")
     parser.add_argument("--temperature", type=float, default=0.0, help="for --video; 0 is greedy [0]")
-    parser.add_argument("--top-p", type=float, default=1.0, help="for --video: sample from the likeliest tokens only [1]")
+    parser.add_argument("--top-p", type=float, default=1.0, help="for --video: only the likeliest tokens [1]")
     parser.add_argument("--preset", choices=PRESETS, help="settings for a model that is no run of this project [7b]")
     for name in ("frames", "max-pixels", "max-response", "seed"):
         parser.add_argument(f"--{name}", type=int, help="instead of the run's own setting")
@@ -89,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give --bench NAME, or --video FILE with --question TEXT")
     try:
         path = newest_checkpoint(args.model)
-        own = {k: getattr(args, k) for k in ("frames", "max_pixels", "max_response", "seed") if getattr(args, k) is not None}
+        own = {k: v for k, v in vars(args).items() if v is not None
+               and k in ("frames", "max_pixels", "max_response", "seed")}
         settings = replace(run_settings(Path(args.model), args.preset), **own)
         world = start_world()
         if args.video:

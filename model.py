@@ -96,11 +96,12 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
     raw = json.loads(path.read_text())
-    text = raw | raw.get("text_config", {})                  # nested values win over flat ones
+    nested = {k: v for k, v in raw.get("text_config", {}).items() if v is not None}
+    text = raw | nested                                      # nested values win over flat ones
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    values = raw | text | {"mrope_section": rope.get("mrope_section"),
-                           "rope_theta": text.get("rope_theta", rope.get("rope_theta", 1e6)),
-                           "tie_word_embeddings": raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
+    tied = bool(raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))
+    values = text | {"mrope_section": rope.get("mrope_section"), "tie_word_embeddings": tied,
+                     "rope_theta": text.get("rope_theta", rope.get("rope_theta", 1e6))}
 
     def build(cls, source, **extra):
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()
@@ -166,7 +167,7 @@ class Rope(NamedTuple):
 
 def inverse_frequencies(count: int, theta: float, device) -> Tensor:
     # A function, not a buffer: a model built on the meta device would come back with garbage in its buffers.
-    return theta ** -(torch.arange(count, device=device, dtype=torch.float32) / count)
+    return 1.0 / theta ** (torch.arange(count, device=device, dtype=torch.float32) / count)
 
 
 # ------------------------------------------------------------------------------------------------ vision tower
@@ -280,7 +281,7 @@ class VisionTower(nn.Module):
         """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder), same order."""
         unit = self.config.spatial_merge_size ** 2
         positions, order, windows, frames = self.layout(grid, pixels.device)
-        quarter = self.config.hidden_size // self.config.num_heads // 4       # frequencies for rows, as many for columns
+        quarter = self.config.hidden_size // self.config.num_heads // 4       # frequencies for rows, and for columns
         angles = positions[:, :, None] * inverse_frequencies(quarter, 10_000.0, pixels.device)   # (S, 2, E/4)
         x = self.patch_embed(pixels)
         x, angles = (z.flatten(1).view(len(order), unit, -1)[order].flatten(0, 1) for z in (x, angles))  # by windows
@@ -536,8 +537,8 @@ class Qwen2_5_VL(nn.Module):
         shape = (b * g, self.config.num_key_value_heads, limit, self.config.head_dim)
         caches = [(hidden.new_empty(shape), hidden.new_empty(shape)) for _ in past]
         tokens = torch.zeros(b * g, limit, dtype=torch.long, device=device)
-        logprobs, lengths = torch.zeros(b * g, limit, device=device), torch.zeros(b * g, dtype=torch.long, device=device)
-        going = torch.ones(b * g, dtype=torch.bool, device=device)
+        logprobs = torch.zeros(b * g, limit, device=device)
+        lengths, going = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
         start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
         for t in range(limit):
             token, logprob = choose(logits, uniforms[:, t], temperature, top_p)
@@ -605,9 +606,12 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
     return model
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor, from the index or from the single file."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     single = folder / "model.safetensors"
@@ -657,7 +661,7 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in Path(source).iterdir() if source else ():
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in ("model.safetensors.index.json", "state.json"):
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in (INDEX, "state.json"):
             shutil.copy(file, aside)
     shards, size = [{}], 0
     for name, x in tensors.items():
@@ -670,7 +674,7 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
                  "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     if beside:
         beside(aside)
     shutil.rmtree(folder, ignore_errors=True)

@@ -31,8 +31,8 @@ import sft
 from data import (Example, Examples, Record, Vocabulary, blind_example, collate, flag, read_records,
                   step_indices)
 from model import Qwen2_5_VL, read_config
-from rewards import (PROBLEM_TYPES, TAG, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens, response_rewards,
-                     rule_judge, task_metric)
+from rewards import (PROBLEM_TYPES, TAG, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens,
+                     response_rewards, rule_judge, task_metric)
 from sft import (QWEN, TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
                  micro_batches, need_files, newest_checkpoint, peak_memory_gb, prepare_toy, update)
 
@@ -44,26 +44,28 @@ class Settings(TrainSettings):
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
     temperature: float = flag(1.0, "of sampling and of scoring: the policy that acts is the policy that learns")
-    advantage: str = flag("pa", "pa: each segment its own (paper); grpo: R_R on all tokens; joint: R_P + R_R on all tokens",
+    advantage: str = flag("pa", "pa: each segment its own (paper); grpo: R_R on all tokens; joint: R_P + R_R on all",
                           ["pa", "grpo", "joint"])
-    token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one in each segment, added",
+    token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one in each, added",
                            ["response", "segment"])
-    reward_off: str = flag("none", "leaves a reward out, as the ablations do", ["none", "perception", "reasoning", "length"])
+    reward_off: str = flag("none", "leaves a reward out, as the ablations do",
+                           ["none", "perception", "reasoning", "length"])
     perception_window: tuple = flag((128, 320), "tokens of an observation that earn the length reward")
     reasoning_window: tuple = flag((320, 512), "tokens of think and answer that earn the length reward")
     kl_beta: float = flag(0.04, "weight of the KL term; 0: no reference model is loaded")
     clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
     updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
-    judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own; reference: the KL "
-                      "reference answers from the observation alone", ["rule", "reference"])
+    judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own; reference: the "
+                      "KL reference answers from the observation alone", ["rule", "reference"])
     transcript_every: int = flag(50, "steps between printed transcripts")
 
 
+REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference", steps=1000)
 PRESETS = {
-    "tiny": TINY | dict(questions=16, micro_batch=16, steps=250, lr=1e-4, warmup=15, max_response=64,
+    "tiny": TINY | dict(questions=16, micro_batch=16, steps=180, lr=1.5e-4, warmup=15, max_response=64,
                         perception_window=(8, 16), reasoning_window=(10, 48)),
-    "3b": dict(model="runs/3b/sft", data="data/videop2r/*RL*.json*", judge="reference", media="data/Video-R1-data", steps=1000),
-    "7b": dict(model="runs/7b/sft", data="data/videop2r/*RL*.json*", judge="reference", media="data/Video-R1-data", steps=1000),
+    "3b": REAL | dict(model="runs/3b/sft"),
+    "7b": REAL | dict(model="runs/7b/sft"),
 }
 
 
@@ -96,7 +98,8 @@ def question_uniforms(seed: int, stream: str, example: Example, group: int, toke
 def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary, settings: Settings, group: int,
             temperature: float, stream: str, device, top_p: float = 1.0) -> list[list[Episode]]:
     """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
-    uniforms = torch.stack([question_uniforms(settings.seed, stream, e, group, settings.max_response) for e in examples])
+    uniforms = torch.stack([question_uniforms(settings.seed, stream, e, group, settings.max_response)
+                            for e in examples])
     sampled = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature, top_p)
     tokens, lengths, logprobs, finished = (x.cpu() for x in sampled)
     groups = []
@@ -145,7 +148,8 @@ def reference_judge(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Set
                 blind = [blind_example(r, TAG.sub("", c.observation), vocabulary, reference.config, settings)
                          for r, c in zip(records, some)]
                 uniforms = torch.zeros(len(some), 1, settings.max_response)   # greedy: nothing is drawn
-                out = reference.generate(collate(blind).to(world.device), uniforms, vocabulary.stop_ids, temperature=0.0)
+                prompts = collate(blind).to(world.device)
+                out = reference.generate(prompts, uniforms, vocabulary.stop_ids, temperature=0.0)
                 for c, tokens, n in zip(some, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
                     answer = parse(vocabulary.decode(tokens[:n])).answer
                     verdicts.append(task_metric(c.problem_type, answer, c.reference, c.options) >= 0.6)
@@ -234,9 +238,9 @@ def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advant
     Two tokens with log-probability -1 now and before, the reference at -1 and -1.5, A = (+1, -1), weights (1/2, 1/2),
     ε 0.2, β 0.04:  ρ = 1, 1 → objective +1, -1;  d = 0, -0.5 → KL 0, 0.1065
         loss = 1/2 (-1 + 0.04 · 0) + 1/2 (+1 + 0.04 · 0.1065) = 0.00213
-    The loss is nearly 0 and the gradient is not: d loss / d logprobs = (-1/2, +1/2 + 0.02 · (1 - e^-0.5)) = (-0.5, 0.508).
+    The loss is nearly 0, its gradient is not: d loss / d logprobs = (-1/2, 1/2 + 0.02 (1 - e^-0.5)) = (-0.5, 0.508).
 
-    Returns the loss (a sum: divide it by the responses of the whole step), KL and "was clipped" of each token (B, G, T).
+    Returns the loss (a sum: divide it by the responses of the whole step), KL and "was clipped" of each token.
     """
     ratio = torch.exp(logprobs - old)                                         # (B, G, T); 1 after the end, weight 0
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -258,9 +262,10 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
     responses = world.sum({"n": sum(len(group) for group in groups)})["n"]    # one denominator for the whole step
     parts, old, ref = [], [], []
     by_question = {id(group[0].example): group for group in groups}
-    for examples, weight in micro_batches([g[0].example for g in groups], settings.micro_batch, world, policy, vocabulary):
-        episodes = [by_question.get(id(e)) or [Episode(e, vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)]
-                    for e in examples]                       # a rank without work scores one token with weight 0
+    asked = [group[0].example for group in groups]
+    for examples, weight in micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
+        nothing = Episode(examples[0], vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)
+        episodes = [by_question.get(id(e), [nothing]) for e in examples]      # a blank example scores one token
         batch = to_tokens(episodes, settings.token_mean, world.device)
         parts.append((collate(examples).to(world.device), batch, weight))
         with torch.no_grad():
@@ -277,7 +282,7 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
             (loss * weight * world.size / max(1, responses)).backward()       # FSDP averages over ranks: undo that
             if weight:
                 real = torch.arange(batch.tokens.shape[-1], device=world.device) < batch.lengths[..., None]
-                seen["loss"].append(float(loss))
+                seen["loss"].append(float(loss.detach()))
                 for name, values in (("kl", kl), ("clip_share", was_clipped.float()), ("entropy", entropy),
                                      ("logprob_gap", (logprobs.detach() - batch.sampled).abs())):
                     seen[name] += values[real].tolist()
@@ -317,8 +322,8 @@ def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread
     return result
 
 
-def act(step: int, examples: list[Example], policy: Qwen2_5_VL, vocabulary: Vocabulary, judge: Judge, settings: Settings,
-        world: World) -> tuple[list[list[Episode]], dict[str, float]]:
+def act(step: int, examples: list[Example], policy: Qwen2_5_VL, vocabulary: Vocabulary, judge: Judge,
+        settings: Settings, world: World) -> tuple[list[list[Episode]], dict[str, float]]:
     """Parts 1 to 3 of a step: episodes with rewards and advantages, in groups, and how long that took."""
     watch = [time.perf_counter()]
     with gathered(policy):
@@ -345,17 +350,18 @@ def learn(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL
     values = statistics(groups, settings)
     return {**pooled(values, REWARD_PARTS, world, spread=True), **pooled(values, SHARES, world),
             **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)),
-            "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size), "grad_norm": seen["grad_norm"][-1],
-            "lr": lr, "questions": int(counts["questions"]), "tokens": int(counts["tokens"]),
-            "seconds_training": seconds, "peak_memory_gb": peak_memory_gb(world)}
+            "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size),
+            "grad_norm": seen["grad_norm"][-1], "lr": lr, "questions": int(counts["questions"]),
+            "tokens": int(counts["tokens"]), "seconds_training": seconds, "peak_memory_gb": peak_memory_gb(world)}
 
 
 def transcript(e: Episode) -> str:
     """A response as a person reads it: what was asked, said, right, and what it was worth."""
     r, p, q = e.example.record, e.perception, e.reasoning
     part = lambda s: f"accuracy {s.accuracy:.2f} + format {s.format:.0f} + length {s.length:.1f} ({s.tokens} tokens)"
-    lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"), f"question    {r.question}  {'  '.join(r.options)}".rstrip(),
-             f"reference   {r.reference}", e.text.strip() + ("" if e.finished else " … (cut off)"),
+    lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
+             f"question    {r.question}  {'  '.join(r.options)}".rstrip(), f"reference   {r.reference}",
+             e.text.strip() + ("" if e.finished else " … (cut off)"),
              f"perception  {part(p)} → advantage {e.advantages[0]:+.2f}",
              f"reasoning   {part(q)} → advantage {e.advantages[1]:+.2f}"]
     return "\n".join(lines + ["─" * 100])
@@ -366,8 +372,8 @@ def transcript(e: Episode) -> str:
 @torch.no_grad()
 def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Settings, temperature: float, world: World,
              top_p: float = 1.0, batch: int = 128) -> list[dict]:
-    """One response to each record, greedy (temperature 0) or sampled. Returns one row a record, on every rank all of its
-    own: perception and answer are right or not, formats hold or not."""
+    """One response to each record, greedy (temperature 0) or sampled. Returns one row a record, on every rank those it
+    had: perception and answer are right or not, formats hold or not."""
     rows, steps = [], range(0, len(examples), batch)
     mine = [[*range(i, min(i + batch, len(examples)))][world.rank::world.size] for i in steps]
     with gathered(model):
@@ -384,7 +390,7 @@ def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Sett
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): unlike share ± 2 s it stays inside [0, 1] and is right near its ends."""
+    """95 % interval of a proportion (Wilson 1927): unlike share ± 2 s it stays in [0, 1] and is right near its ends."""
     if n == 0:
         return 0.0, 1.0
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -413,10 +419,10 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     rows = [["", *(k.removeprefix("answer: ") for k in kinds)]]
     rows += [[name, *(cell(result.get(k)) for k in kinds)] for name, result in results.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(x.ljust(w) if not i else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))) for row in rows]
+    lines = [row[0].ljust(widths[0]) + "".join("  " + x.rjust(w) for x, w in zip(row[1:], widths[1:])) for row in rows]
     n = max(v["n"] for r in results.values() for v in r.values())
-    return "\n".join([f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right",
-                      lines[0], "─" * len(lines[0]), *lines[1:]])
+    title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
+    return "\n".join([title, lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -434,18 +440,18 @@ def train(settings: Settings, world: World) -> None:
     run, report = Run(folder, settings, settings.steps, world), folder / "results.json"
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
-    source = newest_checkpoint(folder) if run.step else start
-    vocabulary = Vocabulary(source)
+    vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world).requires_grad_(False) if (
         settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
     judge = reference_judge(reference, vocabulary, settings, world) if settings.judge == "reference" else rule_judge
     if not run.finished:
-        reinforce(source, reference, run, vocabulary, judge, settings, world)
+        reinforce(start, reference, run, vocabulary, judge, settings, world)
     if not settings.heldout:
         return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
-    held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(source), settings,
+    held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(start), settings,
                     folder / "skipped.log")
-    models = ({"base": Path(settings.out) / "base"} if toy else {}) | {"SFT": start, folder.name: newest_checkpoint(folder)}
+    models = {"base": Path(settings.out) / "base"} if toy else {}
+    models |= {"SFT": start, folder.name: newest_checkpoint(folder)}
     results = {f"{name}, {how}": summary(evaluate(model, held, judge, settings, temperature, world), world)
                for name, path in models.items() for model in [build_model(path, vocabulary, world)]
                for how, temperature in (("greedy", 0.0), ("sampled", 1.0))}
@@ -457,10 +463,10 @@ def train(settings: Settings, world: World) -> None:
 STAGES = {"pa": "pagrpo", "grpo": "grpo", "joint": "joint"}   # an advantage's folder in the run
 
 
-def reinforce(source: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary, judge: Judge,
+def reinforce(start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary, judge: Judge,
               settings: Settings, world: World) -> None:
     """The loop: act, show, learn, log, save."""
-    policy = build_model(source, vocabulary, world, settings.save_memory)
+    policy = build_model(newest_checkpoint(run.folder) if run.step else start, vocabulary, world, settings.save_memory)
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
@@ -474,18 +480,19 @@ def reinforce(source: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: 
         for step, batch in zip(todo, examples.ahead(mine)):
             groups, seconds = act(step, batch, policy, vocabulary, judge, settings, world)
             if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
-                tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n{transcript(groups[0][0])}")
+                tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n"
+                           + transcript(groups[0][0]))
             lr = learning_rate(step, run.steps, settings)
             metrics = seconds | learn(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
             total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
             run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
                      "skipped": len(examples.skipped)})
             bar.update()
-            bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} answer {metrics['reasoning/accuracy']:.2f} "
-                                f"KL {metrics['kl']:.3f}")
+            bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
+                                f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")
             stop = world.most(run.stopping)
             if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
-                run.save(policy, optimizer, source, step + 1)
+                run.save(policy, optimizer, start, step + 1)
             if stop and step + 1 < run.steps:
                 raise SystemExit(f"Stopped after step {step + 1} of {run.steps}; the same command continues it.")
 

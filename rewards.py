@@ -123,7 +123,8 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     if letter not in texts:
         return None
     rest = squash(named[3] or "")
-    return None if rest in [t for other, t in texts.items() if other != letter and t] and rest != texts[letter] else letter
+    other_text = rest and rest != texts[letter] and rest in texts.values()
+    return None if other_text else letter
 
 
 def number(text: str) -> Fraction | None:
@@ -204,10 +205,11 @@ def task_metric(problem_type: str, answer: str | None, reference: str, options: 
     if problem_type == "multiple choice":
         letter = choice(answer, options)
         return float(letter is not None and letter == choice(reference, options))
-    return {"numerical": numerical, "regression": regression, "OCR": ocr, "free-form": rouge}[problem_type](answer, reference)
+    metric = {"numerical": numerical, "regression": regression, "OCR": ocr, "free-form": rouge}[problem_type]
+    return metric(answer, reference)
 
 
-# ------------------------------------------------------------------------------------------------ the judge of the toy world
+# ------------------------------------------------------------------------------------------------ the toy world's judge
 
 class Claim(NamedTuple):
     """What a perception judge gets to see: never the video, never think or answer."""
@@ -233,7 +235,7 @@ TOY_QUESTIONS = {  # one of each problem type; the judge reads the question back
 
 
 def toy_answer(problem_type: str, question: str, options: Sequence[str], shown: list[str]) -> str | None:
-    """Solves a toy question from the letters shown, such as ["red O", "blue X", "red T"]: the only place that knows how.
+    """Solves a toy question from the letters shown, such as ["red O", "blue X", "red T"]. No other place knows how.
 
     The world makes its answers with it, and the judge applies it to what an observation claims. None: unanswerable.
     """
@@ -261,7 +263,7 @@ def rule_judge(claims: list[Claim]) -> list[bool]:
     """
     def suffices(c: Claim) -> bool:
         if not re.fullmatch(re.escape(TOY_QUESTIONS[c.problem_type]).replace(r"\{\}", ".*"), c.question):
-            raise ValueError(f"the rule judge knows the toy world's questions only, not {c.question!r}: take --judge reference")
+            raise ValueError(f"the rule judge knows toy questions only, not {c.question!r}: take --judge reference")
         shown = [" ".join(x) for x in re.findall(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b", c.observation)]
         derived = toy_answer(c.problem_type, c.question, c.options, shown)
         return derived is not None and derived == c.reference

@@ -35,8 +35,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data import (Example, Examples, InputSettings, Vocabulary, blank_example, collate, flag, make_toy, make_toy_model, read_records,
-                  step_indices, trace_text)
+from data import (Example, Examples, InputSettings, Vocabulary, blank_example, collate, flag, make_toy, make_toy_model,
+                  read_records, step_indices, trace_text)
 from model import Qwen2_5_VL, load_model, load_weights, read_config, save_model
 
 
@@ -78,8 +78,10 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
         kind = type(f.default)
         how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
-               {"choices": f.metadata["choices"]} if "choices" in f.metadata else {"type": kind, "metavar": kind.__name__.upper()})
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **how)
+               {"choices": f.metadata["choices"]} if "choices" in f.metadata else
+               {"type": kind, "metavar": kind.__name__.upper()})
+        about = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
     given = vars(parser.parse_args(argv))
     preset, reason = given.pop("preset"), "chosen by flag"
     if preset is None:
@@ -108,7 +110,7 @@ class World:
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Adds up the same keys over all ranks."""
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
@@ -223,7 +225,7 @@ def peak_memory_gb(world: World) -> float:
 
 # ------------------------------------------------------------------------------------------------ a run on disk
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # gathered from all ranks, on rank 0's host
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
@@ -231,7 +233,7 @@ def newest_checkpoint(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return folder
-    found = sorted(p.parent for p in folder.glob("step-*/state.json"))
+    found = sorted(p.parent for p in folder.glob("step-??????/state.json"))
     if not found:
         raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
     return found[-1]
@@ -291,13 +293,14 @@ class Run:
                 file.write(json.dumps(rounded) + "\n")
 
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> Path:
-        """Writes checkpoint `step` and removes the ones before it. `source` gives configuration and tokenizer files."""
+        """Writes checkpoint `step` and removes the ones before it. `source`, the folder that the run started from,
+        gives configuration and tokenizer files."""
         weights = get_model_state_dict(model, options=WHOLE)
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
 
         def beside(folder: Path) -> None:
-            save_file({k: x.contiguous() for k, x in moments.items() if isinstance(x, Tensor)},
-                      folder / "optimizer.safetensors")
+            save_file({f"{name} {kind}": x.contiguous() for name, kinds in moments["state"].items()
+                       for kind, x in kinds.items()}, folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": step} | state, indent=2) + "\n")
 
         target, old = self.folder / f"step-{step:06d}", self.checkpoints()
@@ -312,9 +315,11 @@ class Run:
     def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
         """Loads the optimizer's moments from the newest checkpoint; the model was built from it. Returns state.json."""
         newest = self.checkpoints()[-1]
-        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)    # for the keys that hold no tensors
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)    # its form, filled with zeros
         if self.world.first:
-            moments |= load_file(newest / "optimizer.safetensors")
+            for key, x in load_file(newest / "optimizer.safetensors").items():
+                name, kind = key.split(" ")
+                moments["state"][name][kind] = x
         spread = replace(WHOLE, broadcast_from_rank0=self.world.size > 1)
         set_optimizer_state_dict(model, optimizer, moments, options=spread)
         return json.loads((newest / "state.json").read_text())
@@ -337,10 +342,10 @@ class Run:
 
 def need_files(settings: TrainSettings) -> TrainSettings:
     """Resolves --data where it is a pattern. SystemExit with the commands that fetch whatever is not there."""
-    found = sorted(glob.glob(settings.data))
-    lacking = [] if (Path(settings.model) / "config.json").is_file() or list(Path(settings.model).glob("step-*")) else [
-        (f"model {settings.model}", f"torchrun --nproc_per_node=8 sft.py --preset {Path(settings.model).parent.name}"
-         if Path(settings.model).name == "sft" else f"hf download Qwen/{Path(settings.model).name} --local-dir {settings.model}")]
+    model, found, lacking = Path(settings.model), sorted(glob.glob(settings.data)), []
+    if not (model / "config.json").is_file() and not list(model.glob("step-??????")):
+        lacking.append((f"model {model}", f"torchrun --nproc_per_node=8 sft.py --preset {model.parent.name}"
+                        if model.name == "sft" else f"hf download Qwen/{model.name} --local-dir {model}"))
     if len(found) != 1:
         lacking.append((f"records {settings.data} ({len(found)} files match)",
                         "hf download 1171-jpg/videop2r --repo-type dataset --local-dir data/videop2r"))
@@ -348,8 +353,8 @@ def need_files(settings: TrainSettings) -> TrainSettings:
         lacking.append((f"media {settings.media}", "hf download Video-R1/Video-R1-data --repo-type dataset --local-dir "
                         "data/Video-R1-data    # 310 GB; unzip the archives in place, a part of them is fine"))
     if lacking:
-        raise SystemExit("Not there yet:\n" + "\n".join(f"  {what}\n    {how}" for what, how in lacking)
-                         + "\nOther places are named by --model, --data and --media; `pip install huggingface_hub` brings hf.")
+        raise SystemExit("Not there yet:\n" + "\n".join(f"  {what}\n    {how}" for what, how in lacking) +
+                         "\nOther places: --model, --data, --media. `pip install huggingface_hub` brings hf.")
     return replace(settings, data=found[0])
 
 
@@ -386,7 +391,7 @@ class Settings(TrainSettings):
 
 
 PRESETS = {
-    "tiny": TINY | dict(batch=32, micro_batch=32, epochs=2.4, lr=2e-3, warmup=30),
+    "tiny": TINY | dict(batch=32, micro_batch=32, epochs=1.92, lr=2e-3, warmup=30),
     "3b": dict(model=QWEN.format("3B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
     "7b": dict(model=QWEN.format("7B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
 }
@@ -394,7 +399,8 @@ PRESETS = {
 
 def trace_tokens(examples: Sequence[Example], vocabulary: Vocabulary, template: str) -> tuple[Tensor, Tensor]:
     """The traces as responses in groups of one, each with its stop token: tokens (B, 1, T), lengths (B, 1)."""
-    traces = [torch.tensor(vocabulary.encode(trace_text(e.record, template)) + vocabulary.stop_ids[:1]) for e in examples]
+    traces = [torch.tensor(vocabulary.encode(trace_text(e.record, template)) + vocabulary.stop_ids[:1])
+              for e in examples]
     lengths = torch.tensor([[len(t)] for t in traces])
     return torch.nn.utils.rnn.pad_sequence(traces, batch_first=True)[:, None], lengths
 
@@ -456,8 +462,8 @@ def train(settings: Settings, world: World) -> Path:
     vocabulary = Vocabulary(source)
     model = build_model(source, vocabulary, world, settings.save_memory)
     optimizer = make_optimizer(model, settings)
-    open_examples = lambda some: Examples(some, settings.media, vocabulary, model.config, settings, folder / "skipped.log")
-    examples, held = open_examples(records), open_examples(heldout)
+    examples, held = (Examples(some, settings.media, vocabulary, model.config, settings, folder / "skipped.log")
+                      for some in (records, heldout))
     if run.step:
         before = run.restore(model, optimizer)["heldout_before"]
         world.say(f"SFT continues after step {run.step}")
@@ -476,18 +482,18 @@ def train(settings: Settings, world: World) -> Path:
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
             stop = world.most(run.stopping)
             if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
-                run.save(model, optimizer, source, step + 1, heldout_before=before)
+                run.save(model, optimizer, Path(settings.model), step + 1, heldout_before=before)
             if stop and step + 1 < steps:
                 raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
     after = heldout_loss(model, held, settings, world)
-    world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; {len(examples.skipped)} records "
-              f"skipped. Checkpoint: {newest_checkpoint(folder)}")
+    world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
+              f"{len(examples.skipped)} records skipped. Checkpoint: {newest_checkpoint(folder)}")
     return newest_checkpoint(folder)
 
 
 def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, description: str) -> None:
-    """What `python sft.py` and `python pagrpo.py` do: flags, ranks, one line about the preset, and the run. Errors that a
-    user can mend end in their message, not in a traceback."""
+    """What `python sft.py` and `python pagrpo.py` do: flags, ranks, one line about the preset, and the run. Errors that
+    a user can mend end in their message, not in a traceback."""
     settings, preset, reason = parse_flags(settings_class, presets, argv, description)
     world = start_world()
     world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))

@@ -56,16 +56,17 @@ def learning(out: Path, seeds: list[int], flags: list[str]) -> None:
                 pairs = [(results[s][f"SFT, {how}"][kind], results[s][f"{stage}, {how}"][kind]) for s in seeds]
                 gains = [b["value"] - a["value"] for a, b in pairs]
                 worse = [s for s, pair in zip(seeds, pairs) if loses(*pair)]
+                told = f"   significantly worse: seed {worse}" if worse else ""
                 print(f"{stage:<8}{how:<9}{kind:<12}{sum(gains) / len(gains):+6.1f} points over SFT   by seed "
-                      + " ".join(f"{g:+.1f}" for g in gains) + (f"   significantly worse: seed {worse}" if worse else ""))
+                      + " ".join(f"{g:+.1f}" for g in gains) + told)
     print("\n`python pagrpo.py` took " + ", ".join(f"{s:.0f} s" for s in seconds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True)
-    learn = commands.add_parser("learning", help="the table of the README, about 25 minutes on two cores; further flags go "
-                                                 "to pagrpo.py")
+    learn = commands.add_parser("learning", help="the table of the README, about 25 minutes on two cores; "
+                                                 "further flags go to pagrpo.py")
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args, flags = parser.parse_known_args()

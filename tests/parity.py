@@ -54,6 +54,7 @@ CASES = {  # each a batch of prompts; a number stands for that many words
     "one video, 0.5 s a step": [[6, video(4, 10, 14, 0.5), 9]],
     "one video, 1.7 s a step": [[6, video(4, 10, 14, 1.7), 9]],
     "one video, 2 s a step": [[6, video(4, 10, 14, 2.0), 9]],
+    "hours of video": [[6, video(3, 6, 10, 900.0), 20]],     # late positions: errors of rotary angles grow with them
     "odd grids": [[2, video(2, 6, 10, 1.0), 3, image(14, 22), 1, video(3, 2, 18, 0.9), 4]],
     "several of each": [[4, image(6, 6), 2, video(3, 4, 10, 1.7), 1, image(10, 4), video(2, 12, 4, 0.5), 5]],
     "ragged batch": [[30], [2, video(2, 6, 10, 1.2), 5], [image(4, 6), image(8, 10), 3], [1, video(1, 10, 12, 2.0)]],
@@ -129,10 +130,9 @@ def ask_ours(model: Qwen2_5_VL, prompts: Prompts, length: int, group: int = 2) -
 
 def media_inputs(prompts: Prompts, config: Config) -> dict[str, Tensor]:
     """transformers takes images and videos apart; ours stand in one tensor, in prompt order."""
-    inputs = {}
-    at, tokens = 0, prompts.ids[torch.isin(prompts.ids, placeholders(config).to(prompts.ids.device))].tolist()
+    inputs, kinds, at = {}, [], 0
+    tokens = prompts.ids[torch.isin(prompts.ids, placeholders(config).to(prompts.ids.device))].tolist()
     sizes = [t * h * w for t, h, w in prompts.grid]
-    kinds = []
     for size in sizes:
         kinds.append(tokens[at])
         at += size // config.vision.spatial_merge_size ** 2
@@ -173,7 +173,8 @@ def compare(answers: Answers, logits: Tensor, logprobs: Tensor) -> Difference:
 
 
 def load_reference(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu"):
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device)
+    network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return network.to(device)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -200,7 +201,7 @@ def main() -> None:
     windows = "flash-attn" if ours.flash_attn_varlen_func and flags.device == "cuda" and not exact else "torch"
     print(f"{flags.model} on {flags.device} in {flags.dtype}, attention of the vision tower by {windows}; "
           f"transformers {transformers.__version__}; tolerance {tolerance:g}")
-    batches = {name: make_prompts(case, config, seed).to(flags.device) for seed, (name, case) in enumerate(CASES.items())}
+    batches = {name: make_prompts(case, config, seed=0).to(flags.device) for name, case in CASES.items()}
     answers = {name: ask_ours(model, prompts, flags.tokens) for name, prompts in batches.items()}
     del model                                                # the two networks are never in memory together
     reference, failed = load_reference(flags.model, dtype, flags.device), False

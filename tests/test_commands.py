@@ -48,10 +48,12 @@ def test_a_wrong_flag_is_named(module, flags, complaint, capsys):
 
 
 @pytest.mark.parametrize("script, expected", [
-    ("sft.py", ["hf download Qwen/Qwen2.5-VL-7B-Instruct", "hf download 1171-jpg/videop2r", "hf download Video-R1/Video-R1-data"]),
+    ("sft.py", ["hf download Qwen/Qwen2.5-VL-7B-Instruct", "hf download 1171-jpg/videop2r",
+                "hf download Video-R1/Video-R1-data"]),
     ("pagrpo.py", ["sft.py --preset 7b", "hf download 1171-jpg/videop2r"])])
 def test_missing_weights_and_data_are_one_error_with_the_commands_that_fetch_them(script, expected, tmp_path):
-    ended = subprocess.run([sys.executable, str(ROOT / script), "--preset", "7b"], cwd=tmp_path, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, str(ROOT / script), "--preset", "7b"], cwd=tmp_path,
+                           capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b (chosen by flag)")
     assert all(command in ended.stderr for command in expected) and "Traceback" not in ended.stderr
 
@@ -59,8 +61,8 @@ def test_missing_weights_and_data_are_one_error_with_the_commands_that_fetch_the
 def test_a_broken_record_file_ends_in_one_line(toy, base, tmp_path):
     (tmp_path / "bad.json").write_text('[{"problem": "?"}]')
     with pytest.raises(SystemExit, match=r"bad.json, record 1: lacks problem_type, solution, path, data_type"):
-        sft.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(tmp_path / "bad.json"),
-                  "--media", str(toy)])
+        sft.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base),
+                  "--data", str(tmp_path / "bad.json"), "--media", str(toy)])
 
 
 def test_check_counts_types_lengths_and_lost_media(toy, base, tmp_path, capsys):
@@ -78,8 +80,8 @@ def test_check_counts_types_lengths_and_lost_media(toy, base, tmp_path, capsys):
 
 def test_a_question_about_a_clip_is_answered(toy, base, capsys):
     clip = next((toy / "heldout").glob("*.avi"))
-    evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(clip), "--question", "Which colour is first?",
-                     "--options", "red", "blue", "--max-response", "8"])
+    evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(clip),
+                     "--question", "Which colour is first?", "--options", "red", "blue", "--max-response", "8"])
     said = capsys.readouterr().out
     assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "cut off after 8 tokens" in said
 
@@ -87,12 +89,14 @@ def test_a_question_about_a_clip_is_answered(toy, base, capsys):
 def test_a_clip_that_is_none_is_named(base, tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     with pytest.raises(SystemExit, match="empty.mp4: cannot be decoded"):
-        evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(tmp_path / "empty.mp4"), "--question", "?"])
+        evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(tmp_path / "empty.mp4"),
+                         "--question", "?"])
 
 
 def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base, tmp_path, capsys):
-    pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"), "--media",
-                 str(toy), "--heldout", str(toy / "heldout.json"), "--steps", "1", "--questions", "2", "--max-response", "12"])
+    pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"),
+                 "--media", str(toy), "--heldout", str(toy / "heldout.json"), "--steps", "1", "--questions", "2",
+                 "--max-response", "12"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")]
     evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy), "--max-response", "12"])
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")] == table

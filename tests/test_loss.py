@@ -11,7 +11,8 @@ from rewards import SegmentReward, parse
 
 
 def episode(n, boundary, advantages=(0.0, 0.0), logprob=-1.0):
-    return Episode(None, list(range(8, 8 + n)), torch.full((n,), logprob), True, "", parse(""), boundary, advantages=advantages)
+    return Episode(None, list(range(8, 8 + n)), torch.full((n,), logprob), True, "", parse(""), boundary,
+                   advantages=advantages)
 
 
 def loss_of(groups, mode="response", logprobs=None, old=None, reference=None, eps=0.2, beta=0.0):
@@ -46,8 +47,8 @@ class TestAdvantages:
             a_p, a_r = group_advantages(perception, reasoning, mode)
             assert torch.equal(a_p, a_r) and torch.equal(a_p, normalise(rewards))
 
-    @pytest.mark.parametrize("off, expected", [("none", (2.2, 1.7)), ("perception", (0.0, 1.7)), ("reasoning", (2.2, 0.0)),
-                                               ("length", (2.0, 1.5))])
+    @pytest.mark.parametrize("off, expected", [
+        ("none", (2.2, 1.7)), ("perception", (0.0, 1.7)), ("reasoning", (2.2, 0.0)), ("length", (2.0, 1.5))])
     def test_an_ablation_leaves_out_what_it_names(self, off, expected):
         e = episode(4, 2)
         e.perception, e.reasoning = SegmentReward(1, 1, 0.2, 2), SegmentReward(0.5, 1, 0.2, 2)
@@ -115,7 +116,8 @@ class TestLoss:
         _, grad, kl, _ = loss_of([[episode(3, 1)]], reference=reference, beta=0.04)
         assert bool((kl >= 0).all()) and bool(torch.isfinite(grad).all())
         far = torch.tensor([[[-1.0, -1.0, -1.0]]])
-        assert torch.isfinite(loss_of([[episode(3, 1)]], logprobs=torch.full((1, 1, 3), -1e30), reference=far, beta=1.0)[2]).all()
+        lowest = torch.full((1, 1, 3), -1e30)
+        assert torch.isfinite(loss_of([[episode(3, 1)]], logprobs=lowest, reference=far, beta=1.0)[2]).all()
 
     def test_the_clip_bites_above_for_good_and_below_for_bad_tokens(self):
         group = [[episode(4, 2, (1.0, -1.0))]]
@@ -143,7 +145,8 @@ class TestRewards:
         made = []
         for text in texts:
             pieces = text.replace("</observation>", "</observation>\x00").split("\x00")
-            made.append(Episode(example, [8] * 30, torch.zeros(30), True, text, parse(text), 12 if len(pieces) > 1 else None))
+            boundary = 12 if len(pieces) > 1 else None
+            made.append(Episode(example, [8] * 30, torch.zeros(30), True, text, parse(text), boundary))
         settings = Settings(perception_window=(8, 16), reasoning_window=(10, 48))
         asked = []
         from rewards import rule_judge

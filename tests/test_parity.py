@@ -94,7 +94,7 @@ def test_block_attention_is_plain_attention_inside_each_block(lengths):
 
 # ------------------------------------------------------------------------------------------------ the position rule
 
-TEXT, IMAGE, VIDEO = 1, *(CONFIGS["tiny"].image_token_id, CONFIGS["tiny"].video_token_id)
+TEXT, IMAGE, VIDEO = 1, CONFIGS["tiny"].image_token_id, CONFIGS["tiny"].video_token_id
 
 
 def positions_of(ids: list[int], grid, seconds) -> tuple[list[list[int]], int]:

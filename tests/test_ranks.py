@@ -32,12 +32,13 @@ def logged(folder: Path) -> list[dict]:
     ("pagrpo.py", "pagrpo", ("--steps", 2, "--questions", 3, "--group-size", 2, "--max-response", 12))])
 def test_two_ranks_take_the_same_steps_as_one(script, stage, flags, toy, base, tmp_path):
     data = toy / ("sft.json" if stage == "sft" else "rl.json")
-    common = ["--preset", "tiny", "--model", base, "--data", data, "--media", toy, "--heldout", toy / "heldout.json", *flags]
+    common = ["--preset", "tiny", "--model", base, "--data", data, "--media", toy,
+              "--heldout", toy / "heldout.json", *flags]
     for ranks in (1, 2):
         launch(ranks, script, "--out", tmp_path / str(ranks), *common)
     one, two = (logged(tmp_path / str(ranks) / stage) for ranks in (1, 2))
-    same = ("loss", "perception/reward", "reasoning/reward", "reasoning/tokens", "reasoning/reward_std", "kl", "entropy",
-            "grad_norm", "tokens", "questions", "truncated", "perception/zero_variance")
+    same = ("loss", "perception/reward", "reasoning/reward", "reasoning/tokens", "reasoning/reward_std", "kl",
+            "entropy", "grad_norm", "tokens", "questions", "truncated", "perception/zero_variance")
     for a, b in zip(one, two):
         assert {k: a[k] for k in same if k in a} == pytest.approx({k: b[k] for k in same if k in b}, rel=2e-4, abs=1e-6)
     a, b = (load_file(newest_checkpoint(tmp_path / str(ranks) / stage) / "model.safetensors") for ranks in (1, 2))

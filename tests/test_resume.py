@@ -16,14 +16,14 @@ TIMES = ("seconds", "seconds_sampling", "seconds_judging", "seconds_training", "
 
 
 def sft_flags(out, toy, base, **changes):
-    flags = dict(preset="tiny", out=out, model=base, data=toy / "sft.json", media=toy, heldout=toy / "heldout.json", steps=8,
-                 batch=8, save_every=3, warmup=2) | changes
+    flags = dict(preset="tiny", out=out, model=base, data=toy / "sft.json", media=toy, heldout=toy / "heldout.json",
+                 steps=8, batch=8, save_every=3, warmup=2) | changes
     return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
 
 
 def rl_flags(out, toy, model, **changes):
-    flags = dict(preset="tiny", out=out, model=model, data=toy / "rl.json", media=toy, heldout=toy / "heldout.json", steps=5,
-                 questions=2, group_size=3, max_response=16, save_every=2, transcript_every=100) | changes
+    flags = dict(preset="tiny", out=out, model=model, data=toy / "rl.json", media=toy, heldout=toy / "heldout.json",
+                 steps=5, questions=2, group_size=3, max_response=16, save_every=2, transcript_every=100) | changes
     return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -53,7 +53,8 @@ def handlers():
 
 
 @pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
-def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, flags, stage, toy, base, tmp_path, monkeypatch):
+def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, flags, stage, toy, base,
+                                                                     tmp_path, monkeypatch):
     module.main(flags(tmp_path / "whole", toy, base))
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, module, 4)
@@ -88,13 +89,14 @@ def test_a_half_written_checkpoint_does_not_count(toy, base, tmp_path):
 def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path, monkeypatch):
     built = []
     build = pagrpo.build_model
-    monkeypatch.setattr(pagrpo, "build_model", lambda folder, *a, **k: built.append(str(folder)) or build(folder, *a, **k))
+    monkeypatch.setattr(pagrpo, "build_model",
+                        lambda folder, *a, **k: built.append(str(folder)) or build(folder, *a, **k))
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, pagrpo, 2)
         with pytest.raises(SystemExit):
             pagrpo.main(rl_flags(tmp_path, toy, base, heldout=""))
     pagrpo.main(rl_flags(tmp_path, toy, base, heldout=""))
-    policy, reference = built[2:4]
+    reference, policy = built[2:4]
     assert policy.endswith("step-000002") and reference == str(base)
 
 

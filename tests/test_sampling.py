@@ -27,7 +27,7 @@ def test_top_p_keeps_the_smallest_set_that_holds_its_share():
     u = (torch.arange(100) + 0.5) / 100
     tokens, logprobs = choose(logits.expand(100, -1), u, 1.0, 0.7)
     assert sorted(set(tokens.tolist())) == [1, 3], "0.5 alone is too little, 0.5 + 0.25 is enough"
-    assert torch.allclose(logprobs.exp().unique(), torch.tensor([1 / 3, 2 / 3])), "renormalised: what they were drawn from"
+    assert torch.allclose(logprobs.exp().unique(), torch.tensor([1 / 3, 2 / 3])), "renormalised: as they were drawn"
     assert set(choose(logits.expand(100, -1), u, 1.0, 0.001)[0].tolist()) == {1}
 
 

@@ -30,7 +30,8 @@ def whole_sequence_logprobs(model, prompts, tokens, lengths):
             ids = torch.cat([prompts.ids[b, :p], tokens[b, g, :n]])[None]
             behind = (prompts.next_position[b] + torch.arange(n)).expand(3, 1, n)
             positions = torch.cat([prompts.positions[:, b:b + 1, :p], behind], dim=-1)
-            alone = Prompts(ids, torch.tensor([p + n]), positions, prompts.next_position[b:b + 1], pixels, [prompts.grid[b]])
+            alone = Prompts(ids, torch.tensor([p + n]), positions, prompts.next_position[b:b + 1], pixels,
+                            [prompts.grid[b]])
             logprobs = model(alone)[0, p - 1:-1].log_softmax(-1)
             result[b, g, :n] = logprobs.gather(-1, tokens[b, g, :n, None])[:, 0]
     return result
@@ -78,7 +79,7 @@ def test_logits_in_chunks_change_no_logprob_and_no_gradient(batch, monkeypatch):
     monkeypatch.setattr("model.LOGITS_AT_ONCE", 4 * model.config.vocab_size)
     chunked = model.logprobs(*inputs)
     chunked_gradients = gradients(model, chunked[0].sum())
-    assert max(seen) == 4 and sum(seen[:len(seen) // 2 + 1]) >= int(inputs[2].sum()), "only response places, four at a time"
+    assert max(seen) == 4 and sum(seen[:len(seen) // 2 + 1]) >= int(inputs[2].sum()), "only response places, by fours"
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, chunked))
     assert all(torch.allclose(plain[name], chunked_gradients[name], atol=1e-5) for name in plain)
 

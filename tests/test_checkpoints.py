@@ -1,0 +1,370 @@
+"""Promise: a checkpoint folder is read strictly, written whole or not at all, and exchanged with transformers both ways
+without conversion."""
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from parity import load_reference, random_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from model import CONFIGS, Qwen2_5_VL, load_model, read_config, save_model, write_config
+
+TIED = CONFIGS["tiny"]
+UNTIED = replace(TIED, tie_word_embeddings=False)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def write(config, folder, **how) -> dict[str, torch.Tensor]:
+    """Writes a random model and returns what should be in the folder."""
+    tensors = random_model(config, seed=0).state_dict()
+    save_model(tensors, folder, beside=lambda f: write_config(config, f, [3]), **how)
+    return tensors
+
+
+def rewrite(file, change) -> None:
+    """`change` edits in place what a file of tensors or of JSON holds."""
+    content = load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
+    change(content)
+    if file.suffix == ".safetensors":
+        save_file(content, file)
+    else:
+        file.write_text(json.dumps(content))
+
+
+def assert_same(tensors, expected) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(tensors[name], x), name
+
+
+def official_tensors(network) -> dict[str, torch.Tensor]:
+    """The parameters of transformers' class, under the names they have on disk."""
+    return {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): p
+            for name, p in network.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------ strict reading
+
+def test_a_missing_tensor_is_named(tmp_path):
+    write(TIED, tmp_path / "a")
+    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"1 missing tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path / "a")
+
+
+def test_a_tensor_too_many_is_named(tmp_path):
+    write(TIED, tmp_path / "a")
+    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({"visual.blocks.0.lora.weight": torch.ones(2)}))
+    with pytest.raises(ValueError, match=r"1 tensors too many: visual\.blocks\.0\.lora\.weight"):
+        load_model(tmp_path / "a")
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
+    write(TIED, tmp_path / "a")
+    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(64,\), not \(128,\)"):
+        load_model(tmp_path / "a")
+
+
+def test_a_transposed_matrix_of_as_many_numbers_is_refused(tmp_path):
+    write(TIED, tmp_path / "a")
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    with pytest.raises(ValueError, match=r"down_proj\.weight has shape \(384, 128\), not \(128, 384\)"):
+        load_model(tmp_path / "a")
+
+
+def test_weights_and_configuration_must_agree_on_a_head_of_its_own(tmp_path):
+    write(TIED, tmp_path / "tied")
+    rewrite(tmp_path / "tied" / "config.json", lambda raw: raw.update(tie_word_embeddings=False))
+    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight"):
+        load_model(tmp_path / "tied")
+    write(UNTIED, tmp_path / "untied")
+    rewrite(tmp_path / "untied" / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=r"tensors too many: lm_head\.weight"):
+        load_model(tmp_path / "untied")
+
+
+def test_long_lists_of_names_are_cut(tmp_path):
+    write(TIED, tmp_path / "a")
+    rewrite(tmp_path / "a" / "config.json", lambda raw: raw.update(num_hidden_layers=5))
+    with pytest.raises(ValueError, match=r"12 missing tensors: model\.layers\.4\..* …$"):
+        load_model(tmp_path / "a")
+
+
+def test_a_folder_without_configuration_or_weights_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        load_model(tmp_path)
+    write_config(TIED, tmp_path, [3])
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+        load_model(tmp_path)
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
+    lost = sorted((tmp_path / "a").glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=lost.name):
+        load_model(tmp_path / "a")
+
+
+def test_a_tensor_that_the_index_leaves_out_is_missing(tmp_path):
+    write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
+    rewrite(tmp_path / "a" / INDEX, lambda index: index["weight_map"].pop("visual.merger.ln_q.weight"))
+    with pytest.raises(ValueError, match=r"1 missing tensors: visual\.merger\.ln_q\.weight"):
+        load_model(tmp_path / "a")
+
+
+def test_a_tensor_that_the_index_looks_for_in_the_wrong_shard_is_named(tmp_path):
+    write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
+    first = sorted((tmp_path / "a").glob("*.safetensors"))[0].name
+    rewrite(tmp_path / "a" / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": first}))
+    with pytest.raises(Exception, match=r"model\.norm\.weight"):
+        load_model(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+def published(hidden, layers, heads, kv_heads, mlp, vocab, tied) -> dict:
+    """config.json as it stands in the official folders, what the network does not depend on left out."""
+    return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "bos_token_id": 151643, "eos_token_id": 151645,
+            "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
+            "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": hidden,
+            "intermediate_size": mlp, "max_position_embeddings": 128000, "model_type": "qwen2_5_vl",
+            "num_attention_heads": heads, "num_hidden_layers": layers, "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
+            "use_sliding_window": False, "vocab_size": vocab,
+            "vision_config": {"hidden_size": 1280, "in_chans": 3, "out_hidden_size": hidden, "spatial_patch_size": 14,
+                              "tokens_per_second": 2},
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+
+
+PUBLISHED = {"3b": published(2048, 36, 16, 2, 11008, 151936, True),
+             "7b": published(3584, 28, 28, 4, 18944, 152064, False)}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_table_holds_the_official_configurations(size, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[size]))
+    assert read_config(tmp_path) == CONFIGS[size]
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED, CONFIGS["3b"], CONFIGS["7b"]], ids=["tiny", "untied", "3b", "7b"])
+def test_flat_and_nested_files_say_the_same(config, tmp_path):
+    write_config(config, tmp_path, [3])
+    Qwen2_5_VLConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "nested")
+    assert "text_config" in json.loads((tmp_path / "nested" / "config.json").read_text())
+    assert read_config(tmp_path) == read_config(tmp_path / "nested") == config
+
+
+def test_transformers_reads_every_setting_that_we_write(tmp_path):
+    unusual = replace(UNTIED, rope_theta=5e4, rms_norm_eps=1e-5, mrope_section=(2, 6, 8), vision=replace(
+        TIED.vision, tokens_per_second=5, window_size=56, fullatt_block_indexes=(0,)))
+    write_config(unusual, tmp_path, [3, 4])
+    theirs = Qwen2_5_VLConfig.from_pretrained(tmp_path)
+    text, vision = theirs.text_config, theirs.vision_config
+    assert (text.rope_parameters["rope_theta"], text.rope_parameters["mrope_section"]) == (5e4, [2, 6, 8])
+    assert (text.rms_norm_eps, text.eos_token_id, theirs.tie_word_embeddings) == (1e-5, 3, False)
+    assert (theirs.image_token_id, theirs.video_token_id) == (6, 7)
+    assert (vision.tokens_per_second, vision.window_size, list(vision.fullatt_block_indexes)) == (5, 56, [0])
+    assert read_config(tmp_path) == unusual
+
+
+def test_a_null_in_the_nested_part_hides_no_value_at_the_root(tmp_path):
+    """transformers 4.53 wrote the token ids twice: at the root, and as null under text_config."""
+    nested = {"image_token_id": None, "video_token_id": None, "vocab_size": 151936, "hidden_size": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["3b"] | {"text_config": nested}))
+    assert read_config(tmp_path) == CONFIGS["3b"]
+
+
+@pytest.mark.parametrize("root, nested, tied", [({}, {}, False), ({}, {"tie_word_embeddings": True}, True),
+                                                ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, True)])
+def test_tied_embeddings_are_recognised_at_the_root_and_nested(root, nested, tied, tmp_path):
+    raw = {k: v for k, v in PUBLISHED["3b"].items() if k != "tie_word_embeddings"} | root | {"text_config": nested}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path).tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize("field", ["tokens_per_second", "out_hidden_size", "hidden_size"])
+def test_a_vision_setting_that_would_have_to_be_guessed_is_asked_for(field, tmp_path):
+    raw = json.loads(json.dumps(PUBLISHED["3b"]))
+    del raw["vision_config"][field]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=field):
+        read_config(tmp_path)
+
+
+def test_another_model_is_recognised_as_such(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 768, "vocab_size": 50257}')
+    with pytest.raises(ValueError, match="is this a Qwen2.5-VL checkpoint"):
+        read_config(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ exchange
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_shards_hold_what_a_single_file_holds(config, tmp_path):
+    tensors = write(config, tmp_path / "a", shard_bytes=2 ** 20)
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    index = json.loads((tmp_path / "a" / INDEX).read_text())
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(f.stat().st_size < 2 ** 20 + 8192 for f in files), "8 KiB for the header"
+    assert set(index["weight_map"].values()) == {f.name for f in files}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    assert_same(load_model(tmp_path / "a").state_dict(), tensors)
+    write(config, tmp_path / "b")
+    assert not (tmp_path / "b" / INDEX).exists()
+    assert_same(load_model(tmp_path / "b").state_dict(), tensors)
+
+
+def test_a_tensor_larger_than_a_shard_gets_one_to_itself(tmp_path):
+    tensors = write(TIED, tmp_path / "a", shard_bytes=1)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == len(tensors)
+    assert_same(load_model(tmp_path / "a").state_dict(), tensors)
+
+
+def test_numbers_keep_their_type_on_disk_and_take_the_wanted_one_in_memory(tmp_path):
+    tensors = {name: x.bfloat16() for name, x in random_model(TIED, seed=0).state_dict().items()}
+    save_model(tensors, tmp_path / "a", beside=lambda f: write_config(TIED, f, [3], dtype="bfloat16"))
+    with safe_open(tmp_path / "a" / SINGLE, "pt") as file:
+        assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+    assert_same(load_model(tmp_path / "a", torch.bfloat16).state_dict(), tensors)
+    assert_same(load_model(tmp_path / "a").state_dict(), {name: x.float() for name, x in tensors.items()})
+
+
+@pytest.mark.parametrize("shard_bytes", [2 ** 30, 2 ** 20], ids=["one file", "shards"])
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_transformers_reads_our_folder(config, shard_bytes, tmp_path):
+    tensors = write(config, tmp_path / "a", shard_bytes=shard_bytes)
+    network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same(official_tensors(network), tensors)
+    assert (network.lm_head.weight is network.model.language_model.embed_tokens.weight) == config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "1MB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_we_read_the_folder_of_transformers(config, shard_size, tmp_path):
+    tensors = write(config, tmp_path / "ours")
+    load_reference(tmp_path / "ours").save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
+    assert (tmp_path / "theirs" / INDEX).exists() == (shard_size == "1MB")
+    model = load_model(tmp_path / "theirs")
+    assert model.config == config
+    assert_same(model.state_dict(), tensors)
+
+
+# ------------------------------------------------------------------------------------------------ whole or not at all
+
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_configuration_and_tokenizer_travel_along_and_nothing_else(tmp_path):
+    source, tensors = tmp_path / "source", write(TIED, tmp_path / "source", shard_bytes=2 ** 20)
+    travels = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
+               "generation_config.json", "preprocessor_config.json"]
+    stays = ["state.json", "optimizer.safetensors", "README.md"]
+    for name in travels + stays:
+        (source / name).write_text(f"{{}} of {name}")
+    save_model(tensors, tmp_path / "a", source)
+    assert set(contents(tmp_path / "a")) == {*travels, "config.json", SINGLE}
+    assert all(contents(tmp_path / "a")[name] == contents(source)[name] for name in [*travels, "config.json"])
+    assert_same(load_model(tmp_path / "a").state_dict(), tensors)
+
+
+def test_what_stands_beside_the_weights_appears_with_them(tmp_path):
+    folder, seen = tmp_path / "runs" / "a", []
+
+    def beside(aside):
+        seen.append(folder.exists())
+        (aside / "state.json").write_text("{}")
+
+    save_model({"x": torch.ones(2)}, folder, beside=beside)
+    assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json"}
+    assert [f.name for f in folder.parent.iterdir()] == ["a"], "nothing is left aside"
+
+
+def interrupt(folder):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_first_write_leaves_no_folder_under_the_name(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        save_model({"x": torch.ones(2)}, tmp_path / "a", beside=interrupt)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_interrupted_write_leaves_the_old_folder_as_it_was(tmp_path):
+    folder = tmp_path / "a"
+    tensors = write(TIED, folder)
+    before = contents(folder)
+    with pytest.raises(KeyboardInterrupt):
+        save_model({name: x + 1 for name, x in tensors.items()}, folder, source=folder, beside=interrupt)
+    assert contents(folder) == before
+
+
+def test_the_next_write_clears_away_what_an_interrupted_one_left(tmp_path):
+    folder = tmp_path / "a"
+    tensors = write(TIED, folder)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tensors, folder, source=folder, beside=interrupt, shard_bytes=2 ** 20)
+    later = {name: x + 1 for name, x in tensors.items()}
+    save_model(later, folder, source=folder)
+    assert set(contents(folder)) == {"config.json", SINGLE} and [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert_same(load_model(folder).state_dict(), later)
+
+
+def test_a_folder_can_move(tmp_path):
+    tensors = write(UNTIED, tmp_path / "a", shard_bytes=2 ** 20)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert_same(load_model(tmp_path / "b").state_dict(), tensors)
+
+
+# ------------------------------------------------------------------------------------------------ official sizes
+
+#        vision tower   embedding    one layer    all
+TOTALS = {"3b": (668_684_288, 311_164_928, 77_076_992, 3_754_622_976),
+          "7b": (676_550_144, 544_997_376, 233_057_792, 8_292_166_656)}
+
+
+def on_meta(size):
+    with torch.device("meta"):
+        return Qwen2_5_VL(CONFIGS[size])
+
+
+def count(part) -> int:
+    return sum(p.numel() for p in part.parameters())
+
+
+@pytest.mark.parametrize("size", TOTALS)
+def test_official_rows_have_the_official_number_of_parameters(size):
+    model, (vision, embedding, layer, total) = on_meta(size), TOTALS[size]
+    c, decoder = model.config, model.model
+    assert count(model.visual) == vision and count(decoder.embed_tokens) == embedding
+    assert count(decoder.layers[0]) == layer
+    heads = 0 if c.tie_word_embeddings else embedding
+    assert vision + embedding + c.num_hidden_layers * layer + c.hidden_size + heads == total == count(model)
+
+
+@pytest.mark.parametrize("size", TOTALS)
+def test_official_rows_have_the_names_and_shapes_of_transformers(size, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[size]))
+    with torch.device("meta"):
+        network = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(tmp_path))
+    expected = {name: p.shape for name, p in official_tensors(network).items()}
+    assert {name: p.shape for name, p in on_meta(size).named_parameters()} == expected
+
+
+def test_some_shapes_of_the_7b_row_by_hand():
+    shapes = {name: tuple(p.shape) for name, p in on_meta("7b").named_parameters()}
+    assert shapes["visual.patch_embed.proj.weight"] == (1280, 3, 2, 14, 14)
+    assert shapes["visual.blocks.31.attn.qkv.weight"] == (3 * 1280, 1280)
+    assert shapes["visual.merger.mlp.0.weight"] == (4 * 1280, 4 * 1280)
+    assert shapes["visual.merger.mlp.2.weight"] == (3584, 4 * 1280)
+    assert shapes["model.layers.27.self_attn.k_proj.weight"] == (4 * 128, 3584)
+    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (152064, 3584)
+    assert "lm_head.weight" not in dict(on_meta("3b").named_parameters())
