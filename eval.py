@@ -13,11 +13,10 @@ them.
 import argparse
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from data import (TOY_SPLITS, Examples, InputSettings, MediaError, Record, Vocabulary, build_example, make_toy,
-                  read_records)
+from data import TOY_SPLITS, Examples, MediaError, Record, Vocabulary, build_example, make_toy, read_records
 from pagrpo import PRESETS, Settings, evaluate, rollout, summary, table
 from rewards import PROBLEM_TYPES, rule_judge
 from sft import World, build_model, gathered, newest_checkpoint, start_world
@@ -32,8 +31,9 @@ def run_settings(model: Path, preset: str | None) -> Settings:
         if (folder / "settings.json").is_file():
             saved = json.loads((folder / "settings.json").read_text())
             row = PRESETS[preset or ("tiny" if saved["prompt"] == "short" else "7b")]
-            names = {f.name for f in fields(InputSettings)} | {"seed"}
-            return Settings(**row | {k: v for k, v in saved.items() if k in names})
+            same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
+                    if k in Settings.__dataclass_fields__}
+            return Settings(**row | same)
     return Settings(**PRESETS[preset or "7b"])
 
 

@@ -466,8 +466,8 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
     else:
         if top_p < 1:  # the smallest set of tokens that holds top_p, the most likely one always in it
             ranked, order = logprobs.exp().sort(descending=True)
-            cut = (ranked.cumsum(-1) - ranked >= top_p).scatter(-1, order, ranked.cumsum(-1) - ranked >= top_p)
-            logprobs = logprobs.masked_fill(cut, -torch.inf).log_softmax(-1)
+            cut = ranked.cumsum(-1) - ranked >= top_p         # what stands before a token is enough already
+            logprobs = logprobs.masked_fill(cut.scatter(-1, order, cut), -torch.inf).log_softmax(-1)
         cumulative = logprobs.double().exp().cumsum(-1)       # fp64: a draw can then never reach past the last token
         target = uniforms.double()[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
@@ -491,7 +491,8 @@ class Qwen2_5_VL(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the banned ids."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight).float().index_fill(-1, self.banned.to(hidden.device), -1e30)
+        self.banned = self.banned.to(hidden.device)          # moves once
+        return F.linear(hidden, head.weight).float().index_fill(-1, self.banned, -1e30)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of `mrope_section`."""

@@ -272,7 +272,7 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
             score = lambda model: model.logprobs(parts[-1][0], batch.tokens, batch.lengths, settings.temperature)[0]
             ref.append(score(reference) if reference else None)
             old.append(score(policy) if settings.updates_per_rollout > 1 else None)   # before the first update
-    for _ in range(settings.updates_per_rollout):
+    for number in range(settings.updates_per_rollout):
         for (prompts, batch, weight), ref_logprobs, old_logprobs in zip(parts, ref, old):
             logprobs, entropy = policy.logprobs(prompts, batch.tokens, batch.lengths, settings.temperature)
             if old_logprobs is None:
@@ -282,10 +282,12 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
             (loss * weight * world.size / max(1, responses)).backward()       # FSDP averages over ranks: undo that
             if weight:
                 real = torch.arange(batch.tokens.shape[-1], device=world.device) < batch.lengths[..., None]
-                seen["loss"].append(float(loss.detach()))
-                for name, values in (("kl", kl), ("clip_share", was_clipped.float()), ("entropy", entropy),
-                                     ("logprob_gap", (logprobs.detach() - batch.sampled).abs())):
-                    seen[name] += values[real].tolist()
+                values = {"kl": kl, "clip_share": was_clipped.float(), "entropy": entropy}
+                if number == 0:                              # before any update, what is scored is what was sampled
+                    seen["loss"].append(float(loss.detach()))
+                    values["logprob_gap"] = (logprobs.detach() - batch.sampled).abs()
+                for name, x in values.items():
+                    seen[name] += x[real].tolist()
         seen["grad_norm"].append(update(policy, optimizer, lr, settings.clip_norm))
     return seen
 

@@ -115,6 +115,11 @@ class World:
             dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def most(self, value: float) -> float:
         """The largest value of any rank."""
         most = torch.tensor(float(value), device=self.device)
@@ -252,7 +257,7 @@ class Run:
         self.step, self.stopping = 0, False
         now = json.loads(json.dumps(asdict(settings) | {"steps": steps}))
         file = folder / "settings.json"
-        if file.is_file():
+        if file.is_file() and world.first:
             before = json.loads(file.read_text())
             free = ("out", "workers", "cache_gb", "save_every", "micro_batch", "save_memory", "transcript_every")
             other = {k: (before.get(k), v) for k, v in now.items() if k not in free and before.get(k) != v}
@@ -268,6 +273,7 @@ class Run:
         if world.first:                                      # steps after the checkpoint are taken again: log them once
             kept = [line for line in self.read() if line["step"] <= self.step]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        world.wait()
 
     @property
     def finished(self) -> bool:
@@ -374,8 +380,7 @@ def prepare_toy(settings: TrainSettings, world: World) -> dict[str, str]:
         make_toy(out / "toy")
         if not (out / "base" / "config.json").is_file():
             make_toy_model(out / "base", settings.seed)
-    if world.size > 1:
-        dist.barrier()
+    world.wait()
     return dict(model=settings.model or str(out / "base"), media=str(out / "toy"),
                 heldout=str(out / "toy" / "heldout.json"))
 
@@ -387,7 +392,7 @@ class Settings(TrainSettings):
     model: str = flag("", "checkpoint folder to start from (toy: a random tiny model, made when missing)")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps does not say how long")
-    heldout_count: int = flag(256, "without --heldout: so many records are held out of --data")
+    heldout_count: int = flag(256, "without --heldout: so many records of --data are held out, a tenth at most")
 
 
 PRESETS = {
@@ -451,8 +456,9 @@ def train(settings: Settings, world: World) -> Path:
         heldout = read_records(settings.heldout, traces=True)
     else:
         random.Random(0).shuffle(records)
-        records, heldout = records[settings.heldout_count:], records[:settings.heldout_count]
-    steps = settings.steps or int(settings.epochs * len(records)) // settings.batch
+        count = min(settings.heldout_count, len(records) // 10)
+        records, heldout = records[count:], records[:count]
+    steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(folder, settings, steps, world)
     if run.finished:
         world.say(f"SFT is finished: {newest_checkpoint(folder)}")

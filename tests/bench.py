@@ -62,6 +62,40 @@ def learning(out: Path, seeds: list[int], flags: list[str]) -> None:
     print("\n`python pagrpo.py` took " + ", ".join(f"{s:.0f} s" for s in seconds))
 
 
+def seconds_of(work, repeats: int = 3) -> float:
+    """Median seconds of a call, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]
+
+
+def prefix() -> None:
+    """A group that shares its prompt against the same responses, each behind a prompt of its own."""
+    import torch
+
+    from model import CONFIGS, Prompts, Qwen2_5_VL, init_weights
+
+    model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed=0)
+    print(f"{'G × (prompt, response)':<28}{'training':>12}{'sampling':>12}    shared against separate, tiny model on "
+          f"{torch.get_num_threads()} threads")
+    for group, p, t in ((8, 1000, 200), (8, 300, 48), (4, 1000, 50), (8, 60, 48)):
+        ids = torch.randint(8, 300, (1, p), generator=torch.Generator().manual_seed(0))
+        prompt = Prompts(ids, torch.tensor([p]), torch.arange(p).expand(3, 1, p), torch.tensor([p]), None, [])
+        copies = Prompts(ids.expand(group, p), torch.full((group,), p), torch.arange(p).expand(3, group, p),
+                         torch.full((group,), p), None, [])
+        tokens, lengths = torch.randint(8, 300, (1, group, t)), torch.full((1, group), t)
+        uniforms = torch.rand(1, group, t)
+        shared = lambda: model.logprobs(prompt, tokens, lengths)[0].sum().backward()
+        separate = lambda: model.logprobs(copies, tokens.transpose(0, 1), lengths.T)[0].sum().backward()
+        training = seconds_of(separate) / seconds_of(shared)
+        sampling = (seconds_of(lambda: model.generate(copies, uniforms.transpose(0, 1), [-1]))
+                    / seconds_of(lambda: model.generate(prompt, uniforms, [-1])))
+        print(f"{f'{group} × ({p}, {t})':<28}{training:>11.1f}×{sampling:>11.1f}×", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True)
@@ -69,8 +103,13 @@ def main() -> None:
                                                  "further flags go to pagrpo.py")
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    commands.add_parser("prefix", help="speed-up of the shared prompt, half a minute")
     args, flags = parser.parse_known_args()
-    learning(args.out, args.seeds, flags)
+    if args.bench == "prefix":
+        parser.parse_args()                                  # no further flags here
+        prefix()
+    else:
+        learning(args.out, args.seeds, flags)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_check_counts_types_lengths_and_lost_media(toy, base, tmp_path, capsys):
         data.main(["check", str(tmp_path / "some.json"), "--media", str(toy), "--model", str(base)])
     said = capsys.readouterr().out
     assert ended.value.code == 0, "one in ten is a loss a run survives"
-    for line in ("10 records, all well formed", "2  video, OCR", "10  with a trace", "nowhere.avi: no such file",
+    for line in ("10 records, all well formed", "5  video, multiple choice", "10  with a trace", "nowhere.avi: no such file",
                  "1 of 10 media cannot be read", "tokens of a prompt:  least"):
         assert line in said
 
@@ -98,6 +98,6 @@ def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base,
                  "--media", str(toy), "--heldout", str(toy / "heldout.json"), "--steps", "1", "--questions", "2",
                  "--max-response", "12"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")]
-    evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy), "--max-response", "12"])
+    evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy)])
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")] == table
     assert json.loads((tmp_path / "pagrpo" / "eval-toy.json").read_text())["results"]["greedy"]["answer"]["n"] == 20
