@@ -414,6 +414,10 @@ class Examples:
                     file.write(f"{self.records[i].path}\t{reason}\n")
             self.skipped[i] = reason
 
+    def losses(self, world) -> int:
+        """Records skipped so far, over all ranks."""
+        return int(world.sum({"skipped": len(self.skipped)})["skipped"])
+
     def check_losses(self) -> None:
         """Raises ValueError once more than 20 % of at least 20 records had to be skipped for their media."""
         with self.lock:

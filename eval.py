@@ -16,6 +16,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from data import TOY_SPLITS, Examples, MediaError, Record, Vocabulary, build_example, make_toy, read_records
 from pagrpo import PRESETS, Settings, evaluate, rollout, summary, table
 from rewards import PROBLEM_TYPES, rule_judge
@@ -41,6 +43,7 @@ def bench_toy(path: Path, data: Path, settings: Settings, world: World) -> dict:
     """Greedy and sampled summaries of a checkpoint on the toy world's held-out clips, which are made when missing."""
     if world.first and not (data / "heldout.json").is_file():
         make_toy(data, {"heldout": TOY_SPLITS["heldout"]})
+    world.wait()
     vocabulary = Vocabulary(path)
     model = build_model(path, vocabulary, world)
     held = Examples(read_records(data / "heldout.json"), data, vocabulary, model.config, settings)
@@ -48,9 +51,23 @@ def bench_toy(path: Path, data: Path, settings: Settings, world: World) -> dict:
             for how, temperature in (("greedy", 0.0), ("sampled", 1.0))}
 
 
+def bench(path: Path, args: argparse.Namespace, settings: Settings, world: World) -> None:
+    """Runs the benchmark, prints its table, writes its numbers."""
+    world.say(f"Model {path}")
+    worlds = [p / "toy" for p in path.resolve().parents]     # the run's own, if the model belongs to one
+    data = Path(args.data) if args.data else next((w for w in worlds if (w / "heldout.json").is_file()),
+                                                  Path("runs/tiny/toy"))
+    results = bench_toy(path, data, settings, world)
+    world.say(table({f"{Path(args.model).name}, {how}": r for how, r in results.items()}))
+    if world.first:
+        target = Path(args.json or Path(args.model) / "eval-toy.json")
+        target.write_text(json.dumps({"model": str(path), "seed": settings.seed, "results": results}, indent=1) + "\n")
+        print(f"Numbers: {target}")
+
+
 def ask(path: Path, args: argparse.Namespace, settings: Settings, world: World) -> None:
     """One question about one clip or picture: prints what the model sees, thinks and answers. Raises MediaError."""
-    clip = Path(args.video)
+    clip = Path(args.video).resolve()
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
     record = Record("", args.question, tuple(args.options), kind, "", clip.name,
                     "image" if clip.suffix.lower() in IMAGES else "video")
@@ -58,7 +75,7 @@ def ask(path: Path, args: argparse.Namespace, settings: Settings, world: World) 
     model = build_model(path, vocabulary, world)
     example = build_example(record, clip.parent, vocabulary, model.config, settings)
     steps, rows, columns = example.grid
-    print(f"{clip}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
+    print(f"{clip.name}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
           f"{len(example.ids)} prompt tokens")
     with gathered(model):
         (episode,), = rollout(model, [example], vocabulary, settings, 1, args.temperature, "question", world.device,
@@ -98,17 +115,17 @@ def main(argv: list[str] | None = None) -> None:
         settings = replace(run_settings(Path(args.model), args.preset), **own)
         world = start_world()
         if args.video:
-            return ask(path, args, settings, world)
-    except (FileNotFoundError, MediaError, ValueError) as error:
-        sys.exit(f"{args.video}: {error}" if isinstance(error, MediaError) else str(error))
-    world.say(f"Model {path}")
-    data = Path(args.data) if args.data else Path(args.model).parent / "toy"
-    results = bench_toy(path, data, settings, world)
-    world.say(table({f"{Path(args.model).name}, {how}": r for how, r in results.items()}))
-    if world.first:
-        target = Path(args.json or Path(args.model) / "eval-toy.json")
-        target.write_text(json.dumps({"model": str(path), "seed": settings.seed, "results": results}, indent=1) + "\n")
-        print(f"Numbers: {target}")
+            ask(path, args, settings, world)
+        else:
+            bench(path, args, settings, world)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except MediaError as error:
+        sys.exit(f"{args.video}: {error}")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -28,18 +28,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import (Example, Examples, Record, Vocabulary, blind_example, collate, flag, read_records,
+from data import (Example, Examples, InputSettings, Record, Vocabulary, blind_example, collate, flag, read_records,
                   step_indices)
 from model import Qwen2_5_VL, read_config
 from rewards import (PROBLEM_TYPES, TAG, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens,
                      response_rewards, rule_judge, task_metric)
-from sft import (QWEN, TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
-                 micro_batches, need_files, newest_checkpoint, peak_memory_gb, prepare_toy, update)
+from sft import (TINY, Run, TrainSettings, World, at_least, build_model, gathered, learning_rate, make_optimizer,
+                 micro_batches, need_files, newest_checkpoint, norms, peak_memory_gb, prepare_toy, update)
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     model: str = flag("", "SFT checkpoint to start from; it stays the KL reference (toy: SFT is run when missing)")
+    steps: int = flag(1000, "optimizer steps, if --updates-per-rollout is 1: batches of rollouts")
     questions: int = flag(8, "questions in one step, over all ranks; whole questions go to ranks")
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
@@ -48,25 +49,34 @@ class Settings(TrainSettings):
                           ["pa", "grpo", "joint"])
     token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one in each, added",
                            ["response", "segment"])
-    reward_off: str = flag("none", "leaves a reward out, as the ablations do",
+    reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward is --advantage grpo",
                            ["none", "perception", "reasoning", "length"])
     perception_window: tuple = flag((128, 320), "tokens of an observation that earn the length reward")
     reasoning_window: tuple = flag((320, 512), "tokens of think and answer that earn the length reward")
-    kl_beta: float = flag(0.04, "weight of the KL term; 0: no reference model is loaded")
+    kl_beta: float = flag(0.04, "weight of the KL term; at 0 the reference is not scored, nor loaded unless it judges")
     clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
     updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
     judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own; reference: the "
                       "KL reference answers from the observation alone", ["rule", "reference"])
     transcript_every: int = flag(50, "steps between printed transcripts")
 
+    def __post_init__(self):
+        at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, micro_batch=1, save_every=1,
+                 transcript_every=1, steps=1)
+        if not self.temperature > 0:
+            raise SystemExit("--temperature must be above 0: a policy that cannot vary cannot learn")
 
-REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference", steps=1000)
+
+REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference")
 PRESETS = {
     "tiny": TINY | dict(questions=16, micro_batch=16, steps=180, lr=1.5e-4, warmup=15, max_response=64,
                         perception_window=(8, 16), reasoning_window=(10, 48)),
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),
 }
+
+
+STAGES = {"pa": "pagrpo", "grpo": "grpo", "joint": "joint"}  # an advantage's folder in the run
 
 
 # ------------------------------------------------------------------------------------------------ 1. rollout
@@ -208,7 +218,8 @@ def to_tokens(groups: Sequence[Sequence[Episode]], token_mean: str, device) -> T
     5 tokens, boundary 2, A = (+1, -1): advantages [+1, +1, -1, -1, -1]
     weights, one mean a response: [1/5, 1/5, 1/5, 1/5, 1/5]; one mean a segment: [1/2, 1/2, 1/3, 1/3, 1/3]
     """
-    b, g, t = len(groups), len(groups[0]), max(len(e.tokens) for group in groups for e in group)
+    # At least two places: for one, `logprobs` skips its second pass, and sharded ranks must all run the same passes.
+    b, g, t = len(groups), len(groups[0]), max(2, *(len(e.tokens) for group in groups for e in group))
     tokens, lengths = torch.zeros(b, g, t, dtype=torch.long), torch.zeros(b, g, dtype=torch.long)
     sampled, advantages, weights = torch.zeros(3, b, g, t)
     for i, group in enumerate(groups):
@@ -260,29 +271,28 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
     """One or more updates on a step's episodes. Returns what is worth logging, a value a token or an update."""
     seen = defaultdict(list)
     responses = world.sum({"n": sum(len(group) for group in groups)})["n"]    # one denominator for the whole step
-    parts, old, ref = [], [], []
-    by_question = {id(group[0].example): group for group in groups}
+    parts, waiting = [], iter(groups)
     asked = [group[0].example for group in groups]
     for examples, weight in micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
         nothing = Episode(examples[0], vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)
-        episodes = [by_question.get(id(e), [nothing]) for e in examples]      # a blank example scores one token
-        batch = to_tokens(episodes, settings.token_mean, world.device)
-        parts.append((collate(examples).to(world.device), batch, weight))
+        batch = to_tokens([next(waiting) for _ in examples] if weight else [[nothing]], settings.token_mean, world.device)
+        inputs = collate(examples).to(world.device), batch.tokens, batch.lengths, settings.temperature
         with torch.no_grad():
-            score = lambda model: model.logprobs(parts[-1][0], batch.tokens, batch.lengths, settings.temperature)[0]
-            ref.append(score(reference) if reference else None)
-            old.append(score(policy) if settings.updates_per_rollout > 1 else None)   # before the first update
+            ref = reference.logprobs(*inputs)[0] if settings.kl_beta else None
+            old = policy.logprobs(*inputs)[0] if settings.updates_per_rollout > 1 else None   # before the first update
+        parts.append((inputs, batch, weight, ref, old))
     for number in range(settings.updates_per_rollout):
-        for (prompts, batch, weight), ref_logprobs, old_logprobs in zip(parts, ref, old):
-            logprobs, entropy = policy.logprobs(prompts, batch.tokens, batch.lengths, settings.temperature)
-            if old_logprobs is None:
-                old_logprobs = logprobs.detach()             # a single update: old = current, the ratio is 1
-            loss, kl, was_clipped = pa_grpo_loss(logprobs, old_logprobs, ref_logprobs, batch.advantages, batch.weights,
+        for inputs, batch, weight, ref, old in parts:
+            logprobs, entropy = policy.logprobs(*inputs)
+            old = logprobs.detach() if old is None else old  # a single update: old = current, the ratio is 1
+            loss, kl, was_clipped = pa_grpo_loss(logprobs, old, ref, batch.advantages, batch.weights,
                                                  settings.clip_eps, settings.kl_beta)
             (loss * weight * world.size / max(1, responses)).backward()       # FSDP averages over ranks: undo that
             if weight:
                 real = torch.arange(batch.tokens.shape[-1], device=world.device) < batch.lengths[..., None]
-                values = {"kl": kl, "clip_share": was_clipped.float(), "entropy": entropy}
+                values = {"kl": kl, "entropy": entropy}
+                if number or settings.updates_per_rollout == 1:               # at the first update nothing can clip
+                    values["clip_share"] = was_clipped.float()
                 if number == 0:                              # before any update, what is scored is what was sampled
                     seen["loss"].append(float(loss.detach()))
                     values["logprob_gap"] = (logprobs.detach() - batch.sampled).abs()
@@ -303,10 +313,9 @@ def statistics(groups: list[list[Episode]], settings: Settings) -> dict[str, lis
     values = defaultdict(list)
     for group in groups:
         for segment, rewards in zip(("perception", "reasoning"), totals(group, settings.reward_off)):
-            values[f"{segment}/zero_variance"].append(float(len(group) < 2 or rewards.std() < 1e-6))
-            for e in group:
-                part = getattr(e, segment)
-                for name, value in {"reward": part.total, **asdict(part)}.items():
+            values[f"{segment}/zero_variance"].append(float(not normalise(rewards).any()))
+            for e, total in zip(group, rewards.tolist()):
+                for name, value in {"reward": total, **asdict(getattr(e, segment))}.items():
                     values[f"{segment}/{name}"].append(float(value))
         values["truncated"] += [float(not e.finished) for e in group]
     return values
@@ -353,8 +362,8 @@ def learn(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL
     return {**pooled(values, REWARD_PARTS, world, spread=True), **pooled(values, SHARES, world),
             **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)),
             "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size),
-            "grad_norm": seen["grad_norm"][-1], "lr": lr, "questions": int(counts["questions"]),
-            "tokens": int(counts["tokens"]), "seconds_training": seconds, "peak_memory_gb": peak_memory_gb(world)}
+            **norms(seen["grad_norm"]), "lr": lr, "questions": int(counts["questions"]),
+            "tokens": int(counts["tokens"]), "seconds_training": seconds, "peak_memory_gb": world.most(peak_memory_gb(world))}
 
 
 def transcript(e: Episode) -> str:
@@ -433,15 +442,19 @@ def train(settings: Settings, world: World) -> None:
     """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
     toy = not settings.data
     if toy:
+        same = {f.name: getattr(settings, f.name) for f in fields(InputSettings)}
         begin = settings.model or sft.train(
-            sft.Settings(**(sft.PRESETS["tiny"] | dict(out=settings.out, seed=settings.seed))), world)
+            sft.Settings(**(sft.PRESETS["tiny"] | same | dict(out=settings.out, seed=settings.seed))), world)
         made = prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin))
         settings = replace(settings, **made)
     settings = need_files(settings)
     start, folder = newest_checkpoint(settings.model), Path(settings.out) / STAGES[settings.advantage]
+    settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
     run, report = Run(folder, settings, settings.steps, world), folder / "results.json"
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
+    if run.finished and not settings.heldout:
+        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
     vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world).requires_grad_(False) if (
         settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
@@ -454,15 +467,15 @@ def train(settings: Settings, world: World) -> None:
                     folder / "skipped.log")
     models = {"base": Path(settings.out) / "base"} if toy else {}
     models |= {"SFT": start, folder.name: newest_checkpoint(folder)}
-    results = {f"{name}, {how}": summary(evaluate(model, held, judge, settings, temperature, world), world)
-               for name, path in models.items() for model in [build_model(path, vocabulary, world)]
-               for how, temperature in (("greedy", 0.0), ("sampled", 1.0))}
+    results = {}
+    for name, path in models.items():
+        model = build_model(path, vocabulary, world)
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            rows = evaluate(model, held, judge, settings, temperature, world)
+            results[f"{name}, {how}"] = summary(rows, world)
     if world.first:
         report.write_text(json.dumps(results, indent=1) + "\n")
     world.say(table(results))
-
-
-STAGES = {"pa": "pagrpo", "grpo": "grpo", "joint": "joint"}   # an advantage's folder in the run
 
 
 def reinforce(start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary, judge: Judge,
@@ -488,7 +501,7 @@ def reinforce(start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: V
             metrics = seconds | learn(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
             total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
             run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
-                     "skipped": len(examples.skipped)})
+                     "skipped": examples.losses(world)})
             bar.update()
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")

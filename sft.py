@@ -12,6 +12,7 @@ the optimizer and its schedule, the metrics log, checkpoints. Then comes SFT its
 import argparse
 import glob
 import json
+import math
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -49,10 +51,10 @@ class TrainSettings(InputSettings):
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
     heldout: str = flag("", "record file for held-out evaluation, never trained on")
-    steps: int = flag(0, "optimizer steps; 0: one epoch (SFT), the preset's number (PA-GRPO)")
     lr: float = flag(1e-6, "peak learning rate")
     warmup: int = flag(0, "steps in which the learning rate rises to its peak; a cosine to 0 follows")
     weight_decay: float = flag(0.01, "decoupled weight decay of AdamW")
+    beta2: float = flag(0.999, "memory of AdamW's second moment; a run of a few hundred steps wants it shorter")
     clip_norm: float = flag(5.0, "gradients are scaled down to this norm")
     micro_batch: int = flag(1, "questions in one forward and backward pass; changes memory and speed, never gradients")
     save_memory: bool = flag(True, "activation checkpointing: recompute blocks in the backward pass")
@@ -60,7 +62,8 @@ class TrainSettings(InputSettings):
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
 
 
-TINY = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28, save_memory=False, clip_norm=1.0)
+TINY = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28, save_memory=False,
+            clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
 
 
@@ -74,16 +77,18 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
     parser.add_argument("--preset", choices=presets, help="a row of settings; flags given beside it win")
     for f in fields(cls):
         values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
-        shown = "; ".join(([] if len(values) == len(presets) else [f"default {f.default!r}"]) + values)
+        shown = "; ".join(([] if len(values) == len(presets) or f.default == "" else [f"default {f.default!r}"]) + values)
         kind = type(f.default)
         how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
                {"choices": f.metadata["choices"]} if "choices" in f.metadata else
                {"type": kind, "metavar": kind.__name__.upper()})
-        about = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        about = (f.metadata["help"] + (f" [{shown}]" if shown else "")).replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
     given = vars(parser.parse_args(argv))
     preset, reason = given.pop("preset"), "chosen by flag"
+    if preset is None and given["data"]:
+        parser.error("--data needs --preset: 3b or 7b for real models, tiny for files of the toy world")
     if preset is None:
         several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
         preset, reason = ("7b", "several ranks with CUDA") if several and "7b" in presets else (
@@ -132,8 +137,8 @@ def start_world() -> World:
     """Reads torchrun's environment and joins the ranks. Without torchrun: one rank."""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Threads of several ranks on the same cores spin against each other: ten times slower than one rank alone.
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if size > 1:  # threads of several ranks on the same cores spin against each other: ten times slower than one rank
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -174,21 +179,19 @@ def build_model(folder: str | Path, vocabulary: Vocabulary, world: World, save_m
     return vocabulary.restrict(model)
 
 
-class gathered:
+@contextmanager
+def gathered(model: Qwen2_5_VL):
     """`with gathered(model):` holds all weights whole, so that sampling needs no exchange for each token, and ranks may
     sample different numbers of tokens."""
-
-    def __init__(self, model: Qwen2_5_VL):
-        self.parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-
-    def __enter__(self):
-        for part in self.parts:
-            part.unshard()
-            part.set_reshard_after_forward(False, recurse=False)
-
-    def __exit__(self, *_):
-        for part in self.parts:
-            part.set_reshard_after_forward(part is not self.parts[0], recurse=False)
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the root stays whole until its backward
             part.reshard()
 
 
@@ -198,7 +201,7 @@ def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> torch.optim.Ad
     """AdamW; weight decay on matrices only."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices], "weight_decay": decay}
               for matrices, decay in ((True, settings.weight_decay), (False, 0.0))]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=next(model.parameters()).is_cuda)
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
@@ -206,19 +209,25 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def update(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
-    """One clipped optimizer step. Returns the gradient norm before clipping."""
+    """One clipped optimizer step. Returns the gradient norm before clipping; if it is not finite, nothing changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if norm == norm and norm != float("inf"):
+    if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def norms(values: list[float]) -> dict:
+    """Gradient norms for the log. An update whose norm is not finite was left out; JSON knows no NaN."""
+    finite = [v for v in values if math.isfinite(v)]
+    return {"grad_norm": sum(finite) / len(finite) if finite else None, "skipped_updates": len(values) - len(finite)}
 
 
 def peak_memory_gb(world: World) -> float:
@@ -315,6 +324,7 @@ class Run:
             for folder in old:
                 if folder != target:
                     shutil.rmtree(folder)
+        self.world.wait()                                    # no rank looks for, or outlives, a half-written checkpoint
         self.step = step
         return target
 
@@ -348,20 +358,31 @@ class Run:
 
 def need_files(settings: TrainSettings) -> TrainSettings:
     """Resolves --data where it is a pattern. SystemExit with the commands that fetch whatever is not there."""
-    model, found, lacking = Path(settings.model), sorted(glob.glob(settings.data)), []
-    if not (model / "config.json").is_file() and not list(model.glob("step-??????")):
-        lacking.append((f"model {model}", f"torchrun --nproc_per_node=8 sft.py --preset {model.parent.name}"
-                        if model.name == "sft" else f"hf download Qwen/{model.name} --local-dir {model}"))
+    model, lacking = Path(settings.model), []
+    found = [settings.data] if Path(settings.data).is_file() else sorted(glob.glob(settings.data))
+    if not settings.model or not (model / "config.json").is_file() and not list(model.glob("step-??????")):
+        lacking.append((f"model {settings.model!r}: no config.json and no checkpoint",
+                        f"torchrun --nproc_per_node=8 sft.py --preset {model.parent.name}" if model.name == "sft" else
+                        f"hf download Qwen/{model.name} --local-dir {model}" if "Qwen2.5-VL" in model.name else
+                        "name a checkpoint folder with --model"))
     if len(found) != 1:
-        lacking.append((f"records {settings.data} ({len(found)} files match)",
+        lacking.append((f"records {settings.data}: " + (", ".join(found) or "no such file"),
+                        "name one of them with --data" if found else
                         "hf download 1171-jpg/videop2r --repo-type dataset --local-dir data/videop2r"))
-    if not Path(settings.media).is_dir():
-        lacking.append((f"media {settings.media}", "hf download Video-R1/Video-R1-data --repo-type dataset --local-dir "
+    if not settings.media or not Path(settings.media).is_dir():
+        lacking.append((f"media {settings.media!r}: no such folder", "hf download Video-R1/Video-R1-data --repo-type dataset --local-dir "
                         "data/Video-R1-data    # 310 GB; unzip the archives in place, a part of them is fine"))
     if lacking:
         raise SystemExit("Not there yet:\n" + "\n".join(f"  {what}\n    {how}" for what, how in lacking) +
                          "\nOther places: --model, --data, --media. `pip install huggingface_hub` brings hf.")
     return replace(settings, data=found[0])
+
+
+def at_least(settings: TrainSettings, **least: int) -> None:
+    """SystemExit for a setting that would make a run senseless."""
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
 def micro_batches(examples: Sequence[Example], size: int, world: World, model: Qwen2_5_VL, vocabulary: Vocabulary
@@ -390,13 +411,17 @@ def prepare_toy(settings: TrainSettings, world: World) -> dict[str, str]:
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     model: str = flag("", "checkpoint folder to start from (toy: a random tiny model, made when missing)")
+    steps: int = flag(0, "optimizer steps; 0: as many as --epochs makes")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps does not say how long")
     heldout_count: int = flag(256, "without --heldout: so many records of --data are held out, a tenth at most")
 
+    def __post_init__(self):
+        at_least(self, batch=1, micro_batch=1, save_every=1, steps=0)
+
 
 PRESETS = {
-    "tiny": TINY | dict(batch=32, micro_batch=32, epochs=1.92, lr=2e-3, warmup=30),
+    "tiny": TINY | dict(batch=32, micro_batch=32, steps=240, lr=2e-3, warmup=30),
     "3b": dict(model=QWEN.format("3B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
     "7b": dict(model=QWEN.format("7B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
 }
@@ -442,7 +467,7 @@ def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer, lr: float, voca
         (summed * weight * world.size / max(1, count)).backward()             # FSDP averages over ranks: undo that
         loss += weight * float(summed.detach())
     norm = update(model, optimizer, lr, settings.clip_norm)
-    return {"loss": world.sum({"loss": loss})["loss"] / max(1, count), "grad_norm": norm, "tokens": int(count)}
+    return {"loss": world.sum({"loss": loss})["loss"] / max(1, count), **norms([norm]), "tokens": int(count)}
 
 
 def train(settings: Settings, world: World) -> Path:
@@ -460,12 +485,15 @@ def train(settings: Settings, world: World) -> Path:
         records, heldout = records[count:], records[:count]
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(folder, settings, steps, world)
+    report = folder / "results.json"
     if run.finished:
-        world.say(f"SFT is finished: {newest_checkpoint(folder)}")
+        losses = json.loads(report.read_text()) if report.is_file() else {}
+        world.say(f"SFT is finished: {newest_checkpoint(folder)}  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items()))
         return newest_checkpoint(folder)
 
-    source = newest_checkpoint(folder) if run.step else Path(settings.model)
-    vocabulary = Vocabulary(source)
+    start = newest_checkpoint(settings.model)
+    source = newest_checkpoint(folder) if run.step else start
+    vocabulary = Vocabulary(start)
     model = build_model(source, vocabulary, world, settings.save_memory)
     optimizer = make_optimizer(model, settings)
     examples, held = (Examples(some, settings.media, vocabulary, model.config, settings, folder / "skipped.log")
@@ -483,15 +511,18 @@ def train(settings: Settings, world: World) -> Path:
             metrics = one_step(model, batch, optimizer, lr, vocabulary, settings, world)
             seconds = time.perf_counter() - began
             run.log({"step": step + 1, **metrics, "lr": lr, "tokens_per_second": metrics["tokens"] / seconds,
-                     "seconds": seconds, "skipped": len(examples.skipped), "peak_memory_gb": peak_memory_gb(world)})
+                     "seconds": seconds, "skipped": examples.losses(world),
+                     "peak_memory_gb": world.most(peak_memory_gb(world))})
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
             stop = world.most(run.stopping)
             if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
-                run.save(model, optimizer, Path(settings.model), step + 1, heldout_before=before)
+                run.save(model, optimizer, start, step + 1, heldout_before=before)
             if stop and step + 1 < steps:
                 raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
     after = heldout_loss(model, held, settings, world)
+    if world.first:
+        report.write_text(json.dumps({"heldout_loss_before": before, "heldout_loss_after": after}) + "\n")
     world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
               f"{len(examples.skipped)} records skipped. Checkpoint: {newest_checkpoint(folder)}")
     return newest_checkpoint(folder)
@@ -505,13 +536,13 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
     world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
     try:
         train(settings, world)
+        if dist.is_initialized():
+            dist.destroy_process_group()                     # when all ranks arrive; after an error one just ends
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sys.exit(f"{type(error).__name__}: {error}  ({Path(place.filename).name}:{place.lineno})")
     except KeyboardInterrupt:
         sys.exit("Interrupted. The same command continues from the last checkpoint.")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
