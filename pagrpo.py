@@ -275,7 +275,8 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
     asked = [group[0].example for group in groups]
     for examples, weight in micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
         nothing = Episode(examples[0], vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)
-        batch = to_tokens([next(waiting) for _ in examples] if weight else [[nothing]], settings.token_mean, world.device)
+        here = [next(waiting) for _ in examples] if weight else [[nothing]]
+        batch = to_tokens(here, settings.token_mean, world.device)
         inputs = collate(examples).to(world.device), batch.tokens, batch.lengths, settings.temperature
         with torch.no_grad():
             ref = reference.logprobs(*inputs)[0] if settings.kl_beta else None
@@ -363,7 +364,8 @@ def learn(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL
             **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)),
             "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size),
             **norms(seen["grad_norm"]), "lr": lr, "questions": int(counts["questions"]),
-            "tokens": int(counts["tokens"]), "seconds_training": seconds, "peak_memory_gb": world.most(peak_memory_gb(world))}
+            "tokens": int(counts["tokens"]), "seconds_training": seconds,
+            "peak_memory_gb": world.most(peak_memory_gb(world))}
 
 
 def transcript(e: Episode) -> str:

@@ -77,7 +77,9 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
     parser.add_argument("--preset", choices=presets, help="a row of settings; flags given beside it win")
     for f in fields(cls):
         values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
-        shown = "; ".join(([] if len(values) == len(presets) or f.default == "" else [f"default {f.default!r}"]) + values)
+        if len(values) < len(presets) and f.default != "":
+            values.insert(0, f"default {f.default!r}")
+        shown = "; ".join(values)
         kind = type(f.default)
         how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
@@ -201,7 +203,8 @@ def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> torch.optim.Ad
     """AdamW; weight decay on matrices only."""
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices], "weight_decay": decay}
               for matrices, decay in ((True, settings.weight_decay), (False, 0.0))]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=next(model.parameters()).is_cuda)
+    cuda = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=cuda)
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
@@ -209,7 +212,7 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.lr * 0.5 * (1 + torch.tensor(math.pi * done).cos().item())
 
 
 def update(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
@@ -370,8 +373,9 @@ def need_files(settings: TrainSettings) -> TrainSettings:
                         "name one of them with --data" if found else
                         "hf download 1171-jpg/videop2r --repo-type dataset --local-dir data/videop2r"))
     if not settings.media or not Path(settings.media).is_dir():
-        lacking.append((f"media {settings.media!r}: no such folder", "hf download Video-R1/Video-R1-data --repo-type dataset --local-dir "
-                        "data/Video-R1-data    # 310 GB; unzip the archives in place, a part of them is fine"))
+        lacking.append((f"media {settings.media!r}: no such folder",
+                        "hf download Video-R1/Video-R1-data --repo-type dataset --local-dir data/Video-R1-data"
+                        "    # 310 GB; unzip the archives in place, a part of them is fine"))
     if lacking:
         raise SystemExit("Not there yet:\n" + "\n".join(f"  {what}\n    {how}" for what, how in lacking) +
                          "\nOther places: --model, --data, --media. `pip install huggingface_hub` brings hf.")
@@ -488,7 +492,8 @@ def train(settings: Settings, world: World) -> Path:
     report = folder / "results.json"
     if run.finished:
         losses = json.loads(report.read_text()) if report.is_file() else {}
-        world.say(f"SFT is finished: {newest_checkpoint(folder)}  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+        shown = "".join(f"  {name} {loss:.3f}" for name, loss in losses.items())
+        world.say(f"SFT is finished: {newest_checkpoint(folder)}{shown}")
         return newest_checkpoint(folder)
 
     start = newest_checkpoint(settings.model)
