@@ -21,6 +21,7 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, mrope_positions, read_config, save_model,
                    write_config)
-from rewards import COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, choice, only, toy_answer
+from rewards import COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, choice, only, parse, toy_answer
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -101,12 +102,15 @@ def read_video(path: Path, settings: InputSettings) -> tuple[np.ndarray, float]:
                        key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
         if not files:
             raise MediaError("the folder holds no frames")
-        chosen = frame_indices(len(files), settings.fps, settings)            # its frame rate is not known: 1 a step
+        chosen = frame_indices(len(files), settings.fps, settings)            # frame rate unknown: settings.fps
         frames = [read_image(files[i]) for i in chosen]
         if len({f.shape for f in frames}) > 1:
             raise MediaError("the folder's frames differ in size")
         return np.concatenate(frames), STEP * len(files) / (settings.fps * len(chosen))
-    import decord  # opened, read and dropped inside this function: a reader shared between threads hangs
+    try:
+        import decord  # opened, read and dropped inside this function: a reader shared between threads hangs
+    except ImportError:
+        raise SystemExit("decord is missing: pip install -r requirements.txt (no wheel for ARM Linux: build it there)")
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         total, fps = len(reader), float(reader.get_avg_fps())
@@ -115,7 +119,7 @@ def read_video(path: Path, settings: InputSettings) -> tuple[np.ndarray, float]:
         chosen = frame_indices(total, fps, settings)
         return reader.get_batch(chosen).asnumpy(), STEP * total / (fps * len(chosen))
     except (RuntimeError, decord.DECORDError) as error:
-        raise MediaError(f"cannot be decoded: {str(error).strip().splitlines()[-1][:200]}") from None
+        raise MediaError(f"cannot be decoded: {(str(error).strip() or repr(error)).splitlines()[-1][:200]}") from None
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -143,6 +147,7 @@ def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tens
         x = torch.cat([x, x[-1:]])                                            # an image is its own second frame
     t, rows, columns = len(x) // STEP, h // PATCH, w // PATCH
     x = x.view(t, STEP, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    # grid step, merged row, merged column, then the patch in it by row and column, then colour, frame, row, column
     return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, -1), (t, rows, columns)
 
 
@@ -239,7 +244,7 @@ def media_path(root: Path, path: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
     if not inside:
-        raise MediaError("its path leaves the media folder")
+        raise MediaError("its path, or a link on it, leads out of the media folder")
     if not there:
         raise MediaError("no such file")
     return full
@@ -286,6 +291,13 @@ def trace_text(record: Record, template: str) -> str:
     return f"{seen}<think> {record.think} </think>\n<answer> {record.reference} </answer>"
 
 
+def byte_characters() -> dict[int, str]:
+    """Byte-level BPE writes each byte as one printable character: itself if it is printable, else one from 256 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
 class Vocabulary:
     """A tokenizer and what there is to know about it: bytes, stop tokens, and ids that may never be sampled."""
 
@@ -320,13 +332,6 @@ class Vocabulary:
         return model
 
 
-def byte_characters() -> dict[int, str]:
-    """Byte-level BPE writes each byte as one printable character: itself if it is printable, else one from 256 on."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
 class Example(NamedTuple):
     """A record as the model gets it."""
     record: Record
@@ -336,6 +341,14 @@ class Example(NamedTuple):
     pixels: Tensor | None                                    # (S, 1176), None for text alone
     grid: tuple[int, int, int] | None
     seconds: float                                           # per grid step, 0 for an image
+
+
+def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -> list[int]:
+    """Qwen's chat layout up to where the answer begins. The short prompt leaves out the system line as well."""
+    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
+    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
+    return [*system * (settings.prompt == "full"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
+            *newline, *start, *v.encode("assistant\n")]
 
 
 def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings
@@ -351,14 +364,6 @@ def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Co
     medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
     ids = torch.tensor(chat(medium, instruction(record, settings), vocabulary, settings))
     return Example(record, ids, *mrope_positions(ids, [grid], [seconds], config), pixels, grid, seconds)
-
-
-def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -> list[int]:
-    """Qwen's chat layout up to where the answer begins. The short prompt leaves out the system line as well."""
-    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
-    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
-    return [*system * (settings.prompt == "full"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
-            *newline, *start, *v.encode("assistant\n")]
 
 
 def blind_example(record: Record, observation: str, vocabulary: Vocabulary, config: Config, settings: InputSettings
@@ -384,8 +389,8 @@ class Examples:
                  settings: InputSettings, log: Path | None = None):
         self.records, self.root, self.vocabulary = records, Path(root), vocabulary
         self.config, self.settings, self.log = config, settings, log
-        self.asked, self.skipped = set(), {}
-        self.kept, self.room = {}, settings.cache_gb * 2 ** 30
+        self.asked, self.skipped = set(), {}                 # indices; index → reason
+        self.kept, self.room = {}, settings.cache_gb * 2 ** 30                # index → example; bytes left for more
         self.lock = threading.Lock()                         # for what follows a read: the threads of `ahead` share it
 
     def __len__(self) -> int:
@@ -414,19 +419,15 @@ class Examples:
                     file.write(f"{self.records[i].path}\t{reason}\n")
             self.skipped[i] = reason
 
-    def losses(self, world) -> int:
-        """Records skipped so far, over all ranks."""
-        return int(world.sum({"skipped": len(self.skipped)})["skipped"])
-
     def check_losses(self) -> None:
         """Raises ValueError once more than 20 % of at least 20 records had to be skipped for their media."""
         with self.lock:
             lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
-        if len(self.asked) >= 20 and len(lost) > MOST_LOST * len(self.asked):
+        if len(self.asked) >= min(20, len(self)) and len(lost) > MOST_LOST * len(self.asked):
             example = self.records[lost[0]]
             raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
-                             f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? "
-                             f"`python data.py check` lists them all.")
+                             f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? To train on "
+                             f"the part that is there: `python data.py check FILE --media DIR --keep PART.jsonl`.")
 
     def ahead(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
         """Yields the readable examples of each step's indices, while threads read the steps that follow."""
@@ -451,21 +452,13 @@ class Examples:
 def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
     """Which records step `step` uses: epoch after epoch, each a shuffle of its own. A pure function, so that a resumed
     run needs no saved sampler, and the order does not depend on the number of ranks."""
-    indices = []
-    for place in range(step * size, (step + 1) * size):
-        indices.append(epoch_order(count, place // count, seed)[place % count])
-    return indices
+    places = range(step * size, (step + 1) * size)
+    return [epoch_order(count, place // count, seed)[place % count] for place in places]
 
 
-_orders = {}
-
-
+@lru_cache(maxsize=2)
 def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
-    key = (count, epoch, seed)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = random.Random(f"{seed}/{epoch}").sample(range(count), count)
-    return _orders[key]
+    return random.Random(f"{seed}/{epoch}").sample(range(count), count)
 
 
 def collate(examples: Sequence[Example]) -> Prompts:
@@ -624,73 +617,74 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     tokenizer.add_special_tokens(specials)
     model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed)
     assert len(pieces) <= model.config.vocab_size
-    source = Path(folder).with_name(Path(folder).name + ".source")
-    source.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-                            ).save_pretrained(str(source))
-    write_config(model.config, source, stop_ids=[2, 0])
-    save_model(dict(model.named_parameters()), folder, source)
-    for file in source.iterdir():
-        file.unlink()
-    source.rmdir()
+
+    def beside(where: Path) -> None:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+                                ).save_pretrained(str(where))
+        write_config(model.config, where, stop_ids=[2, 0])
+
+    save_model(dict(model.named_parameters()), folder, beside=beside)
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 def quantiles(values: list[int]) -> str:
-    values = sorted(values)
-    return "  ".join(f"{name} {values[round(q * (len(values) - 1))]}" for name, q in
-                     (("least", 0), ("median", 0.5), ("95 %", 0.95), ("most", 1)))
+    found = np.quantile(values, [0, 0.5, 0.95, 1]).astype(int)
+    return "  ".join(f"{name} {value}" for name, value in zip(("least", "median", "95 %", "most"), found))
 
 
-def check(file: str, media: str, model: str | None, limit: int, settings: InputSettings) -> bool:
+def check(file: str, media: str, model: str | None, limit: int, keep: str | None, settings: InputSettings) -> bool:
     """Reads every record and its media, and prints what a run would meet. Returns False if a run would stop."""
     records = read_records(file)
     print(f"{file}: {len(records)} records, all well formed")
     for (data_type, problem_type), n in sorted(Counter((r.data_type, r.problem_type) for r in records).items()):
         print(f"  {n:8}  {data_type}, {problem_type}")
-    traces = sum(bool(r.observation and r.think) for r in records)
-    print(f"  {traces:8}  with a trace for SFT")
-    bad = [r for r in records if r.problem_type == "multiple choice" and choice(r.reference, r.options) is None]
-    if bad:
-        print(f"  {len(bad):8}  multiple choices whose solution is none of the options, such as {bad[0].problem_id} "
-              f"({bad[0].reference!r}): they can never score")
-    if model is None:
-        with_tokens = None
-        print("Token lengths need a tokenizer: --model DIR")
-    else:
-        with_tokens = Vocabulary(model), read_config(model)
-    chosen = records[:limit] if limit else records
-    prompts, responses, lost = [], [], []
-    root = Path(media)
+    traces = [r for r in records if r.observation and r.think]
+    broken = [r for r in traces if not all(parse(trace_text(r, "p2r"))[3:])]
+    wrong = [r for r in records if r.problem_type == "multiple choice" and choice(r.reference, r.options) is None]
+    print(f"  {len(traces):8}  with a trace for SFT")
+    for some, what in ((broken, "traces break the template"), (wrong, "solutions are none of their options")):
+        if some:
+            print(f"  {len(some):8}  {what}, such as problem {some[0].problem_id}: {some[0].reference!r:.60}")
+    chosen = random.Random(0).sample(records, limit) if 0 < limit < len(records) else records
+    tokens = (Vocabulary(model), read_config(model)) if model else None
+    print("" if tokens else "Token lengths need a tokenizer: --model DIR\n", end="")
+    prompts, responses, lost, kept = [], [], [], []
 
-    def look(record: Record):
-        if with_tokens:
-            return build_example(record, root, *with_tokens, settings)
-        path = media_path(root, record.path)
-        return read_video(path, settings) if record.data_type == "video" else read_image(path)
+    def look(record: Record) -> int:                         # a length, not the clip: futures keep what they return
+        if tokens:
+            return len(build_example(record, Path(media), *tokens, settings).ids)
+        path = media_path(Path(media), record.path)
+        frames = read_video(path, settings)[0] if record.data_type == "video" else read_image(path)
+        return sum(smart_resize(*frames.shape[1:3], settings.min_pixels, settings.max_pixels))
 
     with ThreadPoolExecutor(settings.workers) as pool:
         jobs = [pool.submit(look, r) for r in chosen]
         for record, job in tqdm(zip(chosen, jobs), total=len(chosen), desc="reading media", unit="record"):
             try:
-                example = job.result()
-                if with_tokens:
-                    prompts.append(len(example.ids))
-                    if record.observation and record.think:
-                        responses.append(len(with_tokens[0].encode(trace_text(record, settings.template))) + 1)
+                prompts.append(job.result())
+                kept.append(record)
+                if tokens and record.observation and record.think:
+                    responses.append(len(tokens[0].encode(trace_text(record, settings.template))) + 1)
             except MediaError as error:
                 lost.append((record, error))
     for record, error in lost[:20]:
         print(f"  {record.path}: {error}")
     print(f"{len(lost)} of {len(chosen)} media cannot be read" + (" (20 shown)" if len(lost) > 20 else ""))
-    for name, lengths in (("prompt", prompts), ("trace", responses)):
+    for name, lengths in (("prompt", prompts if tokens else []), ("trace", responses)):
         if lengths:
             print(f"tokens of a {name}:  {quantiles(lengths)}")
-    too_long = sum(n > settings.max_prompt for n in prompts)
-    if too_long:
+    if tokens and (too_long := sum(n > settings.max_prompt for n in prompts)):
         print(f"{too_long} prompts are longer than --max-prompt {settings.max_prompt}: they would be skipped")
-    return len(lost) <= MOST_LOST * len(chosen)
+    if keep:
+        rows = [dict(problem_id=r.problem_id, problem=r.question, options=r.options, problem_type=r.problem_type,
+                     solution=r.reference, path=r.path, data_type=r.data_type, observation=r.observation,
+                     process=r.think) for r in kept]
+        Path(keep).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{keep}: the {len(rows)} records whose media can be read")
+    stops = len(lost) > MOST_LOST * len(chosen)
+    print("A run would stop: too many media are missing" * stops + "A run would start" * (not stops))
+    return not stops
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -704,7 +698,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("file", help="gzip JSON, JSON or JSON lines")
     checker.add_argument("--media", required=True, help="folder to which the records' paths are relative")
     checker.add_argument("--model", help="checkpoint folder whose tokenizer counts the tokens")
-    checker.add_argument("--limit", type=int, default=0, help="read the media of the first N records only [all]")
+    checker.add_argument("--limit", type=int, default=0, help="read the media of N records only, drawn at random [all]")
+    checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
     for name in ("frames", "max_pixels", "max_prompt", "workers"):
         default = InputSettings.__dataclass_fields__[name].default
         checker.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"[{default}]")
@@ -715,7 +710,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             settings = InputSettings(frames=args.frames, max_pixels=args.max_pixels, max_prompt=args.max_prompt,
                                      workers=args.workers)
-            sys.exit(not check(args.file, args.media, args.model, args.limit, settings))
+            sys.exit(not check(args.file, args.media, args.model, args.limit, args.keep, settings))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
 

@@ -7,6 +7,7 @@ carry the names of the official checkpoints, so folders are exchanged with `tran
 Shapes stand at line ends, in one notation for the whole project:
     B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
     S patches of all media  D width  H heads  K key/value heads  E width of a head  V vocabulary
+    N rows of a batch, whatever they are (B, or B·G)             r = H/K query heads to a key head
 """
 import sys
 
@@ -172,30 +173,30 @@ def inverse_frequencies(count: int, theta: float, device) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ vision tower
 
-class Blocks(NamedTuple):
-    """How S patches fall into consecutive blocks that attend only within themselves (windows, or frames)."""
-    lengths: Tensor                                          # (N,) patches in each block
+class Spans(NamedTuple):
+    """How S patches fall into consecutive spans that attend only within themselves (windows, or frames)."""
+    lengths: Tensor                                          # (N,) patches in each span
     index: Tensor                                            # (N, L) where each stands, rows padded with 0
     keep: Tensor                                             # (N, L) False at padding
     ragged: bool                                             # are there padded places at all?
 
     @staticmethod
-    def of(lengths: Tensor) -> "Blocks":
+    def of(lengths: Tensor) -> "Spans":
         """lengths [2, 3] → index [[0, 1, 0], [2, 3, 4]], keep [[T, T, F], [T, T, T]]"""
         places = torch.arange(int(lengths.max()), device=lengths.device)
         keep = places < lengths[:, None]
         starts = lengths.cumsum(0) - lengths
-        return Blocks(lengths, (starts[:, None] + places) * keep, keep, not bool(keep.all()))
+        return Spans(lengths, (starts[:, None] + places) * keep, keep, not bool(keep.all()))
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-    """Softmax attention inside each block. q, k, v and the result (S, H, E)."""
+def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """Softmax attention inside each span. q, k, v and the result (S, H, E)."""
     if flash_attn_varlen_func and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        bounds, longest = F.pad(blocks.lengths.cumsum(0, dtype=torch.int32), (1, 0)), blocks.index.shape[1]
+        bounds, longest = F.pad(spans.lengths.cumsum(0, dtype=torch.int32), (1, 0)), spans.index.shape[1]
         return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest)
-    q, k, v = (x[blocks.index].transpose(1, 2) for x in (q, k, v))            # (N, H, L, E)
-    mask = blocks.keep[:, None, None, :] if blocks.ragged else None           # without it the flash kernel is free
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[blocks.keep]
+    q, k, v = (x[spans.index].transpose(1, 2) for x in (q, k, v))            # (N, H, L, E)
+    mask = spans.keep[:, None, None, :] if spans.ragged else None           # without it the flash kernel is free
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[spans.keep]
 
 
 class VisionAttention(nn.Module):
@@ -204,10 +205,10 @@ class VisionAttention(nn.Module):
         self.heads = c.num_heads
         self.qkv, self.proj = nn.Linear(c.hidden_size, 3 * c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, rope: Rope, blocks: Blocks) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, spans: Spans) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
         q, k = rope.turn(q.float()).to(x.dtype), rope.turn(k.float()).to(x.dtype)
-        return self.proj(block_attention(q, k, v, blocks).flatten(1))
+        return self.proj(span_attention(q, k, v, spans).flatten(1))
 
 
 class VisionBlock(nn.Module):
@@ -216,8 +217,8 @@ class VisionBlock(nn.Module):
         self.norm1, self.norm2 = RMSNorm(c.hidden_size), RMSNorm(c.hidden_size)
         self.attn, self.mlp = VisionAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, rope: Rope, blocks: Blocks) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, blocks)
+    def forward(self, x: Tensor, rope: Rope, spans: Spans) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, spans)
         return x + self.mlp(self.norm2(x))
 
 
@@ -254,28 +255,29 @@ class VisionTower(nn.Module):
         self.patch_embed, self.merger = PatchEmbed(c), PatchMerger(c)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
 
-    def layout(self, grid: list[tuple[int, int, int]], device) -> tuple[Tensor, Tensor, Blocks, Blocks]:
+    def layout(self, grid: list[tuple[int, int, int]], device) -> tuple[Tensor, Tensor, Spans, Spans]:
         """Where every patch stands. `grid` holds (steps in time, rows, columns) of patches for each medium.
 
-        Returns positions (S, 2) as row and column, the window order of merged tokens (S/4,), and the blocks of windowed
-        and of full attention. Full attention means the whole frame pair, never across time.
+        Returns positions (S, 2) as row and column, the window order of merged tokens (S/4,), and two ways to
+        part the patches: windows (most layers) and frames (`fullatt_block_indexes`; never across time). Patches are
+        sorted by window, so that a window is one span.
+        One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 → lengths [64, 32].
         """
         merge = self.config.spatial_merge_size
         side = self.config.window_size // self.config.patch_size // merge     # merged tokens along a window's side
         positions, window_of, frames, windows = [], [], [], 0
         for t, h, w in grid:
-            row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-            by_merge = torch.stack([row, col], -1).view(h // merge, merge, w // merge, merge, 2).transpose(1, 2)
-            positions.append(by_merge.reshape(-1, 2).repeat(t, 1))            # patches of a merged token are neighbours
-            row, col = torch.meshgrid(torch.arange(h // merge) // side, torch.arange(w // merge) // side, indexing="ij")
-            per_row, per_frame = (w // merge - 1) // side + 1, int(row[-1, 0] + 1) * ((w // merge - 1) // side + 1)
-            window = (row * per_row + col).flatten()
-            window_of += [windows + step * per_frame + window for step in range(t)]
-            windows, frames = windows + t * per_frame, frames + [h * w] * t
+            rows, columns = h // merge, w // merge                            # of merged tokens
+            across, down = -(-columns // side), -(-rows // side)              # windows, cut at the right and lower edge
+            place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(rows, merge, columns, merge, 2)
+            positions.append(place.transpose(1, 2).reshape(-1, 2).repeat(t, 1))   # patches of a token are neighbours
+            window = (torch.arange(rows)[:, None] // side * across + torch.arange(columns) // side).flatten()
+            window_of += [windows + step * across * down + window for step in range(t)]
+            windows, frames = windows + t * across * down, frames + [h * w] * t
         window_of = torch.cat(window_of)
         lengths = torch.bincount(window_of, minlength=windows) * merge ** 2
         return (torch.cat(positions).to(device), window_of.argsort(stable=True).to(device),
-                Blocks.of(lengths.to(device)), Blocks.of(torch.tensor(frames, device=device)))
+                Spans.of(lengths.to(device)), Spans.of(torch.tensor(frames, device=device)))
 
     def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False) -> Tensor:
         """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder), same order."""
@@ -288,8 +290,8 @@ class VisionTower(nn.Module):
         rope = Rope.of(angles[:, None], torch.float32)
         save_memory = save_memory and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            blocks = frames if i in self.config.fullatt_block_indexes else windows
-            x = checkpoint(block, x, rope, blocks, use_reentrant=False) if save_memory else block(x, rope, blocks)
+            spans = frames if i in self.config.fullatt_block_indexes else windows
+            x = checkpoint(block, x, rope, spans, use_reentrant=False) if save_memory else block(x, rope, spans)
         return self.merger(x)[order.argsort()]
 
 
@@ -315,7 +317,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
     k, v = (torch.cat([old[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1), new], dim=2)
             for old, new in ((past.k, k), (past.v, v)))                       # (B·G, K, P + T, E)
     mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # lower right: every prompt token is seen
-    if past.keep is not None:
+    if past.keep is not None:  # prompts of unequal length, at --micro-batch above 1: on a GPU the slower kernel
         keep = F.pad(past.keep, (0, t), value=True).repeat_interleave(group, 0)                # (B·G, P + T)
         mask = mask & keep[:, None, None, :]
     elif q.is_cuda:  # a boolean mask would lose the flash kernel; plain is_causal is aligned top left, wrong here
@@ -335,14 +337,14 @@ def decode_attention(q: Tensor, past: Past, cache: Cache) -> Tensor:
     n, h, _, e = q.shape
     b, kv, p, _ = past.k.shape
     g, r = n // b, h // kv
-    q = q.view(b, g, kv, r, e) * e ** -0.5
+    q = q.view(b, g, kv, r, e).float() * e ** -0.5           # scores in fp32, as the fused kernels of scoring keep them
     k, v = cache.k[:, :, :cache.used], cache.v[:, :, :cache.used]             # (B·G, K, t, E)
-    to_prompt = q.transpose(1, 2).reshape(b, kv, g * r, e) @ past.k.mT        # (B, K, G·r, P)
+    to_prompt = q.transpose(1, 2).reshape(b, kv, g * r, e) @ past.k.mT.float()                 # (B, K, G·r, P)
     if past.keep is not None:
         to_prompt = to_prompt.masked_fill(~past.keep[:, None, None, :], -torch.inf)
     to_prompt = to_prompt.view(b, kv, g, r, p).transpose(1, 2)                # (B, G, K, r, P)
-    to_response = (q.reshape(n, kv, r, e) @ k.mT).view(b, g, kv, r, -1)       # (B, G, K, r, t)
-    weights = torch.cat([to_prompt, to_response], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    to_response = (q.reshape(n, kv, r, e) @ k.mT.float()).view(b, g, kv, r, -1)                # (B, G, K, r, t)
+    weights = torch.cat([to_prompt, to_response], -1).softmax(-1).to(v.dtype)
     w_prompt, w_response = weights.split([p, k.shape[2]], -1)
     out = (w_prompt.transpose(1, 2).reshape(b, kv, g * r, p) @ past.v).view(b, kv, g, r, e).transpose(1, 2)
     return (out.reshape(n, kv, r, e) + w_response.reshape(n, kv, r, -1) @ v).reshape(n, h, 1, e)
@@ -360,6 +362,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, past: Past | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
+
+        prefill    no past          prompts, causal among themselves; their keys and values become the past
+        scoring    past             whole responses behind their prompt, with gradient
+        decoding   past and cache   one token of each response; its key and value go into the cache
+        """
         n, t, _ = x.shape
         q = rope.turn(self.q_proj(x).view(n, t, self.heads, -1).transpose(1, 2))               # (N, H, T, E)
         k = rope.turn(self.k_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2))            # (N, K, T, E)
@@ -412,7 +420,7 @@ def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list
     media = (ids == config.image_token_id) | (ids == config.video_token_id)
     pieces, at, start = [], 0, 0                                              # `at` in tokens, `start` in positions
     places = media.nonzero()[:, 0].tolist()
-    for (t, h, w), step in zip(grid, seconds):
+    for (t, h, w), step in zip(grid, seconds, strict=True):
         size = t * (h // merge) * (w // merge)
         if not places:
             raise ValueError(f"{len(grid)} media, but the prompt has placeholders for fewer")
@@ -489,7 +497,7 @@ class Qwen2_5_VL(nn.Module):
 
     # Everything that leaves the model as a probability passes here, so sampling, scoring and the KL reference agree.
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the banned ids."""
+        """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the banned ids (-inf: 0 · inf in the entropy)."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         self.banned = self.banned.to(hidden.device)          # moves once
         return F.linear(hidden, head.weight).float().index_fill(-1, self.banned, -1e30)
@@ -502,6 +510,7 @@ class Qwen2_5_VL(nn.Module):
         return Rope.of(torch.cat(by_axis, dim=-1)[:, None], dtype)
 
     def run(self, layer: DecoderLayer, *inputs):
+        """A layer, recomputed in backward instead of remembered where `save_memory` asks for it."""
         save = self.save_memory and torch.is_grad_enabled()
         return checkpoint(layer, *inputs, use_reentrant=False) if save else layer(*inputs)
 
@@ -529,7 +538,8 @@ class Qwen2_5_VL(nn.Module):
                  top_p: float = 1.0) -> Responses:
         """Samples G responses to each prompt, at most T tokens long, from given uniform numbers (B, G, T).
 
-        A prompt is read once; its cache serves the whole group. Responses have a static cache of their own.
+        A prompt is read once; its cache serves the whole group. Responses have a static cache of their own. The numbers
+        are given, not drawn here, so that any number of processes samples the same responses.
         """
         (b, g, limit), device = uniforms.shape, prompts.ids.device
         uniforms, stops = uniforms.to(device).flatten(0, 1), torch.tensor(stop_ids, device=device)
@@ -622,8 +632,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def load_weights(folder: str | Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Reads a folder's tensors strictly: one missing, left over or misshapen raises ValueError that names it."""
+def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch.dtype = torch.float32, device="cpu"
+                 ) -> dict[str, Tensor]:
+    """Reads a folder's tensors strictly: one missing, left over or misshapen raises ValueError that names it. Each is
+    converted as it is read, so that no second copy of the whole exists."""
     where = tensor_files(Path(folder))
     missing, extra = sorted(wanted.keys() - where.keys()), sorted(where.keys() - wanted.keys())
     if missing or extra:
@@ -639,16 +651,16 @@ def load_weights(folder: str | Path, wanted: dict[str, torch.Size]) -> dict[str,
                 shape = torch.Size(file.get_slice(name).get_shape())
                 if shape != wanted[name]:
                     raise ValueError(f"{path}: {name} has shape {tuple(shape)}, not {tuple(wanted[name])}")
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = file.get_tensor(name).to(device, dtype)
     return tensors
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
-    """Builds the network on the meta device and fills it from a checkpoint folder, so that nothing is held twice."""
+    """Builds the network on the meta device, where weights take no memory, and fills it from a checkpoint folder."""
     with torch.device("meta"):
         model = Qwen2_5_VL(read_config(folder))
-    tensors = load_weights(folder, {name: p.shape for name, p in model.named_parameters()})
-    model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    model.load_state_dict(load_weights(folder, wanted, dtype, device), assign=True)
     return model
 
 

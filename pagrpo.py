@@ -503,7 +503,7 @@ def reinforce(start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: V
             metrics = seconds | learn(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
             total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
             run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
-                     "skipped": examples.losses(world)})
+                     "skipped": int(world.sum({"skipped": len(examples.skipped)})["skipped"])})
             bar.update()
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")

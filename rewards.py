@@ -144,7 +144,7 @@ def number(text: str) -> Fraction | None:
 
 
 def numerical(answer: str, reference: str) -> float:
-    """1 if both are the same number; a reference that is no number is compared as text."""
+    """1 if both are the same number; a reference that is no number is compared as text. Units are not compared."""
     wanted = number(reference)
     return float(squash(answer) == squash(reference) if wanted is None else number(answer) == wanted)
 
@@ -209,6 +209,36 @@ def task_metric(problem_type: str, answer: str | None, reference: str, options: 
     return metric(answer, reference)
 
 
+# ------------------------------------------------------------------------------------------------ the sum
+
+@dataclass(frozen=True)
+class SegmentReward:
+    """R_acc, R_form and R_len of one segment, and the segment's length in tokens."""
+    accuracy: float
+    format: float
+    length: float
+    tokens: int
+
+    @property
+    def total(self) -> float:                                # eq. 5
+        return self.accuracy + self.format + self.length
+
+
+def segment_reward(accuracy: float, format: float, tokens: int, window: tuple[int, int]) -> SegmentReward:
+    in_window = accuracy > 0 and format > 0 and window[0] <= tokens <= window[1]
+    return SegmentReward(accuracy, format, LENGTH_REWARD * in_window, tokens)
+
+
+def response_rewards(parsed: Parsed, sufficient: bool, answer_score: float, finished: bool, tokens: tuple[int, int],
+                     windows: tuple[tuple[int, int], tuple[int, int]]) -> tuple[SegmentReward, SegmentReward]:
+    """(R_P, R_R) of a response. `tokens` and `windows` hold counts and (least, most) tokens for P and R.
+
+    A response cut off by the token limit keeps what its closed observation earned; its reasoning earns nothing.
+    """
+    return (segment_reward(float(sufficient), float(parsed.perception_format), tokens[0], windows[0]),
+            segment_reward(answer_score * finished, float(parsed.reasoning_format and finished), tokens[1], windows[1]))
+
+
 # ------------------------------------------------------------------------------------------------ the toy world's judge
 
 class Claim(NamedTuple):
@@ -268,33 +298,3 @@ def rule_judge(claims: list[Claim]) -> list[bool]:
         derived = toy_answer(c.problem_type, c.question, c.options, shown)
         return derived is not None and derived == c.reference
     return [suffices(c) for c in claims]
-
-
-# ------------------------------------------------------------------------------------------------ the sum
-
-@dataclass(frozen=True)
-class SegmentReward:
-    """R_acc, R_form and R_len of one segment, and the segment's length in tokens."""
-    accuracy: float
-    format: float
-    length: float
-    tokens: int
-
-    @property
-    def total(self) -> float:                                # eq. 5
-        return self.accuracy + self.format + self.length
-
-
-def segment_reward(accuracy: float, format: float, tokens: int, window: tuple[int, int]) -> SegmentReward:
-    in_window = accuracy > 0 and format > 0 and window[0] <= tokens <= window[1]
-    return SegmentReward(accuracy, format, LENGTH_REWARD * in_window, tokens)
-
-
-def response_rewards(parsed: Parsed, sufficient: bool, answer_score: float, finished: bool, tokens: tuple[int, int],
-                     windows: tuple[tuple[int, int], tuple[int, int]]) -> tuple[SegmentReward, SegmentReward]:
-    """(R_P, R_R) of a response. `tokens` and `windows` hold counts and (least, most) tokens for P and R.
-
-    A response cut off by the token limit keeps what its closed observation earned; its reasoning earns nothing.
-    """
-    return (segment_reward(float(sufficient), float(parsed.perception_format), tokens[0], windows[0]),
-            segment_reward(answer_score * finished, float(parsed.reasoning_format and finished), tokens[1], windows[1]))

@@ -27,6 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Iterator, Sequence
 
+import model  # noqa: F401  before the rest: it checks the versions of Python and torch
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -516,7 +517,7 @@ def train(settings: Settings, world: World) -> Path:
             metrics = one_step(model, batch, optimizer, lr, vocabulary, settings, world)
             seconds = time.perf_counter() - began
             run.log({"step": step + 1, **metrics, "lr": lr, "tokens_per_second": metrics["tokens"] / seconds,
-                     "seconds": seconds, "skipped": examples.losses(world),
+                     "seconds": seconds, "skipped": int(world.sum({"skipped": len(examples.skipped)})["skipped"]),
                      "peak_memory_gb": world.most(peak_memory_gb(world))})
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")

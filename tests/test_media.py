@@ -237,7 +237,7 @@ class TestPaths:
         data.write_avi(tmp_path / "secret.avi", noise(2, 28, 28, 3), 2)
         os.symlink(tmp_path / "secret.avi", root / "link.avi")
         os.symlink(tmp_path, root / "up")
-        with pytest.raises(MediaError, match="leaves"):
+        with pytest.raises(MediaError, match="leads out of"):
             media_path(root, path)
 
     @pytest.mark.parametrize("path", ["a\0b.avi", "x" * 300 + ".avi", "y/" * 3000 + "x.avi", "loop/x.avi"],
@@ -251,7 +251,7 @@ class TestPaths:
         (tmp_path / "root").mkdir()
         (tmp_path / "root2").mkdir()
         (tmp_path / "root2" / "x.avi").touch()
-        with pytest.raises(MediaError, match="leaves"):
+        with pytest.raises(MediaError, match="leads out of"):
             media_path(tmp_path / "root", "../root2/x.avi")
 
     def test_a_root_behind_a_link_is_a_root(self, media, tmp_path):

@@ -27,6 +27,19 @@ def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_rank_without_a_question_keeps_in_step_and_changes_nothing(toy, base, tmp_path):
+    """One question a step: the second rank has none and must neither hang nor change anything."""
+    common = ["--preset", "tiny", "--model", base, "--data", toy / "rl.json", "--media", toy, "--questions", 1,
+              "--group-size", 2, "--max-response", 8, "--steps", 2]
+    launch(1, "pagrpo.py", "--out", tmp_path / "1", *common)
+    launch(2, "pagrpo.py", "--out", tmp_path / "2", *common)
+    one, two = (logged(tmp_path / ranks / "pagrpo") for ranks in "12")
+    for a, b in zip(one, two, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["tokens"] == b["tokens"]
+    a, b = (load_file(newest_checkpoint(tmp_path / ranks / "pagrpo") / "optimizer.safetensors") for ranks in "12")
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
 @pytest.mark.parametrize("script, stage, flags", [
     ("sft.py", "sft", ("--steps", 2, "--batch", 5)),         # 5 traces: one rank has three, the other two
     ("pagrpo.py", "pagrpo", ("--steps", 2, "--questions", 3, "--group-size", 2, "--max-response", 12))])
