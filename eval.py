@@ -1,9 +1,10 @@
 """What has a model learned? Held-out benchmarks, and single questions about any clip.
 
     python eval.py --bench toy --model runs/tiny/pagrpo
-    python eval.py --model runs/tiny/pagrpo --video clip.avi --question "How many letters are red?"
-    python eval.py --model runs/tiny/sft --video clip.avi --question "Which colour comes right after the red letter?" \\
-                   --options red green blue
+    python eval.py --model runs/tiny/pagrpo --video clip.avi --question "How many letters are red?" \\
+                   --problem-type numerical
+    python eval.py --model runs/tiny/sft --video clip.avi --question "Which letter comes right after the red O?" \\
+                   --options "red X" "blue T" "green O"
 
 `--bench toy` answers the 512 held-out clips greedily and sampled at temperature 1, and prints perception (does the
 observation suffice, by the toy world's exact judge), answers by problem type, and how many responses keep the template,
