@@ -82,12 +82,12 @@ def ask(path: Path, args: argparse.Namespace, settings: Settings, world: World) 
         (episode,), = rollout(model, [example], vocabulary, settings, 1, args.temperature, "question", world.device,
                               args.top_p)
     parts = episode.parsed
-    if parts.observation is None and parts.think is None and parts.answer is None:
-        print(f"The response keeps no template:\n{episode.text}")
-    for name, text in (("sees", parts.observation), ("thinks", parts.think), ("answers", parts.answer)):
-        print(f"{name:8}  {text if text is not None else '–'}")
     if not episode.finished:
         print(f"The response was cut off after {len(episode.tokens)} tokens.")
+    if parts.observation is None and parts.think is None and parts.answer is None:
+        return print(f"The response keeps no template:\n{episode.text}")
+    for name, text in (("sees", parts.observation), ("thinks", parts.think), ("answers", parts.answer)):
+        print(f"{name:8}  {text if text is not None else '–'}")
 
 
 def main(argv: list[str] | None = None) -> None:

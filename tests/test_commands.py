@@ -1,6 +1,7 @@
 """Promise: every script can be started by a newcomer. Help is a page, mistakes are answered in a line, and a question
 about a clip gets a readable answer."""
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_missing_weights_and_data_are_one_error_with_the_commands_that_fetch_the
                            capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b (chosen by flag)")
     assert all(command in ended.stderr for command in expected) and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("script", ["model.py", "sft.py", "pagrpo.py", "eval.py"])
+def test_an_old_torch_is_named_before_anything_breaks(script, monkeypatch):
+    for name in ("model", "sft", "pagrpo", "data", "eval"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr("torch.__version__", "2.10.1+cpu")
+    with pytest.raises(SystemExit, match="torch 2.11 or later is needed, this is 2.10.1"):
+        runpy.run_path(str(ROOT / script))
 
 
 def test_a_broken_record_file_ends_in_one_line(toy, base, tmp_path):
