@@ -313,7 +313,7 @@ class Cache(NamedTuple):
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
     """Whole responses attend to their prompt and to themselves (training). q (B·G, H, T, E) → (B·G, H, T, E)."""
-    n, t, p, group = len(q), q.shape[2], past.k.shape[2], len(q) // len(past.k)
+    t, p, group = q.shape[2], past.k.shape[2], len(q) // len(past.k)
     k, v = (torch.cat([old[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1), new], dim=2)
             for old, new in ((past.k, k), (past.v, v)))                       # (B·G, K, P + T, E)
     mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # lower right: every prompt token is seen

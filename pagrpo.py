@@ -510,7 +510,7 @@ def reinforce(start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: V
             stop = world.most(run.stopping)
             if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
                 run.save(policy, optimizer, start, step + 1)
-            if stop and step + 1 < run.steps:
+            if stop:
                 raise SystemExit(f"Stopped after step {step + 1} of {run.steps}; the same command continues it.")
 
 

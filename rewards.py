@@ -11,7 +11,6 @@
 
 No tensors here: everything works on text, on the bytes of the sampled tokens, and on counts of tokens.
 """
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass

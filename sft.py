@@ -27,7 +27,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Iterator, Sequence
 
-import model  # noqa: F401  before the rest: it checks the versions of Python and torch
+# Before torch: model.py checks the versions of Python and torch.
+from model import Qwen2_5_VL, load_model, load_weights, read_config, save_model
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,6 @@ from tqdm import tqdm
 
 from data import (Example, Examples, InputSettings, Vocabulary, blank_example, collate, flag, make_toy, make_toy_model,
                   read_records, step_indices, trace_text)
-from model import Qwen2_5_VL, load_model, load_weights, read_config, save_model
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -524,7 +524,7 @@ def train(settings: Settings, world: World) -> Path:
             stop = world.most(run.stopping)
             if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
                 run.save(model, optimizer, start, step + 1, heldout_before=before)
-            if stop and step + 1 < steps:
+            if stop:
                 raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
     after = heldout_loss(model, held, settings, world)
     if world.first:

@@ -23,7 +23,8 @@ def judge_of(base, vocabulary, monkeypatch, answer):
         assert prompts.pixels is None and temperature == 0.0 and len(prompts.ids) <= 2
         texts = [vocabulary.tokenizer.decode(ids[:n]) for ids, n in zip(prompts.ids, prompts.lengths)]
         seen.extend(texts)
-        replies = [vocabulary.encode(f"<think> so </think>\n<answer> {answer(t)} </answer>") + stop_ids[:1] for t in texts]
+        said = [f"<think> so </think>\n<answer> {answer(text)} </answer>" for text in texts]
+        replies = [vocabulary.encode(text) + stop_ids[:1] for text in said]
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)[:, None]
         return Responses(tokens, torch.tensor([[len(r)] for r in replies]), tokens * 0.0, tokens[..., 0] > -1)
     monkeypatch.setattr(model, "generate", generate)
@@ -56,6 +57,6 @@ def test_no_claims_need_no_model(base, vocabulary, monkeypatch):
 
 def test_a_run_with_it_goes_from_end_to_end(toy, base, tmp_path, capsys):
     pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"),
-                 "--media", str(toy), "--steps", "1", "--questions", "2", "--max-response", "12", "--judge", "reference",
-                 "--kl-beta", "0"])
+                 "--media", str(toy), "--steps", "1", "--questions", "2", "--max-response", "12",
+                 "--judge", "reference", "--kl-beta", "0"])
     assert "PA-GRPO is finished" in capsys.readouterr().out
