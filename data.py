@@ -9,7 +9,9 @@ replaces one clip by another: a record whose media cannot be read is skipped, co
 """
 import argparse
 import ast
+import base64
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -20,10 +22,10 @@ import sys
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -31,14 +33,58 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, mrope_positions, read_config, save_model,
-                   write_config)
-from rewards import COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, choice, only, parse, toy_answer
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
+                   read_config, save_model, write_config)
+from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, Client, Journal, Judge,
+                     Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge, only, parse, rule_judge,
+                     task_metric, toy_answer, toy_asked)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
     """A setting with its reason: one line in the dataclass, one line in --help."""
     return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
+def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, only: Sequence[str] = ()) -> None:
+    """Gives a parser a flag for every setting of a dataclass (or for some), None where it is not given."""
+    for f in fields(cls):
+        if only and f.name not in only:
+            continue
+        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
+        if (len(values) < len(presets) or not presets) and f.default != "":
+            values.insert(0, f"default {f.default!r}" if presets else str(f.default))
+        kind = type(f.default)
+        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+               {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
+               {"choices": f.metadata["choices"]} if "choices" in f.metadata else
+               {"type": kind, "metavar": kind.__name__.upper()})
+        about = (f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")).replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
+
+
+def given_flags(args: argparse.Namespace) -> dict:
+    """The settings that were given, as a dataclass takes them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
+
+
+FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
+
+
+def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
+    """Writes settings.json where there is none. SystemExit, with the difference, if the folder's work was begun with
+    other settings than these, except for those in FREE and `free`, which change no result."""
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now, indent=2) + "\n")
+        return
+    before = json.loads(file.read_text())
+    same = lambda a, b: a == b or all(str(x).startswith("http") for x in (a, b))             # a server may move
+    other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
+    if other:
+        raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
+            f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
+            + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
 
 
 @dataclass(frozen=True)
@@ -55,6 +101,9 @@ class InputSettings:
                          ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
+
+
+TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)          # what the toy world needs
 
 
 # ------------------------------------------------------------------------------------------------ media
@@ -133,15 +182,22 @@ def read_image(path: Path) -> np.ndarray:
         raise MediaError(f"cannot be decoded: {error}") from None
 
 
+def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
+    """Frames (N, height, width, 3) uint8 in the size that the model sees."""
+    h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
+    if (h, w) == frames.shape[1:3]:
+        return frames
+    return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+
+
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
     """Resizes, normalises and cuts frames (N, height, width, 3) into the order the vision tower expects.
 
     Returns patches (S, 3·2·14·14) and their grid (steps, rows, columns). The four patches that will be merged are
     neighbours; a patch holds colour, then two frames, then rows and columns of pixels.
     """
-    h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    if (h, w) != frames.shape[1:3]:
-        frames = np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+    frames = resize(frames, min_pixels, max_pixels)
+    h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
     if len(x) % STEP:
         x = torch.cat([x, x[-1:]])                                            # an image is its own second frame
@@ -165,6 +221,8 @@ class Record:
     data_type: str                                           # image or video
     observation: str = ""                                    # the trace, only in SFT files
     think: str = ""
+    data_source: str = ""                                    # where the question comes from
+    blind: bool = False                                      # read without the media: the observation is given instead
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
@@ -233,7 +291,21 @@ def to_record(row: dict, traces: bool) -> Record:
     bare = lambda tag, text: only(tag, text) or text.strip()
     return Record(str(row.get("problem_id", "")), row["problem"], tuple(options), row["problem_type"], reference,
                   row["path"], row["data_type"], bare("observation", str(row.get("observation") or "")),
-                  bare("think", str(row.get("process") or "")))
+                  bare("think", str(row.get("process") or "")), str(row.get("data_source") or ""))
+
+
+def to_row(r: Record) -> dict:
+    """A record as the release writes it."""
+    return dict(problem_id=r.problem_id, problem=r.question, options=list(r.options), problem_type=r.problem_type,
+                solution=f"<answer>{r.reference}</answer>", answer=r.reference, path=r.path, data_type=r.data_type,
+                data_source=r.data_source, observation=r.observation, process=r.think)
+
+
+def write_rows(file: Path, rows: Iterable[dict]) -> None:
+    """JSON lines, written aside and renamed: there whole or not at all."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(aside, file)
 
 
 def media_path(root: Path, path: str) -> Path:
@@ -248,6 +320,13 @@ def media_path(root: Path, path: str) -> Path:
     if not there:
         raise MediaError("no such file")
     return full
+
+
+def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
+    """A record's frames, seconds per grid step (0 for an image), and most pixels of a frame. Raises MediaError."""
+    path = media_path(root, r.path)
+    return (*read_video(path, settings), settings.max_pixels) if r.data_type == "video" else (
+        read_image(path), 0.0, settings.image_max_pixels)
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -286,8 +365,9 @@ def instruction(record: Record, settings: InputSettings) -> str:
 
 
 def trace_text(record: Record, template: str) -> str:
-    """What SFT teaches the model to say. The baseline sees the same data without the observation segment."""
-    seen = f"<observation> {record.observation} </observation>\n" if template == "p2r" else ""
+    """What SFT teaches the model to say. The baseline sees the same data without the observation segment; to a blind
+    model the observation is given."""
+    seen = f"<observation> {record.observation} </observation>\n" if template == "p2r" and not record.blind else ""
     return f"{seen}<think> {record.think} </think>\n<answer> {record.reference} </answer>"
 
 
@@ -354,11 +434,9 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
 def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings
                   ) -> Example:
     """Reads the medium and lays out the prompt as Qwen's chat template does. Raises MediaError."""
-    path = media_path(root, record.path)
-    if record.data_type == "video":
-        (frames, seconds), limit = read_video(path, settings), settings.max_pixels
-    else:
-        frames, seconds, limit = read_image(path), 0.0, settings.image_max_pixels
+    if record.blind:
+        return blind_example(record, record.observation, vocabulary, config, settings)
+    frames, seconds, limit = read_media(record, root, settings)
     pixels, grid = patchify(frames, min(settings.min_pixels, limit), limit)
     v, pad = vocabulary, config.video_token_id if record.data_type == "video" else config.image_token_id
     medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
@@ -407,8 +485,9 @@ class Examples:
         if len(example.ids) > self.settings.max_prompt:
             return self.skip(i, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}")
         with self.lock:
-            if i not in self.kept and example.pixels.nbytes <= self.room:     # real clips fill this soon
-                self.room -= example.pixels.nbytes
+            size = 0 if example.pixels is None else example.pixels.nbytes
+            if i not in self.kept and size <= self.room:     # real clips fill this soon
+                self.room -= size
                 self.kept[i] = example
         return example
 
@@ -481,8 +560,8 @@ PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "y
 
 def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
     """One frame (56, 56, 3) uint8: a letter somewhere near the middle, larger or smaller, brighter or darker, noisy."""
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-4, 4, (2, 1, 1))
-    r, thick = rng.uniform(16, 20), rng.uniform(3, 4.5)
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
+    r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
     ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
            "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
            "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
@@ -511,6 +590,10 @@ def write_avi(path: Path, frames: np.ndarray, fps: int) -> None:
     body = listed(b"hdrl", chunk(b"avih", header) + listed(b"strl", chunk(b"strh", stream) + chunk(b"strf", bitmap)))
     body += listed(b"movi", b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
     path.write_bytes(chunk(b"RIFF", b"AVI " + body))
+
+
+def toy_observation(shown: list[str]) -> str:
+    return ", ".join(f"{i} {x}" for i, x in enumerate(shown, start=1))
 
 
 def toy_think(problem_type: str, asked: str, options: Sequence[str], shown: list[str]) -> str:
@@ -562,11 +645,11 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
     return {"problem_id": f"{split}-{number}", "problem": question, "options": lettered, "data_type": "video",
             "problem_type": problem_type, "solution": f"<answer>{answer}</answer>", "answer": answer,
             "path": f"./{split}/{number:05d}.avi", "data_source": "toy",
-            "observation": ", ".join(f"{i} {x}" for i, x in enumerate(shown, start=1)),
+            "observation": toy_observation(shown),
             "process": toy_think(problem_type, asked, options, shown)}, shown
 
 
-TOY_SPLITS = {"sft": 4000, "rl": 3000, "heldout": 512}
+TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
@@ -626,6 +709,364 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     save_model(dict(model.named_parameters()), folder, beside=beside)
 
 
+# ------------------------------------------------------------------------------------------------ judges and teachers
+
+HTTP = ("http://", "https://")
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who judges observations, in the data pipeline and in RL, and how patient requests over http are."""
+    judge: str = flag("rule", "who decides whether an observation suffices: rule (the toy world's own), reference (the "
+                      "KL reference answers from the observation alone), a folder with a language model, or an address "
+                      "http(s)://…/v1")
+    judge_model: str = flag("", "name of the model behind an http judge; for `data.py cot --judge reference` the "
+                            "checkpoint that answers")
+    judge_device: str = flag("", "where a judge from a folder runs, such as cuda:1; default: cuda if there is one")
+    refuse_leaks: bool = flag(True, "an observation that is nothing but an answer is insufficient, whatever a judge "
+                              "might say; --no-refuse-leaks leaves it to the judge, as the paper does")
+    concurrency: int = flag(16, "most requests over http under way at once, for each rank")
+    timeout: float = flag(60.0, "seconds that one request may take")
+    retries: int = flag(5, "further tries of a request that failed: 1, 2, 4 … seconds apart, or as the server asks")
+    max_unknown: float = flag(0.2, "share of verdicts, or of a teacher's traces, that may be missing; then a run stops")
+
+    def __post_init__(self):
+        self.check("judge", ("rule", "reference"))
+
+    def check(self, name: str, words: tuple[str, ...]) -> None:
+        """SystemExit for a judge or teacher that is none, before anything is computed or written."""
+        value, option = getattr(self, name), f"--{name}"
+        if value.startswith(HTTP):
+            if not getattr(self, name + "_model"):
+                raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
+        elif value not in words and not Path(value).is_dir():
+            raise SystemExit(f"{option} {value}: neither {', '.join(words)}, a folder that is there, nor an address "
+                             f"http(s)://…/v1")
+
+
+def key_from(variable: str) -> str:
+    """An API key from the environment, the only place it may come from. ValueError for a broken one, without it."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{variable} holds characters that no key can have")
+    return key
+
+
+def make_judge(s: JudgeSettings, cache: Path | None = None,
+               reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
+    """The judge that --judge names. `cache` is a file for replies over http; `reference` answers blind."""
+    if s.judge in ("rule", "reference"):
+        return Judge(rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
+    if s.judge.startswith(HTTP):
+        client = Client(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
+                        max_tokens=512, temperature=0)
+        return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
+    device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # On the CPU its threads and those of training would only wait for each other.
+    return Judge(language_judge(checkpoint_speaker(s.judge, device)), s.refuse_leaks, background=device != "cpu")
+
+
+def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
+    """The random numbers of a question's responses, (G, T). They belong to the seed, the step and the question, not to
+    a process: any number of ranks draws the same ones."""
+    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+    return torch.rand(group, tokens, generator=generator)
+
+
+THRESHOLD = 0.6                                              # a score from which an answer counts as reached (paper)
+
+
+def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
+                  batch: int, device) -> list[Verdict]:
+    """Judging by answering: the model gets question and observation without the media, finishes think and answer
+    greedily, and the task metric says whether it got there (0.6, the threshold of the data pipeline).
+
+    The paper asks a large language model instead. This needs no second model and has no verdict that could be faked;
+    in return weak reasoning of the model is blamed on the observation, and an observation that merely states the answer
+    passes, unless it is caught as a leak.
+    """
+    verdicts = []
+    for i in range(0, len(claims), batch):
+        some = claims[i:i + batch]
+        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type) for c in some]
+        prompts = collate([blind_example(r, c.observation, vocabulary, model.config, settings)
+                           for r, c in zip(records, some)]).to(device)
+        out = model.generate(prompts, torch.zeros(len(some), 1, tokens), vocabulary.stop_ids, temperature=0.0)
+        for c, ids, n in zip(some, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
+            text = vocabulary.decode(ids[:n])
+            score = task_metric(c.problem_type, parse(text).answer, c.reference, c.options)
+            said = " ".join(text.split())
+            verdicts.append(Verdict(score >= THRESHOLD, f"answering blind: {said} (score {score:.2f})"))
+    return verdicts
+
+
+class Draft(NamedTuple):
+    """What a teacher made of a record. No output: it is tried again when the pipeline is run again."""
+    output: str | None
+    lost: str = ""                                           # why there is none
+    mistakes: tuple[str, ...] = ()                           # that the scripted teacher made on purpose
+
+
+def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
+    """Any server that speaks OpenAI's protocol and takes pictures: frames go as data URLs, in the size set here."""
+    client = Client(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
+                    max_tokens=s.max_response, temperature=s.temperature, seed=s.seed)
+
+    def teach(records: list[Record]) -> list[Draft]:
+        (record,) = records
+        try:
+            frames, limit = read_media(record, Path(s.media), s)[0::2]
+        except MediaError as error:
+            return [Draft(None, f"media: {error}")]
+        content = []
+        for frame in resize(frames, s.min_pixels, limit):
+            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        content.append({"type": "text", "text": instruction(record, s)})
+        reply = client.ask([{"role": "user", "content": content}])
+        return [Draft(reply.text, reply.error)]
+    return teach
+
+
+def local_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
+    """A checkpoint of this project or of Qwen2.5-VL, through model.py."""
+    vocabulary, model, device = load_local(s.teacher)
+
+    def teach(records: list[Record]) -> list[Draft]:
+        found = {}
+        for i, record in enumerate(records):
+            try:
+                found[i] = build_example(record, Path(s.media), vocabulary, model.config, s)
+            except MediaError as error:
+                found[i] = Draft(None, f"media: {error}")
+        ready = {i: e for i, e in found.items() if isinstance(e, Example)}
+        if ready:
+            uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response)
+                                    for e in ready.values()])
+            out = model.generate(collate([*ready.values()]).to(device), uniforms, vocabulary.stop_ids, s.temperature)
+            for i, ids, n in zip(ready, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
+                found[i] = Draft(vocabulary.decode(ids[:n]))
+        return [found[i] for i in range(len(records))]
+    return teach
+
+
+def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
+    path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
+    vocabulary = Vocabulary(path)
+    model = load_model(path, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return vocabulary, vocabulary.restrict(model), device
+
+
+def toy_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
+    """The toy world's scripted teacher: knows what was shown, from the record, and makes mistakes at known rates.
+
+    A mistake always matters: another answer would follow from what it saw, or its answer scores below the threshold.
+    A mistake in perception leads to the right answer all the same with the rate `luck`: reasoning that belongs to
+    what was shown, not to what was noted down. That is the trace which only step 3 can catch.
+    """
+    def misread(r: Record, shown: list[str], rng: random.Random, below: float) -> list[str]:
+        while True:
+            other = list(shown)
+            for i in rng.sample(range(TOY_EVENTS), rng.randint(1, TOY_EVENTS)):
+                other[i] = f"{rng.choice(COLOURS)} {rng.choice(LETTERS)}"
+            answer = toy_answer(r.problem_type, r.question, r.options, other)
+            if answer is not None and task_metric(r.problem_type, answer, r.reference, r.options) < below:
+                return other
+
+    def teach_one(r: Record) -> Draft:
+        rng, mistakes = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), []
+        if toy_asked(r.problem_type, r.question) is None or not r.observation:
+            raise ValueError(f"the toy teacher knows toy records only, not {r.question!r}: choose another --teacher")
+        seen = reasoned = shown = [item.split(" ", 1)[1] for item in r.observation.split(", ")]
+        if rng.random() < s.perception_mistakes:
+            mistakes.append("perception")
+            seen = misread(r, shown, rng, below=1 - 1e-9)
+            reasoned = shown if rng.random() < s.luck else seen
+        if rng.random() < s.reasoning_mistakes:
+            mistakes.append("reasoning")
+            reasoned = misread(r, shown, rng, below=THRESHOLD)
+        think = toy_think(r.problem_type, toy_asked(r.problem_type, r.question), [o[3:] for o in r.options], reasoned)
+        answer = toy_answer(r.problem_type, r.question, r.options, reasoned)
+        text = trace_text(replace(r, observation=toy_observation(seen), think=think, reference=answer), "p2r")
+        if rng.random() < s.template_mistakes:
+            mistakes.append("template")
+            text = text[:rng.randrange(len(text))]           # cut off: no </answer>
+        return Draft(text, mistakes=tuple(mistakes))
+    return lambda records: [teach_one(r) for r in records]
+
+
+# ------------------------------------------------------------------------------------------------ the data pipeline
+
+@dataclass(frozen=True)
+class CotSettings(InputSettings, JudgeSettings):
+    """`python data.py cot`. Without --data: the toy world with its scripted teacher."""
+    data: str = flag("", "record file with questions (toy: made when missing)")
+    media: str = flag("", "folder to which the records' paths are relative [the folder of --data]")
+    out: str = flag("runs/tiny/cot", "folder for the work and for traces.jsonl")
+    limit: int = flag(0, "only the first N records; 0: all")
+    teacher: str = flag("toy", "who writes traces: toy (scripted), a checkpoint folder, or an address http(s)://…/v1")
+    teacher_model: str = flag("", "name of the model behind an http teacher")
+    temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
+    max_response: int = flag(1024, "most tokens of a trace")
+    batch: int = flag(16, "records that a local teacher or judge works on at once")
+    seed: int = flag(0, "decides a teacher's sampling, and the scripted teacher's mistakes")
+    perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that note down other letters")
+    luck: float = flag(0.5, "share of these whose answer is right all the same")
+    reasoning_mistakes: float = flag(0.1, "share of its traces that reason to a wrong answer")
+    template_mistakes: float = flag(0.02, "share of its traces that are cut off")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("teacher", ("toy",))
+        if self.judge == "reference" and not self.judge_model:
+            raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
+
+
+MOST_AT_ONCE = 20                                            # losses at which their share begins to count
+
+
+def work_through(items: dict[str, Any], make_worker: Callable[[], tuple[Callable, int, int]], file: Path, what: str,
+                 most_lost: float) -> tuple[dict[str, dict], dict[str, str]]:
+    """Does what is left to do, concurrently, and notes every finished item in an append-only file at once.
+
+    items: key → what to work on. make_worker gives (work, threads, items in one call); work returns named tuples whose
+    `lost` says why there is no result. Returns key → result, and key → reason for what could not be done: that is not
+    noted down, so that the next run tries it again. Raises ValueError once too large a share of it is lost.
+    """
+    journal = Journal(file)
+    done = {row["key"]: row for row in journal.rows if row["key"] in items}
+    todo, lost, tried = [key for key in items if key not in done], {}, 0
+    if not todo:
+        return done, lost
+    work, threads, size = make_worker()
+    parts = (todo[i:i + size] for i in range(0, len(todo), size))
+    with tqdm(total=len(items), initial=len(done), desc=what, unit="record") as bar:
+        for keys, results in as_they_come(lambda keys: work([items[k] for k in keys]), parts, threads):
+            tried += len(keys)
+            bar.update(len(keys))
+            for key, result in zip(keys, results, strict=True):
+                if result.lost:
+                    lost[key] = result.lost
+                else:
+                    done[key] = {"key": key} | result._asdict()
+                    journal.add(done[key])
+            if len(lost) >= MOST_AT_ONCE and len(lost) > most_lost * tried:
+                (reason, n), = Counter(lost.values()).most_common(1)
+                raise ValueError(f"{what}: {len(lost)} of {tried} records came to nothing, {n} of them because: "
+                                 f"{reason}. {len(done)} are kept; the same command goes on from there.")
+    return done, lost
+
+
+def verify(record: Record, output: str) -> tuple[Parsed, float, str]:
+    """Step 2: the parts of a trace, the score of its answer, and why it is dropped ("" if it is not)."""
+    parsed = parse(output)
+    score = task_metric(record.problem_type, parsed.answer, record.reference, record.options)
+    if not (parsed.perception_format and parsed.reasoning_format):
+        return parsed, score, "template broken"
+    return parsed, score, "" if score >= THRESHOLD else "answer wrong"
+
+
+STEPS = ("records", "generated", "template", "answer", "observation")         # what a record has come through
+REASONS = {"media unreadable": "generated", "no reply from the teacher": "generated", "template broken": "template",
+           "answer wrong": "answer", "observation insufficient": "observation", "verdict unreadable": "observation",
+           "verdict missing": "observation"}                 # why it was dropped → which step it did not come through
+
+
+def cot(s: CotSettings) -> Path:
+    """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
+
+    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record (step 2 is
+    arithmetic and needs no file); traces.jsonl (kept) and dropped.jsonl (with reasons) are written at the end, in the
+    order of the records. Killed at any moment and started again, it asks for what is missing and ends in the same
+    files.
+    """
+    folder, media = Path(s.out), s.media or str(Path(s.data).parent)
+    s = replace(s, media=media)
+    records = {hashlib.sha256(repr(r).encode()).hexdigest()[:20]: r
+               for r in read_records(s.data)[:s.limit or None]}               # equal records are one
+    same_settings(folder, asdict(s), free=("limit", "batch"))
+    drafts, unanswered = work_through(records, lambda: make_teacher(s), folder / "1-generated.jsonl",
+                                      "1 generate", s.max_unknown)
+    why = {key: "media unreadable" if lost.startswith("media") else "no reply from the teacher"
+           for key, lost in unanswered.items()}
+
+    traces = {key: verify(records[key], drafts[key]["output"]) for key in records if key in drafts}
+    why |= {key: reason for key, (_, _, reason) in traces.items() if reason}
+
+    claims = {}
+    for key, (parsed, _, reason) in traces.items():
+        if not reason:
+            r = records[key]
+            claims[key] = Claim(r.question, r.options, r.problem_type, r.reference, parsed.observation, r.data_type)
+    verdicts, silent = work_through(claims, lambda: make_cot_judge(s), folder / "3-judged.jsonl",
+                                    "3 judge", s.max_unknown)
+    why |= {key: "verdict missing" for key in silent}
+    why |= {key: "observation insufficient" if v["sufficient"] is False else "verdict unreadable"
+            for key, v in verdicts.items() if not v["sufficient"]}
+
+    def row(key: str) -> dict:
+        parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
+        made = dict(observation=parsed.observation, process=parsed.think, output=drafts.get(key, {}).get("output"),
+                    reward=score, select=key not in why)
+        return to_row(records[key]) | made | ({"reason": why[key]} if key in why else {})
+    write_rows(folder / "traces.jsonl", (row(key) for key in records if key not in why))
+    write_rows(folder / "dropped.jsonl", (row(key) for key in records if key in why))
+    print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)
+    print(f"{folder / 'traces.jsonl'}: {len(records) - len(why)} traces for SFT")
+    if unanswered or silent:
+        print(f"{len(unanswered) + len(silent)} records are unfinished: run the same command again to try them again.")
+    return folder / "traces.jsonl"
+
+
+def make_teacher(s: CotSettings) -> tuple[Callable[[list[Record]], list[Draft]], int, int]:
+    """The teacher that --teacher names, how many of its calls may run at once, and the records in each."""
+    if s.teacher == "toy":
+        return toy_teacher(s), 1, s.batch
+    if s.teacher.startswith(HTTP):
+        return api_teacher(s), s.concurrency, 1
+    return local_teacher(s), 1, s.batch
+
+
+def make_cot_judge(s: CotSettings) -> tuple[Judge, int, int]:
+    """Likewise the judge. The reference that answers blind is the checkpoint named by --judge-model."""
+    reference = None
+    if s.judge == "reference":
+        vocabulary, model, device = load_local(s.judge_model)
+        reference = lambda claims: blind_answers(model, vocabulary, claims, s, s.max_response, s.batch, device)
+    judge = make_judge(s, reference=reference)
+    return (judge, s.concurrency, 1) if s.judge.startswith(HTTP) else (judge, 1, s.batch)
+
+
+def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> str:
+    """What came through each step, by medium and problem type; why the rest was dropped; and, where the teacher's
+    mistakes are known, precision and recall of the steps that should have caught them."""
+    reached = {key: STEPS.index(REASONS[why[key]]) if key in why else len(STEPS) for key in records}
+    kinds = {key: (r.data_type, PROBLEM_TYPES.index(r.problem_type)) for key, r in records.items()}
+    line = lambda name, cells: name.ljust(24) + "".join(f"{cell:>13}" for cell in cells)
+    lines = ["Records that came through each step:", line("", [*STEPS, "kept"])]
+    for kind in [*sorted(set(kinds.values())), None]:
+        some = [reached[key] for key in records if kind in (None, kinds[key])]
+        counts = [sum(n > i for n in some) for i in range(len(STEPS))]
+        lines.append(line(f"{kind[0]}, {PROBLEM_TYPES[kind[1]]}" if kind else "all",
+                          [*counts, f"{counts[-1] / len(some):.1%}"]))
+    reasons = Counter(why.values())
+    lines.append("Dropped: " + (", ".join(f"{reasons[r]} {r}" for r in REASONS if reasons[r]) or "none"))
+
+    made = lambda *kinds: {key for key, some in mistakes.items() if set(kinds) & set(some)}
+    share = lambda part, whole: f"{len(part) / len(whole):.3f} ({len(part)} of {len(whole)})" if whole else "–"
+    for name, steps, wanted, blamed in (
+            ("step 2 against mistakes in reasoning", ("template", "answer"), made("reasoning"),
+             made("perception", "reasoning", "template")),                    # a wrong look makes wrong answers, too
+            ("step 3 against mistakes in perception", ("observation",), made("perception"), made("perception"))):
+        dropped = {key for key, reason in why.items() if REASONS[reason] in steps}
+        met = {key for key in wanted if reached[key] >= STEPS.index(steps[0])}                # not dropped before
+        if any(mistakes.values()):
+            lines.append(f"{name}: precision {share(dropped & blamed, dropped)}, recall {share(dropped & met, met)}")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 def quantiles(values: list[int]) -> str:
@@ -677,11 +1118,8 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
     if tokens and (too_long := sum(n > settings.max_prompt for n in prompts)):
         print(f"{too_long} prompts are longer than --max-prompt {settings.max_prompt}: they would be skipped")
     if keep:
-        rows = [dict(problem_id=r.problem_id, problem=r.question, options=r.options, problem_type=r.problem_type,
-                     solution=r.reference, path=r.path, data_type=r.data_type, observation=r.observation,
-                     process=r.think) for r in kept]
-        Path(keep).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{keep}: the {len(rows)} records whose media can be read")
+        write_rows(Path(keep), map(to_row, kept))
+        print(f"{keep}: the {len(kept)} records whose media can be read")
     stops = len(lost) > MOST_LOST * len(chosen)
     print("A run would stop: too many media are missing" * stops + "A run would start" * (not stops))
     return not stops
@@ -700,19 +1138,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("--model", help="checkpoint folder whose tokenizer counts the tokens")
     checker.add_argument("--limit", type=int, default=0, help="read the media of N records only, drawn at random [all]")
     checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
-    for name in ("frames", "max_pixels", "max_prompt", "workers"):
-        default = InputSettings.__dataclass_fields__[name].default
-        checker.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"[{default}]")
-    args = parser.parse_args(argv)
+    add_flags(checker, InputSettings, only=("frames", "max_pixels", "max_prompt", "workers"))
+    maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", description=cot.__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(maker, CotSettings)
+    given = given_flags(parser.parse_args(argv))
+    command = given.pop("command")
     try:
-        if args.command == "toy":
-            print(make_toy(args.out, {split: getattr(args, split) for split in TOY_SPLITS}))
+        if command == "toy":
+            print(make_toy(given["out"], {split: given[split] for split in TOY_SPLITS}))
+        elif command == "check":
+            names = ("file", "media", "model", "limit", "keep")
+            settings = InputSettings(**{k: v for k, v in given.items() if k not in names})
+            sys.exit(not check(*(given.get(name) for name in names), settings))
+        elif "data" in given:
+            cot(CotSettings(**given))
         else:
-            settings = InputSettings(frames=args.frames, max_pixels=args.max_pixels, max_prompt=args.max_prompt,
-                                     workers=args.workers)
-            sys.exit(not check(args.file, args.media, args.model, args.limit, args.keep, settings))
+            out = Path(given.get("out", CotSettings.out))
+            made = make_toy(out.parent / "toy")
+            cot(CotSettings(**TOY_INPUT | given | {"data": str(made / "sft.json")}))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
 
 
 if __name__ == "__main__":

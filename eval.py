@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from data import TOY_SPLITS, Examples, MediaError, Record, Vocabulary, build_example, make_toy, read_records
 from pagrpo import PRESETS, Settings, evaluate, rollout, summary, table
-from rewards import PROBLEM_TYPES, rule_judge
+from rewards import PROBLEM_TYPES, Judge, rule_judge
 from sft import World, build_model, gathered, newest_checkpoint, start_world
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -35,7 +35,7 @@ def run_settings(model: Path, preset: str | None) -> Settings:
             saved = json.loads((folder / "settings.json").read_text())
             row = PRESETS[preset or ("tiny" if saved["prompt"] == "short" else "7b")]
             same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
-                    if k in Settings.__dataclass_fields__}
+                    if k in Settings.__dataclass_fields__ and not k.startswith("judge")}
             return Settings(**row | same)
     return Settings(**PRESETS[preset or "7b"])
 
@@ -48,7 +48,8 @@ def bench_toy(path: Path, data: Path, settings: Settings, world: World) -> dict:
     vocabulary = Vocabulary(path)
     model = build_model(path, vocabulary, world)
     held = Examples(read_records(data / "heldout.json"), data, vocabulary, model.config, settings)
-    return {how: summary(evaluate(model, held, rule_judge, settings, temperature, world), world)
+    judge = Judge(rule_judge, settings.refuse_leaks)
+    return {how: summary(evaluate(model, held, judge, settings, temperature, world), world)
             for how, temperature in (("greedy", 0.0), ("sampled", 1.0))}
 
 

@@ -664,6 +664,17 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
     return model
 
 
+def newest_checkpoint(folder: str | Path) -> Path:
+    """A model folder itself, or the newest checkpoint of a stage's folder. Raises FileNotFoundError."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    found = sorted(p.parent for p in folder.glob("step-??????/state.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
+    return found[-1]
+
+
 def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
                beside: Callable[[Path], None] | None = None, shard_bytes: int = 5 * 2 ** 30) -> None:
     """Writes tensors as (sharded) safetensors, with the configuration and tokenizer files of `source` beside them, and

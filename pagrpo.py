@@ -14,31 +14,30 @@ One step, in the order of this file:
 "Loss is 0, is it broken?" No: with one update per rollout the ratio is 1, and the advantages of a group add up to 0,
 so without the KL term the loss is about 0 by construction. Its gradient is not: watch the rewards.
 """
-import hashlib
 import json
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import (Example, Examples, InputSettings, Record, Vocabulary, blind_example, collate, flag, read_records,
-                  step_indices)
+from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, blind_answers, collate, flag,
+                  make_judge, question_uniforms, read_records, step_indices)
 from model import Qwen2_5_VL, read_config
-from rewards import (PROBLEM_TYPES, TAG, Claim, Judge, Parsed, SegmentReward, parse, perception_tokens,
-                     response_rewards, rule_judge, task_metric)
+from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
+                     response_rewards, rule_judge, task_metric, toy_asked, whole_lines)
 from sft import (TINY, Run, TrainSettings, World, at_least, build_model, gathered, learning_rate, make_optimizer,
                  micro_batches, need_files, newest_checkpoint, norms, peak_memory_gb, prepare_toy, update)
 
 
 @dataclass(frozen=True)
-class Settings(TrainSettings):
+class Settings(TrainSettings, JudgeSettings):
     model: str = flag("", "SFT checkpoint to start from; it stays the KL reference (toy: SFT is run when missing)")
     steps: int = flag(1000, "optimizer steps, if --updates-per-rollout is 1: batches of rollouts")
     questions: int = flag(8, "questions in one step, over all ranks; whole questions go to ranks")
@@ -56,11 +55,10 @@ class Settings(TrainSettings):
     kl_beta: float = flag(0.04, "weight of the KL term; at 0 the reference is not scored, nor loaded unless it judges")
     clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
     updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
-    judge: str = flag("rule", "who decides whether an observation suffices; rule: the toy world's own; reference: the "
-                      "KL reference answers from the observation alone", ["rule", "reference"])
     transcript_every: int = flag(50, "steps between printed transcripts")
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, micro_batch=1, save_every=1,
                  transcript_every=1, steps=1)
         if not self.temperature > 0:
@@ -69,7 +67,7 @@ class Settings(TrainSettings):
 
 REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference")
 PRESETS = {
-    "tiny": TINY | dict(questions=16, micro_batch=16, steps=180, lr=1.5e-4, warmup=15, max_response=64,
+    "tiny": TINY | dict(questions=16, micro_batch=16, steps=300, lr=1.5e-4, warmup=15, max_response=64,
                         perception_window=(8, 16), reasoning_window=(10, 48)),
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),
@@ -94,21 +92,13 @@ class Episode:
     perception: SegmentReward | None = None
     reasoning: SegmentReward | None = None
     advantages: tuple[float, float] = (0.0, 0.0)             # A_P, A_R
-
-
-def question_uniforms(seed: int, stream: str, example: Example, group: int, tokens: int) -> Tensor:
-    """The random numbers of a question's responses, (G, T). They belong to the seed, the step and the question, not to
-    a process: any number of ranks draws the same ones."""
-    r = example.record
-    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
-    return torch.rand(group, tokens, generator=generator)
+    verdict: Verdict | None = None                           # of the judge
 
 
 def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary, settings: Settings, group: int,
             temperature: float, stream: str, device, top_p: float = 1.0) -> list[list[Episode]]:
     """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
-    uniforms = torch.stack([question_uniforms(settings.seed, stream, e, group, settings.max_response)
+    uniforms = torch.stack([question_uniforms(settings.seed, stream, e.record, group, settings.max_response)
                             for e in examples])
     sampled = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature, top_p)
     tokens, lengths, logprobs, finished = (x.cpu() for x in sampled)
@@ -125,46 +115,40 @@ def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabula
 
 # ------------------------------------------------------------------------------------------------ 2. rewards
 
-def reward(episodes: Sequence[Episode], judge: Judge, settings: Settings) -> None:
-    """Fills in R_P and R_R (eq. 3–5). All observations go to the judge together; an empty one needs no judge."""
+def ask(episodes: Sequence[Episode], judge: Judge) -> Callable[[], list[Verdict]]:
+    """Sends all observations to the judge together and does not wait. Call the result for a verdict on each episode."""
     claims = {}
     for i, e in enumerate(episodes):
         r = e.example.record
-        if e.parsed.observation:
-            claims[i] = Claim(r.question, r.options, r.problem_type, r.reference, e.parsed.observation)
-    verdicts = dict(zip(claims, judge(list(claims.values()))))
-    for i, e in enumerate(episodes):
+        if e.parsed.observation is not None:
+            claims[i] = Claim(r.question, r.options, r.problem_type, r.reference, e.parsed.observation, r.data_type)
+    answer, unclosed = judge.start(list(claims.values())), Verdict(False, "there is no closed observation")
+
+    def verdicts() -> list[Verdict]:
+        found = dict(zip(claims, answer(), strict=True))
+        return [found.get(i, unclosed) for i in range(len(episodes))]
+    return verdicts
+
+
+def reward(episodes: Sequence[Episode], verdicts: Sequence[Verdict], settings: Settings) -> None:
+    """Fills in verdicts, R_P and R_R (eq. 3–5)."""
+    for e, verdict in zip(episodes, verdicts, strict=True):
         r, boundary = e.example.record, e.boundary or 0
         score = task_metric(r.problem_type, e.parsed.answer, r.reference, r.options)
-        e.perception, e.reasoning = response_rewards(
-            e.parsed, verdicts.get(i, False), score, e.finished, (boundary, len(e.tokens) - boundary),
-            (settings.perception_window, settings.reasoning_window))
+        e.verdict, tokens = verdict, (boundary, len(e.tokens) - boundary)
+        e.perception, e.reasoning = response_rewards(e.parsed, verdict.sufficient, score, e.finished, tokens,
+                                                     (settings.perception_window, settings.reasoning_window))
 
 
-def reference_judge(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Settings, world: World) -> Judge:
-    """Judging by answering: the frozen SFT model gets question and observation without the video, thinks and answers,
-    and the task metric says whether it got there (0.6, the threshold of the data pipeline).
-
-    The paper asks a large language model instead. This needs no second model and has no verdict that could be faked;
-    in return weak reasoning of the reference is blamed on the observation, and an observation that merely states the
-    answer passes.
-    """
-    def judge(claims: list[Claim]) -> list[bool]:
-        verdicts, size = [], settings.group_size * settings.micro_batch
-        with gathered(reference), torch.no_grad():
-            for i in range(0, len(claims), size):
-                some = claims[i:i + size]
-                records = [Record("", c.question, c.options, c.problem_type, c.reference, "", "video") for c in some]
-                blind = [blind_example(r, TAG.sub("", c.observation), vocabulary, reference.config, settings)
-                         for r, c in zip(records, some)]
-                uniforms = torch.zeros(len(some), 1, settings.max_response)   # greedy: nothing is drawn
-                prompts = collate(blind).to(world.device)
-                out = reference.generate(prompts, uniforms, vocabulary.stop_ids, temperature=0.0)
-                for c, tokens, n in zip(some, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
-                    answer = parse(vocabulary.decode(tokens[:n])).answer
-                    verdicts.append(task_metric(c.problem_type, answer, c.reference, c.options) >= 0.6)
-        return verdicts
-    return judge
+def reference_judge(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Settings, world: World
+                    ) -> Callable[[list[Claim]], list[Verdict]]:
+    """The frozen SFT model as judge (`data.blind_answers`). All ranks gather its weights together, also a rank that has
+    no claims."""
+    def decide(claims: list[Claim]) -> list[Verdict]:
+        with gathered(reference):
+            return blind_answers(reference, vocabulary, claims, settings, settings.max_response,
+                                 settings.group_size * settings.micro_batch, world.device)
+    return decide
 
 
 def totals(group: Sequence[Episode], off: str) -> tuple[Tensor, Tensor]:
@@ -179,13 +163,15 @@ def totals(group: Sequence[Episode], off: str) -> tuple[Tensor, Tensor]:
 def normalise(rewards: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4). rewards (…, G) → (…, G)
 
-    A group whose rewards are all equal says nothing about what was better: its advantages are 0.
-        [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]
+    A group whose rewards are all equal says nothing about what was better: its advantages are 0. An unknown reward
+    (NaN) leaves the statistics of its group and gets no advantage; with fewer than two known ones nobody gets any.
+        [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
-    if rewards.shape[-1] < 2:
-        return torch.zeros_like(rewards)
-    std = rewards.std(-1, keepdim=True)
-    return torch.where(std < 1e-6, 0.0, (rewards - rewards.mean(-1, keepdim=True)) / (std + 1e-4))
+    known = ~rewards.isnan()
+    count, total = known.sum(-1, keepdim=True), lambda x: torch.where(known, x, 0.0).sum(-1, keepdim=True)
+    mean = total(rewards) / count.clamp(min=1)
+    std = (total((rewards - mean) ** 2) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(known & (std >= 1e-6), (rewards - mean) / (std + 1e-4), 0.0)   # one known reward: std 0
 
 
 def group_advantages(perception: Tensor, reasoning: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -266,11 +252,19 @@ def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advant
 
 # ------------------------------------------------------------------------------------------------ 5. update
 
-def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer, lr: float,
-             vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, list[float]]:
-    """One or more updates on a step's episodes. Returns what is worth logging, a value a token or an update."""
-    seen = defaultdict(list)
-    responses = world.sum({"n": sum(len(group) for group in groups)})["n"]    # one denominator for the whole step
+class Part(NamedTuple):
+    """A micro-batch of questions with their groups, scored by what does not learn in this step."""
+    groups: list[list[Episode]]
+    inputs: tuple                                            # what `logprobs` takes
+    weight: float                                            # 0 for the blank that keeps a rank in step
+    reference: Tensor | None                                 # (B, G, T) log-probabilities under the KL reference
+    old: Tensor | None                                       # (B, G, T) and before the first of several updates
+
+
+@torch.no_grad()
+def score(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, vocabulary: Vocabulary,
+          settings: Settings, world: World) -> list[Part]:
+    """Cuts a step into micro-batches and computes what needs no rewards, while the judge is at work."""
     parts, waiting = [], iter(groups)
     asked = [group[0].example for group in groups]
     for examples, weight in micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
@@ -278,12 +272,20 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
         here = [next(waiting) for _ in examples] if weight else [[nothing]]
         batch = to_tokens(here, settings.token_mean, world.device)
         inputs = collate(examples).to(world.device), batch.tokens, batch.lengths, settings.temperature
-        with torch.no_grad():
-            ref = reference.logprobs(*inputs)[0] if settings.kl_beta else None
-            old = policy.logprobs(*inputs)[0] if settings.updates_per_rollout > 1 else None   # before the first update
-        parts.append((inputs, batch, weight, ref, old))
+        parts.append(Part(here, inputs, weight, reference.logprobs(*inputs)[0] if settings.kl_beta else None,
+                          policy.logprobs(*inputs)[0] if settings.updates_per_rollout > 1 else None))
+    return parts
+
+
+def train_on(parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settings: Settings, world: World
+             ) -> dict[str, list[float]]:
+    """One or more updates on a step's episodes. Returns what is worth logging, a value a token or an update."""
+    seen = defaultdict(list)
+    count = sum(len(group) for part in parts for group in part.groups if part.weight)
+    responses = world.sum({"n": count})["n"]                 # one denominator for the whole step
     for number in range(settings.updates_per_rollout):
-        for inputs, batch, weight, ref, old in parts:
+        for groups, inputs, weight, ref, old in parts:
+            batch = to_tokens(groups, settings.token_mean, world.device)      # by now with advantages
             logprobs, entropy = policy.logprobs(*inputs)
             old = logprobs.detach() if old is None else old  # a single update: old = current, the ratio is 1
             loss, kl, was_clipped = pa_grpo_loss(logprobs, old, ref, batch.advantages, batch.weights,
@@ -305,7 +307,7 @@ def train_on(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5
 
 REWARD_PARTS = [f"{segment}/{part}" for segment in ("perception", "reasoning")
                 for part in ("reward", "accuracy", "format", "length", "tokens")]
-SHARES = ["perception/zero_variance", "reasoning/zero_variance", "truncated"]
+SHARES = ["perception/zero_variance", "reasoning/zero_variance", "truncated", "judge/leak"]
 OF_TOKENS = ["kl", "clip_share", "entropy", "logprob_gap"]
 
 
@@ -317,8 +319,11 @@ def statistics(groups: list[list[Episode]], settings: Settings) -> dict[str, lis
             values[f"{segment}/zero_variance"].append(float(not normalise(rewards).any()))
             for e, total in zip(group, rewards.tolist()):
                 for name, value in {"reward": total, **asdict(getattr(e, segment))}.items():
-                    values[f"{segment}/{name}"].append(float(value))
+                    values[f"{segment}/{name}"] += [float(value)] * (not math.isnan(value))   # unknown: not a zero
         values["truncated"] += [float(not e.finished) for e in group]
+        for e in group:
+            if e.parsed.observation is not None:
+                values["judge/leak"].append(float(e.verdict.leak))
     return values
 
 
@@ -334,28 +339,65 @@ def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread
     return result
 
 
-def act(step: int, examples: list[Example], policy: Qwen2_5_VL, vocabulary: Vocabulary, judge: Judge,
-        settings: Settings, world: World) -> tuple[list[list[Episode]], dict[str, float]]:
-    """Parts 1 to 3 of a step: episodes with rewards and advantages, in groups, and how long that took."""
-    watch = [time.perf_counter()]
+def against(exact: Judge, episodes: Sequence[Episode], world: World) -> dict[str, float]:
+    """How often the judge said what the toy world's exact rule says, and how often it took too little for enough."""
+    pairs = [(e.verdict.sufficient, rule.sufficient) for e, rule in zip(episodes, ask(episodes, exact)())
+             if e.parsed.observation is not None and e.verdict.sufficient is not None]
+    values = {"judge/agreement": [float(a == b) for a, b in pairs], "judge/too_kind": [float(a > b) for a, b in pairs]}
+    return pooled(values, list(values), world)
+
+
+class JudgeDown(ValueError):
+    """Too many verdicts of a step are unknown to learn from it."""
+
+
+def enough_verdicts(groups: list[list[Episode]], settings: Settings, world: World) -> dict[str, int]:
+    """Counts verdicts. Raises JudgeDown, on all ranks alike, if a larger share than --max-unknown is unknown."""
+    verdicts = [e.verdict for group in groups for e in group if e.parsed.observation is not None]
+    unknown = [v.lost or v.words for v in verdicts if v.sufficient is None]
+    counts = {k: int(n) for k, n in world.sum({"judge/claims": len(verdicts), "judge/unknown": len(unknown)}).items()}
+    if counts["judge/unknown"] > settings.max_unknown * counts["judge/claims"]:
+        reason = Counter(unknown).most_common(1)[0][0][:200] if unknown else "see the other ranks"
+        raise JudgeDown(f"{counts['judge/unknown']} of {counts['judge/claims']} verdicts of this step stayed unknown, "
+                        f"more than --max-unknown {settings.max_unknown:g} allows. Most often: {reason}")
+    return counts
+
+
+def act(step: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, vocabulary: Vocabulary,
+        judge: Judge, exact: Judge | None, settings: Settings, world: World
+        ) -> tuple[list[list[Episode]], list[Part], dict[str, float]]:
+    """Parts 1 to 3 of a step: episodes with rewards and advantages, in groups and micro-batches, and how long it took.
+    The judge works while the reference scores, and `exact`, where there is one, says how far it can be believed."""
+    watch, before = [time.perf_counter()], Counter(judge.counts)
     with gathered(policy):
         groups = rollout(policy, examples, vocabulary, settings, settings.group_size, settings.temperature,
                          f"step {step}", world.device) if examples else []
     watch.append(time.perf_counter())
-    reward([e for group in groups for e in group], judge, settings)
+    episodes = [e for group in groups for e in group]
+    verdicts = ask(episodes, judge)                          # a judge behind http now works beside us,
+    watch.append(time.perf_counter())                        # any other one is through here
+    parts = score(groups, policy, reference, vocabulary, settings, world)
+    watch.append(time.perf_counter())
+    reward(episodes, verdicts(), settings)
+    watch.append(time.perf_counter())
+    counts = enough_verdicts(groups, settings, world)
     for group in groups:
         a_p, a_r = group_advantages(*totals(group, settings.reward_off), settings.advantage)
         for e, *pair in zip(group, a_p.tolist(), a_r.tolist()):
             e.advantages = tuple(pair)
-    watch.append(time.perf_counter())
-    return groups, {"seconds_sampling": watch[1] - watch[0], "seconds_judging": watch[2] - watch[1]}
+    sampling, judging, scoring, waiting = (b - a for a, b in zip(watch, watch[1:]))
+    asked = world.sum({f"judge/{k}": judge.counts[k] - before[k] for k in ("requests", "retries", "cached")})
+    return groups, parts, {"seconds_sampling": sampling, "seconds_scoring": scoring,
+                           "seconds_judging": judging + waiting, "judge/seconds": judge.seconds,
+                           **counts, **{name: int(n) for name, n in asked.items()},
+                           **(against(exact, episodes, world) if exact else {})}
 
 
-def learn(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer, lr: float,
-          vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, float]:
+def learn(groups: list[list[Episode]], parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settings: Settings,
+          world: World) -> dict[str, float]:
     """Parts 4 and 5 of a step. Returns the step's metrics, the same on every rank."""
     began = time.perf_counter()
-    seen = train_on(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
+    seen = train_on(parts, policy, optimizer, lr, settings, world)
     seconds = time.perf_counter() - began
     counts = world.sum({"tokens": sum(len(e.tokens) for g in groups for e in g), "questions": len(groups),
                         "loss": sum(seen["loss"])})
@@ -372,9 +414,11 @@ def transcript(e: Episode) -> str:
     """A response as a person reads it: what was asked, said, right, and what it was worth."""
     r, p, q = e.example.record, e.perception, e.reasoning
     part = lambda s: f"accuracy {s.accuracy:.2f} + format {s.format:.0f} + length {s.length:.1f} ({s.tokens} tokens)"
+    says = {True: "Yes", False: "No", None: "unknown"}[e.verdict.sufficient]
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
              f"question    {r.question}  {'  '.join(r.options)}".rstrip(), f"reference   {r.reference}",
              e.text.strip() + ("" if e.finished else " … (cut off)"),
+             f"judge       {says}: {e.verdict.words or e.verdict.lost}",
              f"perception  {part(p)} → advantage {e.advantages[0]:+.2f}",
              f"reasoning   {part(q)} → advantage {e.advantages[1]:+.2f}"]
     return "\n".join(lines + ["─" * 100])
@@ -394,7 +438,8 @@ def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Sett
                          disable=not world.first):
             groups = rollout(model, part, examples.vocabulary, settings, 1, temperature, "evaluation", world.device,
                              top_p) if part else []
-            reward([e for group in groups for e in group], judge, settings)
+            episodes = [e for group in groups for e in group]
+            reward(episodes, ask(episodes, judge)(), settings)
             rows += [{"problem_id": e.example.record.problem_id, "problem_type": e.example.record.problem_type,
                       "perception": e.perception.accuracy, "answer": float(e.reasoning.accuracy > 1 - 1e-9),
                       "score": e.reasoning.accuracy, "format": e.perception.format * e.reasoning.format,
@@ -414,7 +459,8 @@ def summary(rows: list[dict], world: World) -> dict[str, dict[str, float]]:
     """Shares in percent with their intervals: {"perception": {"value", "low", "high", "n"}, "answer": …, by type …}."""
     kinds = {"perception": ("perception", None), "answer": ("answer", None), "format": ("format", None)}
     kinds |= {f"answer: {t}": ("answer", t) for t in PROBLEM_TYPES}
-    sums = world.sum({f"{kind} {p}": sum(row[key] ** p for row in rows if t in (None, row["problem_type"]))
+    sums = world.sum({f"{kind} {p}": sum(row[key] ** p for row in rows if t in (None, row["problem_type"])
+                                             and not math.isnan(row[key]))    # an unknown verdict counts for nothing
                       for kind, (key, t) in kinds.items() for p in (0, 1)})
     result = {}
     for kind in kinds:
@@ -452,6 +498,9 @@ def train(settings: Settings, world: World) -> None:
     settings = need_files(settings)
     start, folder = newest_checkpoint(settings.model), Path(settings.out) / STAGES[settings.advantage]
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
+    records = read_records(settings.data)
+    if settings.judge == "rule" and not is_toy(records):
+        raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     run, report = Run(folder, settings, settings.steps, world), folder / "results.json"
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
@@ -460,13 +509,20 @@ def train(settings: Settings, world: World) -> None:
     vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world).requires_grad_(False) if (
         settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
-    judge = reference_judge(reference, vocabulary, settings, world) if settings.judge == "reference" else rule_judge
+    judge = make_judge(settings, folder / f"judge-{world.rank}.jsonl", reference and reference_judge(
+        reference, vocabulary, settings, world), str(world.device))
+    exact = Judge(rule_judge, settings.refuse_leaks) if settings.judge != "rule" and is_toy(records) else None
+    if settings.judge == "reference":
+        world.say(ABOUT_REFERENCE)
     if not run.finished:
-        reinforce(start, reference, run, vocabulary, judge, settings, world)
+        reinforce(records, start, reference, run, vocabulary, judge, exact, settings, world)
+    if exact and world.first:
+        print(agreement(run, settings.judge))
     if not settings.heldout:
         return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
     held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(start), settings,
                     folder / "skipped.log")
+    judge = Judge(rule_judge, settings.refuse_leaks) if is_toy(held.records) else judge   # exact where there is such
     models = {"base": Path(settings.out) / "base"} if toy else {}
     models |= {"SFT": start, folder.name: newest_checkpoint(folder)}
     results = {}
@@ -480,29 +536,54 @@ def train(settings: Settings, world: World) -> None:
     world.say(table(results))
 
 
-def reinforce(start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary, judge: Judge,
-              settings: Settings, world: World) -> None:
+ABOUT_REFERENCE = ("Judge: the KL reference, answering from the observation alone. The paper asked a large language "
+                   "model; here weak reasoning is blamed on perception and a hidden answer may pass, at the price of "
+                   "one more generation without video for each response. Others: --judge FOLDER or https://…/v1.")
+
+
+def is_toy(records: Sequence[Record]) -> bool:
+    return all(toy_asked(r.problem_type, r.question) is not None for r in records)
+
+
+def agreement(run: Run, name: str) -> str:
+    """How often a judge and the toy world's exact rule said the same, over a whole run."""
+    rows, _ = whole_lines(run.folder / "metrics.jsonl")
+    known = [row["judge/claims"] - row["judge/unknown"] for row in rows]
+    share = lambda key: sum(n * row[key] for n, row in zip(known, rows)) / max(1, sum(known))
+    agreed, too_kind = share("judge/agreement"), share("judge/too_kind")
+    return (f"Judge {name} agreed with the exact rule on {agreed:.1%} of {sum(known)} observations; it accepted "
+            f"{too_kind:.1%} that do not suffice and refused {1 - agreed - too_kind:.1%} that do.")
+
+
+def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary,
+              judge: Judge, exact: Judge | None, settings: Settings, world: World) -> None:
     """The loop: act, show, learn, log, save."""
     policy = build_model(newest_checkpoint(run.folder) if run.step else start, vocabulary, world, settings.save_memory)
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
         world.say(f"{run.folder.name} continues after step {run.step}")
-    records = read_records(settings.data)
     examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
     todo = range(run.step, run.steps)
     mine = (step_indices(len(records), settings.questions, s, settings.seed)[world.rank::world.size] for s in todo)
     with run.stoppable(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
                                disable=not world.first) as bar:
         for step, batch in zip(todo, examples.ahead(mine)):
-            groups, seconds = act(step, batch, policy, vocabulary, judge, settings, world)
+            try:
+                groups, parts, times = act(step, batch, policy, reference, vocabulary, judge, exact, settings, world)
+            except JudgeDown as error:
+                if step > run.step:
+                    run.save(policy, optimizer, start, step)
+                raise JudgeDown(f"{error} Stopped after step {step} of {run.steps}; the same command goes on from "
+                                f"there.") from None
             if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n"
                            + transcript(groups[0][0]))
             lr = learning_rate(step, run.steps, settings)
-            metrics = seconds | learn(groups, policy, reference, optimizer, lr, vocabulary, settings, world)
+            metrics = times | learn(groups, parts, policy, optimizer, lr, settings, world)
             total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
             run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
+                     "judge/share": metrics["seconds_judging"] / total,
                      "skipped": int(world.sum({"skipped": len(examples.skipped)})["skipped"])})
             bar.update()
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "

@@ -22,13 +22,13 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Iterator, Sequence
 
 # Before torch: model.py checks the versions of Python and torch.
-from model import Qwen2_5_VL, load_model, load_weights, read_config, save_model
+from model import Qwen2_5_VL, load_model, load_weights, newest_checkpoint, read_config, save_model
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -39,8 +39,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data import (Example, Examples, InputSettings, Vocabulary, blank_example, collate, flag, make_toy, make_toy_model,
-                  read_records, step_indices, trace_text)
+from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, blank_example,
+                  collate, cot, flag, given_flags, make_toy, make_toy_model, read_records, same_settings, step_indices,
+                  trace_text, write_rows)
+from rewards import Journal, whole_lines
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -63,8 +65,7 @@ class TrainSettings(InputSettings):
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
 
 
-TINY = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28, save_memory=False,
-            clip_norm=1.0, beta2=0.95)
+TINY = TOY_INPUT | dict(save_memory=False, clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
 
 
@@ -76,27 +77,15 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, help="a row of settings; flags given beside it win")
-    for f in fields(cls):
-        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
-        if len(values) < len(presets) and f.default != "":
-            values.insert(0, f"default {f.default!r}")
-        shown = "; ".join(values)
-        kind = type(f.default)
-        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-               {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
-               {"choices": f.metadata["choices"]} if "choices" in f.metadata else
-               {"type": kind, "metavar": kind.__name__.upper()})
-        about = (f.metadata["help"] + (f" [{shown}]" if shown else "")).replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
-    given = vars(parser.parse_args(argv))
-    preset, reason = given.pop("preset"), "chosen by flag"
-    if preset is None and given["data"]:
+    add_flags(parser, cls, presets)
+    given = given_flags(parser.parse_args(argv))
+    preset, reason = given.pop("preset", None), "chosen by flag"
+    if preset is None and "data" in given:
         parser.error("--data needs --preset: 3b or 7b for real models, tiny for files of the toy world")
     if preset is None:
         several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
         preset, reason = ("7b", "several ranks with CUDA") if several and "7b" in presets else (
             "tiny", "no flag names one, and these are not several ranks with CUDA")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     return cls(**({"out": f"runs/{preset}"} | presets[preset] | given)), preset, reason
 
 
@@ -246,17 +235,6 @@ def peak_memory_gb(world: World) -> float:
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # gathered from all ranks, on rank 0's host
 
 
-def newest_checkpoint(folder: str | Path) -> Path:
-    """A model folder itself, or the newest checkpoint of a stage's folder. Raises FileNotFoundError."""
-    folder = Path(folder)
-    if (folder / "config.json").is_file():
-        return folder
-    found = sorted(p.parent for p in folder.glob("step-??????/state.json"))
-    if not found:
-        raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
-    return found[-1]
-
-
 class Run:
     """A stage's folder: settings.json, metrics.jsonl, skipped.log, and complete checkpoints step-NNNNNN.
 
@@ -268,24 +246,16 @@ class Run:
         """Raises SystemExit if the folder holds a run with other settings."""
         self.folder, self.steps, self.world = folder, steps, world
         self.step, self.stopping = 0, False
-        now = json.loads(json.dumps(asdict(settings) | {"steps": steps}))
-        file = folder / "settings.json"
-        if file.is_file() and world.first:
-            before = json.loads(file.read_text())
-            free = ("out", "workers", "cache_gb", "save_every", "micro_batch", "save_memory", "transcript_every")
-            other = {k: (before.get(k), v) for k, v in now.items() if k not in free and before.get(k) != v}
-            if other:
-                raise SystemExit(f"{folder} holds a run with other settings:\n" + "\n".join(
-                    f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
-                    + "\nUse the old settings to continue it, another --out for a new run, or remove the folder.")
-        elif world.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(now, indent=2) + "\n")
+        if world.first:
+            same_settings(folder, asdict(settings) | {"steps": steps},
+                          free=("save_every", "micro_batch", "save_memory", "transcript_every"))
         checkpoints = self.checkpoints()
         self.step = int(checkpoints[-1].name[5:]) if checkpoints else 0
         if world.first:                                      # steps after the checkpoint are taken again: log them once
-            kept = [line for line in self.read() if line["step"] <= self.step]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            file = folder / "metrics.jsonl"
+            kept = [line for line in whole_lines(file)[0] if line["step"] <= self.step]
+            write_rows(file, kept)
+            self.metrics = Journal(file)
         world.wait()
 
     @property
@@ -295,21 +265,9 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-??????") if (p / "state.json").is_file())
 
-    def read(self) -> list[dict]:
-        """Metrics logged so far; a last line cut short by a kill is left out."""
-        file, lines = self.folder / "metrics.jsonl", []
-        for line in file.read_text().splitlines() if file.is_file() else ():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return lines
-
     def log(self, metrics: dict) -> None:
         if self.world.first:
-            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(rounded) + "\n")
+            self.metrics.add({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()})
 
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> Path:
         """Writes checkpoint `step` and removes the ones before it. `source`, the folder that the run started from,
@@ -400,10 +358,13 @@ def micro_batches(examples: Sequence[Example], size: int, world: World, model: Q
 
 
 def prepare_toy(settings: TrainSettings, world: World) -> dict[str, str]:
-    """Makes the toy world and a random tiny model in the run's folder. Returns the settings that point there."""
+    """Makes the toy world, its traces and a random tiny model in the run's folder. Returns the settings that point
+    there."""
     out = Path(settings.out)
     if world.first:
         make_toy(out / "toy")
+        if not (out / "cot" / "traces.jsonl").is_file():
+            cot(CotSettings(**TOY_INPUT, out=str(out / "cot"), data=str(out / "toy" / "sft.json")))
         if not (out / "base" / "config.json").is_file():
             make_toy_model(out / "base", settings.seed)
     world.wait()
@@ -419,6 +380,8 @@ class Settings(TrainSettings):
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs makes")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps does not say how long")
+    blind: float = flag(0.0, "share of traces learned without their media: the observation is given, think and answer "
+                        "follow; a model that never read text alone needs some to serve as --judge reference")
     heldout_count: int = flag(256, "without --heldout: so many records of --data are held out, a tenth at most")
 
     def __post_init__(self):
@@ -426,7 +389,7 @@ class Settings(TrainSettings):
 
 
 PRESETS = {
-    "tiny": TINY | dict(batch=32, micro_batch=32, steps=240, lr=2e-3, warmup=30),
+    "tiny": TINY | dict(batch=32, micro_batch=32, steps=240, lr=2e-3, warmup=30, blind=0.15),
     "3b": dict(model=QWEN.format("3B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
     "7b": dict(model=QWEN.format("7B"), data="data/videop2r/*CoT*.json*", media="data/Video-R1-data"),
 }
@@ -479,7 +442,7 @@ def train(settings: Settings, world: World) -> Path:
     """Runs or continues SFT. Returns the folder of the finished checkpoint; SystemExit where it cannot finish."""
     folder = Path(settings.out) / "sft"
     if not settings.data:
-        settings = replace(settings, data=f"{settings.out}/toy/sft.json", **prepare_toy(settings, world))
+        settings = replace(settings, data=f"{settings.out}/cot/traces.jsonl", **prepare_toy(settings, world))
     settings = need_files(settings)
     records = read_records(settings.data, traces=True)
     if settings.heldout:
@@ -488,6 +451,8 @@ def train(settings: Settings, world: World) -> Path:
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
+    chance = random.Random(settings.seed)
+    records = [replace(r, blind=chance.random() < settings.blind) for r in records]
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(folder, settings, steps, world)
     report = folder / "results.json"

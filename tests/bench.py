@@ -2,12 +2,14 @@
 
     python tests/bench.py learning            base / SFT / PA-GRPO / GRPO on the toy world, averaged over seeds 0, 1, 2
     python tests/bench.py prefix              what computing a prompt once for its group saves, in training and sampling
+    python tests/bench.py judge               what a judge behind http costs a step: a loopback server that takes 2 s
 
 Run them with nothing else on the machine.
 """
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 KINDS = ("perception", "answer", "format")
+LARGE = 1024 * 28 * 28                                       # pixels of a frame in the bench of the judge
 
 
 def command(script: str, *flags) -> float:
@@ -96,6 +99,28 @@ def prefix() -> None:
         print(f"{f'{group} × ({p}, {t})':<28}{training:>11.1f}×{sampling:>11.1f}×", flush=True)
 
 
+def judge(out: Path, delay: float, flags: list[str]) -> None:
+    """Steps of about half a minute (the tiny model on frames far larger than it needs), 64 responses each, judged by a
+    server on loopback that answers every request after `delay` seconds."""
+    from serving import serving
+    command("sft.py", "--out", out)
+    say = lambda number, request: f"Seen. <judgement>{'Yes' if number % 2 else 'No'}</judgement>"
+    with serving(say, delay) as server:
+        command("pagrpo.py", "--out", out / "judged", "--preset", "tiny", "--model", out / "sft", "--data",
+                out / "toy" / "rl.json", "--media", out / "toy", "--judge", server.url, "--judge-model", "any",
+                "--questions", 8, "--micro-batch", 1, "--steps", 3, "--min-pixels", LARGE, "--max-pixels", LARGE,
+                *flags)
+    rows = [json.loads(line) for line in (out / "judged" / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
+    names = ["step", "sampling", "reference", "judge's own", "waited for it", "learning", "whole step", "share",
+             "requests"]
+    print("".join(f"{name:>14}" for name in names) + "    seconds")
+    for row in rows:
+        parts = [row[f"seconds_{k}"] for k in ("sampling", "scoring", "judging", "training")]
+        cells = [parts[0], parts[1], row["judge/seconds"], parts[2], parts[3], sum(parts)]
+        print(f"{row['step']:>14}" + "".join(f"{x:>14.2f}" for x in cells)
+              + f"{row['judge/share']:>14.1%}{row['judge/requests']:>14}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True)
@@ -104,10 +129,17 @@ def main() -> None:
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("prefix", help="speed-up of the shared prompt, half a minute")
+    judged = commands.add_parser("judge", help="what a slow judge costs a step, four minutes; further flags go to "
+                                               "pagrpo.py")
+    judged.add_argument("--out", type=Path, default=Path("runs/bench-judge"), help="folder, written anew [%(default)s]")
+    judged.add_argument("--delay", type=float, default=2.0, help="seconds that the server takes [2]")
     args, flags = parser.parse_known_args()
     if args.bench == "prefix":
         parser.parse_args()                                  # no further flags here
         prefix()
+    elif args.bench == "judge":
+        shutil.rmtree(args.out / "judged", ignore_errors=True)
+        judge(args.out, args.delay, flags)
     else:
         learning(args.out, args.seeds, flags)
 

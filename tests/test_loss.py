@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pagrpo import Episode, Settings, group_advantages, normalise, pa_grpo_loss, reward, to_tokens, totals
+from pagrpo import Episode, Settings, ask, group_advantages, normalise, pa_grpo_loss, reward, to_tokens, totals
 from data import Example, Record
-from rewards import SegmentReward, parse
+from rewards import Judge, SegmentReward, parse, rule_judge
 
 
 def episode(n, boundary, advantages=(0.0, 0.0), logprob=-1.0):
@@ -149,8 +149,8 @@ class TestRewards:
             made.append(Episode(example, [8] * 30, torch.zeros(30), True, text, parse(text), boundary))
         settings = Settings(perception_window=(8, 16), reasoning_window=(10, 48))
         asked = []
-        from rewards import rule_judge
-        reward(made, lambda claims: asked.append(len(claims)) or rule_judge(claims), settings)
+        judge = Judge(lambda claims: asked.append(len(claims)) or rule_judge(claims))
+        reward(made, ask(made, judge)(), settings)
         return made, asked
 
     def test_a_right_look_and_a_wrong_thought_are_told_apart(self):
@@ -159,10 +159,10 @@ class TestRewards:
         blind = good.replace("2 red O", "2 green O")
         made, asked = self.episodes(good, slip, blind)
         assert [(e.perception.total, e.reasoning.total) for e in made] == [(2.2, 2.2), (2.2, 1.0), (1.0, 2.2)]
-        assert asked == [3], "all observations of a step go to the judge in one batch"
+        assert asked == [2], "all observations of a step go to the judge in one batch, equal ones once"
 
     def test_no_observation_earns_nothing_and_asks_nobody(self):
         made, asked = self.episodes("<think> a </think><answer> 2 </answer>", "<observation> </observation>")
-        assert asked == [0]
+        assert asked == []
         assert made[0].perception.total == 0 and made[0].reasoning.total == 2.2
         assert made[1].perception.total == 0

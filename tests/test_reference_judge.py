@@ -4,7 +4,7 @@ import torch
 
 import pagrpo
 from model import Responses, load_model
-from rewards import Claim
+from rewards import Claim, Judge
 from sft import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -28,7 +28,8 @@ def judge_of(base, vocabulary, monkeypatch, answer):
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)[:, None]
         return Responses(tokens, torch.tensor([[len(r)] for r in replies]), tokens * 0.0, tokens[..., 0] > -1)
     monkeypatch.setattr(model, "generate", generate)
-    return pagrpo.reference_judge(model, vocabulary, SETTINGS, ALONE), seen
+    decide = pagrpo.reference_judge(model, vocabulary, SETTINGS, ALONE)
+    return lambda claims: [verdict.sufficient for verdict in Judge(decide, refuse_leaks=False)(claims)], seen
 
 
 def test_it_answers_from_question_and_observation_without_the_video(base, vocabulary, monkeypatch):

@@ -12,7 +12,8 @@ import pagrpo
 import sft
 from sft import newest_checkpoint
 
-TIMES = ("seconds", "seconds_sampling", "seconds_judging", "seconds_training", "tokens_per_second", "peak_memory_gb")
+TIMES = ("seconds", "seconds_sampling", "seconds_scoring", "seconds_judging", "seconds_training", "judge/seconds",
+         "judge/share", "tokens_per_second", "peak_memory_gb")
 
 
 def sft_flags(out, toy, base, **changes):

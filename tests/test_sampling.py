@@ -75,7 +75,7 @@ def test_a_response_that_meets_the_limit_says_so(toy, base, vocabulary, tiny_set
 def test_random_numbers_belong_to_seed_step_and_question(toy, base, vocabulary, tiny_settings):
     config = load_model(base).config
     examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, config, tiny_settings)
-    draw = lambda seed, stream, i: question_uniforms(seed, stream, examples[i], 4, 10)
+    draw = lambda seed, stream, i: question_uniforms(seed, stream, examples[i].record, 4, 10)
     assert torch.equal(draw(0, "step 3", 1), draw(0, "step 3", 1))
     others = [draw(1, "step 3", 1), draw(0, "step 4", 1), draw(0, "step 3", 2)]
     assert not any(torch.equal(draw(0, "step 3", 1), other) for other in others)

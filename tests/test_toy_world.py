@@ -90,7 +90,11 @@ class TestQuestions:
             assert parsed.perception_format == (template == "p2r") and parsed.reasoning_format
             assert task_metric(r.problem_type, parsed.answer, r.reference, r.options) == 1
             if template == "p2r":
-                assert rule_judge([claim(r, parsed.observation)]) == [True]
+                assert judged([claim(r, parsed.observation)]) == [True]
+
+
+def judged(claims) -> list[bool]:
+    return [verdict.sufficient for verdict in rule_judge(claims)]
 
 
 def wrong_where_it_matters(r) -> str:
@@ -110,11 +114,11 @@ def wrong_where_it_matters(r) -> str:
 
 class TestJudge:
     def test_a_faultless_observation_suffices(self, every):
-        assert all(rule_judge([claim(r) for r in every]))
+        assert all(judged([claim(r) for r in every]))
 
     def test_an_error_in_what_is_asked_does_not_suffice(self, every):
         for r in every:
-            assert rule_judge([claim(r, wrong_where_it_matters(r))]) == [False], r
+            assert judged([claim(r, wrong_where_it_matters(r))]) == [False], r
 
     def test_an_error_in_what_is_not_asked_costs_nothing(self, every):
         """Prices belong to letters: their colours do not matter. Counting is of colours: letters do not matter."""
@@ -125,7 +129,7 @@ class TestJudge:
                 other = SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.observation)
             else:
                 continue
-            assert other != r.observation and rule_judge([claim(r, other)]) == [True]
+            assert other != r.observation and judged([claim(r, other)]) == [True]
 
     @pytest.mark.parametrize("spoil", [
         lambda text: "", lambda text: "???", lambda text: "I see some letters.", lambda text: text.upper(),
@@ -135,28 +139,29 @@ class TestJudge:
         lambda text: "<judgement>Yes</judgement>",
     ], ids=["empty", "garbage", "vague", "shouted", "one too few", "one too many", "everything", "a verdict"])
     def test_too_little_too_much_or_nothing_does_not_suffice(self, every, spoil):
-        assert not any(rule_judge([claim(r, spoil(r.observation)) for r in every]))
+        assert not any(judged([claim(r, spoil(r.observation)) for r in every]))
 
     def test_the_answer_written_into_the_observation_is_no_observation(self, every):
-        assert not any(rule_judge([claim(r, f"The answer is {r.reference}.") for r in every]))
+        assert not any(judged([claim(r, f"The answer is {r.reference}.") for r in every]))
 
     def test_the_judge_sees_the_observation_only(self, every):
         """A wrong observation before a good think and answer is still wrong."""
-        assert set(Claim._fields) == {"question", "options", "problem_type", "reference", "observation"}
+        assert set(Claim._fields) == {"question", "options", "problem_type", "reference", "observation",
+                                      "data_type"}
         for r in every:
             wrong = wrong_where_it_matters(r)
             parsed = parse(data.trace_text(r, "p2r").replace(r.observation, wrong, 1))
             assert task_metric(r.problem_type, parsed.answer, r.reference, r.options) == 1
-            assert rule_judge([claim(r, parsed.observation)]) == [False]
+            assert judged([claim(r, parsed.observation)]) == [False]
 
     def test_a_question_from_elsewhere_is_an_error_not_a_no(self, every):
         with pytest.raises(ValueError, match="toy questions only"):
-            rule_judge([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
+            judged([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
 
     def test_claims_are_judged_one_by_one_in_order(self, every):
         claims = [claim(r, r.observation if i % 2 else "") for i, r in enumerate(every)]
-        assert rule_judge(claims) == [i % 2 == 1 for i in range(len(every))]
-        assert rule_judge([]) == []
+        assert judged(claims) == [i % 2 == 1 for i in range(len(every))]
+        assert judged([]) == []
 
 
 class TestFiles:

@@ -1,0 +1,343 @@
+"""Promise: the data pipeline keeps a trace only if its template, its answer and its observation hold; it says why it
+drops each other one; and whatever stops it, nothing finished is done again and nothing is lost."""
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import data
+import sft
+from data import CotSettings, Draft, cot, read_records, to_record, toy_teacher, verify, work_through
+from rewards import parse
+from serving import Fault, serving, text_of
+
+ROOT = Path(__file__).parent.parent
+INPUT = data.TOY_INPUT
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def rows_of(toy):
+    return json.loads((toy / "sft.json").read_text())
+
+
+def settings(toy, out, **changes):
+    return CotSettings(**INPUT | dict(data=str(toy / "sft.json"), out=str(out)) | changes)
+
+
+# ------------------------------------------------------------------------------------------------ the three steps
+
+def test_a_faultless_teacher_loses_nothing(toy, tmp_path, capsys):
+    """And its traces are the toy world's own."""
+    kept = cot(settings(toy, tmp_path, perception_mistakes=0.0, reasoning_mistakes=0.0, template_mistakes=0.0))
+    assert [(r.observation, r.think) for r in read_records(kept, traces=True)] == [
+        (row["observation"], row["process"]) for row in rows_of(toy)]
+    said = capsys.readouterr().out
+    assert "Dropped: none" in said and "precision" not in said and "40 traces for SFT" in said
+
+
+def test_the_result_is_the_released_format(toy, tmp_path):
+    row = lines(cot(settings(toy, tmp_path)))[0]
+    assert {"problem_id", "problem", "options", "problem_type", "solution", "answer", "path", "data_type",
+            "data_source", "observation", "process", "output", "reward", "select"} <= set(row)
+    assert row["select"] is True and row["reward"] == 1.0 and row["data_source"] == "toy"
+    parsed = parse(row["output"])
+    assert (parsed.observation, parsed.think) == (row["observation"], row["process"])
+
+
+@pytest.mark.parametrize("mistakes, reason", [
+    (dict(reasoning_mistakes=1.0), {"answer wrong"}),
+    (dict(perception_mistakes=1.0, luck=1.0), {"observation insufficient"}),
+    (dict(perception_mistakes=1.0, luck=0.0), {"answer wrong", "observation insufficient"}),
+    (dict(template_mistakes=1.0), {"template broken"})])
+def test_each_step_drops_its_own_mistakes(toy, tmp_path, mistakes, reason):
+    none = dict(perception_mistakes=0.0, reasoning_mistakes=0.0, template_mistakes=0.0)
+    assert lines(cot(settings(toy, tmp_path, **none | mistakes))) == []
+    dropped = lines(tmp_path / "dropped.jsonl")
+    assert {row["reason"] for row in dropped} == reason and len(dropped) == 40
+    assert not any(row["select"] for row in dropped) and all(row["output"] for row in dropped)
+
+
+def test_the_funnel_adds_up_and_finds_what_it_should(toy, tmp_path, capsys):
+    cot(settings(toy, tmp_path, perception_mistakes=0.3, reasoning_mistakes=0.3, template_mistakes=0.1))
+    said = capsys.readouterr().out
+    table = {m[1].strip(): [int(x) for x in m[2].split()]
+             for m in re.finditer(r"^((?:video|all)\D*)((?: +\d+){5}) ", said, re.M)}
+    assert set(table) == {"video, multiple choice", "video, numerical", "video, OCR", "video, free-form",
+                          "video, regression", "all"}
+    *parts, total = table.values()
+    assert [sum(column) for column in zip(*parts)] == total and total[0] == 40
+    assert all(a >= b for row in table.values() for a, b in zip(row, row[1:]))
+    kept, dropped = lines(tmp_path / "traces.jsonl"), lines(tmp_path / "dropped.jsonl")
+    assert total[-1] == len(kept) and total[0] - total[-1] == len(dropped)
+    for reason, n in Counter(row["reason"] for row in dropped).items():
+        assert f"{n} {reason}" in said
+    found = re.findall(r"(step \d) against .*?: precision ([\d.]+) .*?recall ([\d.]+)", said)
+    assert [step for step, *_ in found] == ["step 2", "step 3"]
+    assert all(float(x) >= 0.95 for _, *both in found for x in both)
+
+
+def test_a_teachers_mistakes_come_at_the_rates_that_were_asked_for(toy):
+    rates = dict(perception_mistakes=0.2, reasoning_mistakes=0.3, template_mistakes=0.1)
+    teach = toy_teacher(CotSettings(**INPUT, **rates))
+    rows = [data.toy_record(random.Random(i), i, "many")[0] for i in range(1500)]
+    records = [to_record(row, True) for row in rows]
+    drafts = teach(records)
+    made = Counter(kind for draft in drafts for kind in draft.mistakes)
+    for kind, rate in zip(("perception", "reasoning", "template"), rates.values()):
+        assert made[kind] / 1500 == pytest.approx(rate, abs=0.04)
+    for record, draft in zip(records, drafts):
+        seen = parse(draft.output).observation
+        if not draft.mistakes:
+            assert draft.output == data.trace_text(record, "p2r")
+        elif seen is not None:
+            assert (seen != record.observation) == ("perception" in draft.mistakes)
+
+
+def test_a_near_miss_passes_the_threshold_and_a_wide_one_does_not(toy):
+    record = to_record(rows_of(toy)[0] | {"problem_type": "regression", "solution": "<answer>10</answer>"}, False)
+    trace = "<observation> a </observation><think> b </think><answer> {} </answer>"
+    assert [verify(record, trace.format(n))[1:] for n in (10, 7, 6, 5)] == [
+        (1.0, ""), (0.7, ""), (0.6, ""), (0.5, "answer wrong")]
+    assert verify(record, "the answer is 10")[2] == "template broken"
+
+
+def test_sft_reads_the_result(toy, base, tmp_path, capsys):
+    kept = cot(settings(toy, tmp_path))
+    sft.main(["--preset", "tiny", "--out", str(tmp_path / "run"), "--model", str(base), "--data", str(kept), "--media",
+              str(toy), "--steps", "1", "--batch", "4"])
+    assert "SFT: held-out loss" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ it survives
+
+def http_settings(toy, out, server, **changes):
+    return settings(toy, out, **dict(teacher=server.url, teacher_model="t", judge=server.url, judge_model="j",
+                                     refuse_leaks=False, retries=0, concurrency=4, min_pixels=784, max_pixels=784)
+                    | changes)
+
+
+def answers(toy):
+    """A server that is teacher and judge: writes the world's own traces, and says Yes to colours it knows."""
+    own = {"\n".join([row["problem"], *row["options"]]): data.trace_text(to_record(row, True), "p2r")
+           for row in rows_of(toy)}
+
+    def play(number, request):
+        text = text_of(request)
+        if request["model"] == "t":
+            return next(trace for asked, trace in own.items() if all(part in text for part in asked.split("\n")))
+        red = "red" in text.split("JSON string: ")[1].split("\n")[0]
+        return f"Any red? <judgement>{'No' if red else 'Yes'}</judgement>"
+    return play
+
+
+def test_teacher_and_judge_behind_http(toy, tmp_path):
+    with serving(answers(toy), delay=0.02) as server:
+        cot(http_settings(toy, tmp_path, server))
+    teacher = [r for r in server.requests if r["model"] == "t"]
+    assert len(teacher) == 40 and server.most_under_way == 4
+    pictures = [part for part in teacher[0]["messages"][0]["content"] if part["type"] == "image_url"]
+    assert len(pictures) == 6 and teacher[0]["temperature"] == 0
+    picture = Image.open(io.BytesIO(base64.b64decode(pictures[0]["image_url"]["url"].split("base64,")[1])))
+    assert picture.size == (28, 28), "as large as the model's own frames"
+    assert len([r for r in server.requests if r["model"] == "j"]) >= 1
+    kept, dropped = lines(tmp_path / "traces.jsonl"), lines(tmp_path / "dropped.jsonl")
+    assert kept and dropped and all("red" not in row["observation"] for row in kept)
+    assert {row["reason"] for row in dropped} <= {"observation insufficient", "answer wrong"}
+
+
+def test_it_never_sends_what_should_stay_secret(toy, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher-secret")
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-judge-secret")
+    with serving(answers(toy)) as server:
+        cot(http_settings(toy, tmp_path, server))
+    for headers, request in zip(server.headers, server.requests):
+        assert headers["Authorization"] == f"Bearer sk-{'teacher' if request['model'] == 't' else 'judge'}-secret"
+    printed = capfd.readouterr()
+    assert "secret" not in printed.out + printed.err + "".join(f.read_text() for f in tmp_path.rglob("*.json*"))
+
+
+def test_an_outage_ends_the_run_and_nothing_is_asked_twice(toy, tmp_path):
+    well = answers(toy)
+    with serving(lambda n, request: well(n, request) if n < 9 else Fault(503, body=b"down")) as server:
+        with pytest.raises(ValueError, match="20 of 29 records came to nothing, 20 of them because: HTTP 503 down. "
+                                             "9 are kept; the same command goes on from there"):
+            cot(http_settings(toy, tmp_path, server, concurrency=1))
+    assert len(lines(tmp_path / "1-generated.jsonl")) == 9 and not (tmp_path / "traces.jsonl").exists()
+    with serving(well) as again:                             # the server comes back, at another address
+        cot(http_settings(toy, tmp_path, again))
+    assert len([r for r in again.requests if r["model"] == "t"]) == 31
+
+
+def test_a_few_failures_are_told_and_tried_again_by_the_next_run(toy, tmp_path, capsys):
+    well, seen = answers(toy), Counter()
+
+    def play(number, request):
+        content = json.dumps(request["messages"])
+        seen[content] += 1
+        # Some requests fail in the first run: teacher and judge, each for good (no retries here).
+        return Fault(500) if first and number % 9 == 4 else well(number, request)
+    first = True
+    with serving(play) as server:
+        cot(http_settings(toy, tmp_path, server))
+        said = capsys.readouterr().out
+        unfinished = int(re.search(r"(\d+) records are unfinished", said)[1])
+        failed = sum(1 for n in range(len(server.requests)) if n % 9 == 4)
+        assert unfinished >= failed > 3 and "no reply from the teacher" in said and "verdict missing" in said
+        first, before = False, Counter(seen)
+        cot(http_settings(toy, tmp_path, server))
+        assert "unfinished" not in capsys.readouterr().out
+    total = len(server.requests)
+    with serving(well) as clean_server:
+        cot(http_settings(toy, tmp_path / "clean", clean_server))
+    assert total == len(clean_server.requests) + failed, "only what failed was asked again"
+    assert (tmp_path / "traces.jsonl").read_bytes() == (tmp_path / "clean" / "traces.jsonl").read_bytes()
+    assert sum(before.values()) < total
+
+
+@pytest.mark.parametrize("reply, reason", [
+    ("<judgement>Yes</judgement> or so", "verdict unreadable"), ("No idea.", "verdict unreadable"),
+    ("<judgement>No</judgement>", "observation insufficient")])
+def test_an_unreadable_verdict_is_its_own_reason(toy, tmp_path, reply, reason):
+    well = answers(toy)
+    with serving(lambda n, request: well(n, request) if request["model"] == "t" else reply) as server:
+        assert lines(cot(http_settings(toy, tmp_path, server))) == []
+    assert reason in {row["reason"] for row in lines(tmp_path / "dropped.jsonl")}
+    assert len(lines(tmp_path / "3-judged.jsonl")) > 30, "a verdict that came and says nothing is finished work"
+
+
+def test_kill_it_at_any_moment(toy, tmp_path):
+    """SIGKILL while requests are under way, twice. At the end: the same files as without, and no request repeated
+    except those that were under way."""
+    moments = random.Random(0)
+    with serving(answers(toy), delay=0.05) as server:
+        command = [sys.executable, str(ROOT / "data.py"), "cot", "--data", str(toy / "sft.json"), "--out",
+                   str(tmp_path / "killed"), "--teacher", server.url, "--teacher-model", "t", "--judge", server.url,
+                   "--judge-model", "j", "--concurrency", "2", "--frames", "2", "--max-pixels", "784", "--min-pixels",
+                   "784", "--no-refuse-leaks"]
+        for least in (8, 45):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while len(server.requests) < least:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stderr
+        killed = len(server.requests)
+        command[command.index("--out") + 1] = str(tmp_path / "whole")
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        whole = len(server.requests) - killed
+    assert killed - whole <= 2 * 2
+    for name in ("traces.jsonl", "dropped.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_pipeline_only_prints_its_funnel(toy, tmp_path, capsys, monkeypatch):
+    kept = cot(settings(toy, tmp_path))
+    first, text = capsys.readouterr().out, kept.read_text()
+    monkeypatch.setattr(data, "make_teacher", lambda s: pytest.fail("nothing is left to generate"))
+    monkeypatch.setattr(data, "make_cot_judge", lambda s: pytest.fail("nothing is left to judge"))
+    assert cot(settings(toy, tmp_path)).read_text() == text and capsys.readouterr().out == first
+
+
+def test_more_records_are_added_to_those_that_are_done(toy, tmp_path):
+    cot(settings(toy, tmp_path / "two", limit=15))
+    assert len(lines(tmp_path / "two" / "1-generated.jsonl")) == 15
+    assert cot(settings(toy, tmp_path / "two")).read_bytes() == cot(settings(toy, tmp_path / "one")).read_bytes()
+
+
+def test_other_settings_need_another_folder(toy, tmp_path):
+    cot(settings(toy, tmp_path))
+    with pytest.raises(SystemExit, match="--perception-mistakes was 0.1, is now 0.5"):
+        cot(settings(toy, tmp_path, perception_mistakes=0.5))
+
+
+def test_a_damaged_line_is_named_and_a_cut_one_is_done_again(toy, tmp_path):
+    kept = cot(settings(toy, tmp_path)).read_bytes()
+    journal = tmp_path / "1-generated.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-20])
+    assert cot(settings(toy, tmp_path)).read_bytes() == kept and len(lines(journal)) == 40
+    journal.write_bytes(whole[:30] + b"\n" + whole[30:])
+    with pytest.raises(ValueError, match="1-generated.jsonl, line 1: not JSON"):
+        cot(settings(toy, tmp_path))
+
+
+def test_media_that_cannot_be_read_are_a_reason_and_can_be_repaired(toy, base, tmp_path, capsys):
+    world = tmp_path / "world"
+    rows = rows_of(toy)[:6]
+    (world / "sft").mkdir(parents=True)
+    for row in rows[1:]:
+        os.link(toy / row["path"], world / row["path"])
+    (world / "sft.json").write_text(json.dumps(rows))
+    s = settings(world, tmp_path / "out", teacher=str(base), max_response=8)
+    cot(s)
+    said = capsys.readouterr().out
+    assert "1 media unreadable, 5 template broken" in said and "1 records are unfinished" in said
+    os.link(toy / rows[0]["path"], world / rows[0]["path"])
+    cot(s)
+    assert "Dropped: 6 template broken" in capsys.readouterr().out
+
+
+def test_a_checkpoint_teaches_and_the_reference_judges(toy, base, tmp_path, monkeypatch):
+    """A local teacher that has learned a little, and a judge that answers blind."""
+    sft.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "sft.json"),
+              "--media", str(toy), "--steps", "40", "--lr", "5e-3", "--warmup", "4"])
+    s = settings(toy, tmp_path / "cot", teacher=str(tmp_path / "sft"), judge="reference",
+                 judge_model=str(tmp_path / "sft"), max_response=48, batch=8)
+    cot(s)
+    rows = lines(tmp_path / "cot" / "1-generated.jsonl")
+    assert len(rows) == 40 and sum(row["output"].startswith("<observation>") for row in rows) > 20
+    for row in lines(tmp_path / "cot" / "3-judged.jsonl"):
+        assert row["words"].startswith(("answering blind: ", "a bare answer")) and row["sufficient"] in (True, False)
+    first = (tmp_path / "cot" / "traces.jsonl").read_bytes()
+    again = settings(toy, tmp_path / "again", teacher=s.teacher, judge="reference", judge_model=s.judge_model,
+                     max_response=48, batch=16)
+    assert cot(again).read_bytes() == first, "greedy, whatever the batch"
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "TOY_SPLITS", {"sft": 12})
+    monkeypatch.setattr(data.make_toy, "__defaults__", ({"sft": 12}, 0))
+    data.main(["cot", "--out", str(tmp_path / "cot")])
+    assert "traces for SFT" in capsys.readouterr().out and (tmp_path / "toy" / "sft.json").is_file()
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--teacher", "toy"], "the toy teacher knows toy records only"),
+    (["--teacher", "nowhere"], "--teacher nowhere: neither toy, a folder that is there, nor an address"),
+    (["--teacher", "."], "is neither a model folder nor a run with a checkpoint"),
+    (["--teacher", "http://127.0.0.1:9/v1"], "--teacher http://127.0.0.1:9/v1 needs --teacher-model"),
+    (["--judge", "reference"], "--judge reference needs --judge-model")])
+def test_what_cannot_work_is_said_in_a_line(tmp_path, flags, complaint):
+    record = dict(problem="What is it?", problem_type="free-form", solution="a cat", path="a.png", data_type="image")
+    (tmp_path / "mine.json").write_text(json.dumps([record]))
+    with pytest.raises(SystemExit) as ended:
+        data.main(["cot", "--data", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), *flags])
+    assert complaint in str(ended.value)
+
+
+def test_a_worker_without_results_is_tried_again_later(tmp_path):
+    """work_through by itself: what is lost is not noted down."""
+    work = lambda good: lambda: (lambda items: [Draft("x") if i in good else Draft(None, "busy") for i in items], 1, 2)
+    items = {str(i): i for i in range(5)}
+    done, lost = work_through(items, work({0, 2, 4}), tmp_path / "j", "try", 0.5)
+    assert set(done) == {"0", "2", "4"} and lost == {"1": "busy", "3": "busy"}
+    done, lost = work_through(items, work({1, 3}), tmp_path / "j", "try", 0.5)
+    assert set(done) == set(items) and not lost
