@@ -36,8 +36,8 @@ from tqdm import tqdm
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
                    read_config, save_model, write_config)
 from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, Client, Journal, Judge,
-                     Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge, only, parse, rule_judge,
-                     task_metric, toy_answer, toy_asked)
+                     UNREADABLE, Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge, only, parse,
+                     rule_judge, server_address, task_metric, toy_answer, toy_asked)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -71,20 +71,32 @@ FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", 
 
 
 def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
-    """Writes settings.json where there is none. SystemExit, with the difference, if the folder's work was begun with
-    other settings than these, except for those in FREE and `free`, which change no result."""
+    """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
+    these, except for those in FREE and `free`, which may change on the way."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=2) + "\n")
-        return
-    before = json.loads(file.read_text())
+    before = json.loads(file.read_text()) if file.is_file() else now
     same = lambda a, b: a == b or all(str(x).startswith("http") for x in (a, b))             # a server may move
     other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
     if other:
         raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
             f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
             + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(now, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file aside and renames it: it is there whole or not at all."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text(text)
+    os.replace(aside, file)
+
+
+def at_least(settings, **least: int) -> None:
+    """SystemExit for a setting that would make a run senseless."""
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
 @dataclass(frozen=True)
@@ -302,10 +314,7 @@ def to_row(r: Record) -> dict:
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
-    """JSON lines, written aside and renamed: there whole or not at all."""
-    aside = file.with_name(file.name + ".writing")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(aside, file)
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def media_path(root: Path, path: str) -> Path:
@@ -731,12 +740,17 @@ class JudgeSettings:
     max_unknown: float = flag(0.2, "share of verdicts, or of a teacher's traces, that may be missing; then a run stops")
 
     def __post_init__(self):
-        self.check("judge", ("rule", "reference"))
+        at_least(self, concurrency=1, retries=0)
+        self.need("judge", ("rule", "reference"))
 
-    def check(self, name: str, words: tuple[str, ...]) -> None:
+    def need(self, name: str, words: tuple[str, ...]) -> None:
         """SystemExit for a judge or teacher that is none, before anything is computed or written."""
         value, option = getattr(self, name), f"--{name}"
         if value.startswith(HTTP):
+            try:
+                server_address(value)
+            except ValueError as error:
+                raise SystemExit(f"{option}: {error}") from None
             if not getattr(self, name + "_model"):
                 raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
         elif value not in words and not Path(value).is_dir():
@@ -759,7 +773,7 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
         return Judge(rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
     if s.judge.startswith(HTTP):
         client = Client(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
-                        max_tokens=512, temperature=0)
+                        dict(max_tokens=512, temperature=0))
         return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
     # On the CPU its threads and those of training would only wait for each other.
@@ -811,22 +825,22 @@ class Draft(NamedTuple):
 def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     """Any server that speaks OpenAI's protocol and takes pictures: frames go as data URLs, in the size set here."""
     client = Client(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
-                    max_tokens=s.max_response, temperature=s.temperature, seed=s.seed)
+                    body=dict(max_tokens=s.max_response, temperature=s.temperature, seed=s.seed))
 
     def teach(records: list[Record]) -> list[Draft]:
         (record,) = records
         try:
-            frames, limit = read_media(record, Path(s.media), s)[0::2]
+            frames, _, limit = read_media(record, Path(s.media), s)
         except MediaError as error:
             return [Draft(None, f"media: {error}")]
         content = []
-        for frame in resize(frames, s.min_pixels, limit):
+        for frame in resize(frames, min(s.min_pixels, limit), limit):
             Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
             url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": instruction(record, s)})
         reply = client.ask([{"role": "user", "content": content}])
-        return [Draft(reply.text, reply.error)]
+        return [Draft(reply.text, reply.lost)]
     return teach
 
 
@@ -877,8 +891,8 @@ def toy_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
 
     def teach_one(r: Record) -> Draft:
         rng, mistakes = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), []
-        if toy_asked(r.problem_type, r.question) is None or not r.observation:
-            raise ValueError(f"the toy teacher knows toy records only, not {r.question!r}: choose another --teacher")
+        if not r.observation:
+            raise ValueError(f"the toy teacher learns what was shown from the record; {r.path} does not say it")
         seen = reasoned = shown = [item.split(" ", 1)[1] for item in r.observation.split(", ")]
         if rng.random() < s.perception_mistakes:
             mistakes.append("perception")
@@ -904,7 +918,7 @@ class CotSettings(InputSettings, JudgeSettings):
     """`python data.py cot`. Without --data: the toy world with its scripted teacher."""
     data: str = flag("", "record file with questions (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative [the folder of --data]")
-    out: str = flag("runs/tiny/cot", "folder for the work and for traces.jsonl")
+    out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
     teacher: str = flag("toy", "who writes traces: toy (scripted), a checkpoint folder, or an address http(s)://…/v1")
     teacher_model: str = flag("", "name of the model behind an http teacher")
@@ -919,7 +933,10 @@ class CotSettings(InputSettings, JudgeSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check("teacher", ("toy",))
+        at_least(self, batch=1, max_response=1, limit=0)
+        self.need("teacher", ("toy",))
+        if self.template != "p2r":
+            raise SystemExit("--template think has no observation that could be judged: traces are made with p2r")
         if self.judge == "reference" and not self.judge_model:
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
@@ -972,6 +989,7 @@ STEPS = ("records", "generated", "template", "answer", "observation")         # 
 REASONS = {"media unreadable": "generated", "no reply from the teacher": "generated", "template broken": "template",
            "answer wrong": "answer", "observation insufficient": "observation", "verdict unreadable": "observation",
            "verdict missing": "observation"}                 # why it was dropped → which step it did not come through
+UNFINISHED = ("media unreadable", "no reply from the teacher", "verdict unreadable", "verdict missing")
 
 
 def cot(s: CotSettings) -> Path:
@@ -982,42 +1000,65 @@ def cot(s: CotSettings) -> Path:
     order of the records. Killed at any moment and started again, it asks for what is missing and ends in the same
     files.
     """
-    folder, media = Path(s.out), s.media or str(Path(s.data).parent)
-    s = replace(s, media=media)
-    records = {hashlib.sha256(repr(r).encode()).hexdigest()[:20]: r
-               for r in read_records(s.data)[:s.limit or None]}               # equal records are one
-    same_settings(folder, asdict(s), free=("limit", "batch"))
-    drafts, unanswered = work_through(records, lambda: make_teacher(s), folder / "1-generated.jsonl",
-                                      "1 generate", s.max_unknown)
+    folder = Path(s.out)
+    s = replace(s, media=s.media or str(Path(s.data).parent))
+    records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
+    if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
+        raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
+    judged = folder / "3-judged.jsonl"                       # before the first verdict the judge may still change
+    same_settings(folder, asdict(s), ("limit", "batch", *(("judge", "judge_model") if not judged.exists() else ())))
+
+    # Step 1, generate: a teacher writes a trace for every record.
+    drafts, unanswered = work_through(records, lambda: make_teacher(s), folder / "1-generated.jsonl", "1 generate",
+                                      s.max_unknown)
     why = {key: "media unreadable" if lost.startswith("media") else "no reply from the teacher"
            for key, lost in unanswered.items()}
 
-    traces = {key: verify(records[key], drafts[key]["output"]) for key in records if key in drafts}
+    # Step 2, verify: the template, and the answer's score.
+    traces = {key: verify(r, drafts[key]["output"]) for key, r in records.items() if key in drafts}
     why |= {key: reason for key, (_, _, reason) in traces.items() if reason}
 
-    claims = {}
-    for key, (parsed, _, reason) in traces.items():
-        if not reason:
-            r = records[key]
-            claims[key] = Claim(r.question, r.options, r.problem_type, r.reference, parsed.observation, r.data_type)
-    verdicts, silent = work_through(claims, lambda: make_cot_judge(s), folder / "3-judged.jsonl",
-                                    "3 judge", s.max_unknown)
-    why |= {key: "verdict missing" for key in silent}
-    why |= {key: "observation insufficient" if v["sufficient"] is False else "verdict unreadable"
-            for key, v in verdicts.items() if not v["sufficient"]}
+    # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
+    claims = {key: claim_about(records[key], trace.observation) for key, (trace, _, reason) in traces.items()
+              if not reason}
+    verdicts, silent = work_through({hashed(claim): claim for claim in claims.values()}, lambda: make_cot_judge(s),
+                                    judged, "3 observation sufficiency", s.max_unknown)
+    kept = {key for key, claim in claims.items() if verdicts.get(hashed(claim), {}).get("sufficient")}
+    for key in claims.keys() - kept:
+        lost = silent.get(hashed(claims[key]), "")
+        why[key] = ("observation insufficient" if not lost else
+                    "verdict unreadable" if lost == UNREADABLE else "verdict missing")
 
     def row(key: str) -> dict:
-        parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
-        made = dict(observation=parsed.observation, process=parsed.think, output=drafts.get(key, {}).get("output"),
-                    reward=score, select=key not in why)
-        return to_row(records[key]) | made | ({"reason": why[key]} if key in why else {})
-    write_rows(folder / "traces.jsonl", (row(key) for key in records if key not in why))
-    write_rows(folder / "dropped.jsonl", (row(key) for key in records if key in why))
+        trace, score, _ = traces.get(key, (parse(""), 0.0, ""))
+        made = dict(observation=trace.observation, process=trace.think, output=drafts.get(key, {}).get("output"),
+                    reward=score, select=key in kept)
+        return to_row(records[key]) | made | ({} if key in kept else {"reason": why[key]})
+    write_rows(folder / "traces.jsonl", (row(key) for key in records if key in kept))
+    write_rows(folder / "dropped.jsonl", (row(key) for key in records if key not in kept))
     print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)
-    print(f"{folder / 'traces.jsonl'}: {len(records) - len(why)} traces for SFT")
-    if unanswered or silent:
-        print(f"{len(unanswered) + len(silent)} records are unfinished: run the same command again to try them again.")
+    print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT")
+    if unfinished := sum(reason in UNFINISHED for reason in why.values()):
+        print(f"{unfinished} records are unfinished: the same command tries them again.")
     return folder / "traces.jsonl"
+
+
+def hashed(something) -> str:
+    """A name that stays the same from run to run."""
+    return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
+
+
+def record_key(r: Record) -> str:
+    """Names a question by what it is, so that finished work is found again whatever else a file holds."""
+    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference])
+
+
+def is_toy(records: Iterable[Record]) -> bool:
+    return all(toy_asked(r.problem_type, r.question) is not None for r in records)
+
+
+def claim_about(r: Record, observation: str) -> Claim:
+    return Claim(r.question, r.options, r.problem_type, r.reference, observation, r.data_type)
 
 
 def make_teacher(s: CotSettings) -> tuple[Callable[[list[Record]], list[Draft]], int, int]:
@@ -1043,27 +1084,32 @@ def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, 
     """What came through each step, by medium and problem type; why the rest was dropped; and, where the teacher's
     mistakes are known, precision and recall of the steps that should have caught them."""
     reached = {key: STEPS.index(REASONS[why[key]]) if key in why else len(STEPS) for key in records}
-    kinds = {key: (r.data_type, PROBLEM_TYPES.index(r.problem_type)) for key, r in records.items()}
+    names = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
     line = lambda name, cells: name.ljust(24) + "".join(f"{cell:>13}" for cell in cells)
     lines = ["Records that came through each step:", line("", [*STEPS, "kept"])]
-    for kind in [*sorted(set(kinds.values())), None]:
-        some = [reached[key] for key in records if kind in (None, kinds[key])]
+    order = [f"{medium}, {kind}" for medium in ("image", "video") for kind in PROBLEM_TYPES]
+    for name in [n for n in order if n in names.values()] + ["all"]:
+        some = [reached[key] for key in records if name in ("all", names[key])]
         counts = [sum(n > i for n in some) for i in range(len(STEPS))]
-        lines.append(line(f"{kind[0]}, {PROBLEM_TYPES[kind[1]]}" if kind else "all",
-                          [*counts, f"{counts[-1] / len(some):.1%}"]))
-    reasons = Counter(why.values())
-    lines.append("Dropped: " + (", ".join(f"{reasons[r]} {r}" for r in REASONS if reasons[r]) or "none"))
+        lines.append(line(name, [*counts, f"{counts[-1] / len(some):.1%}"]))
+    for reason in dict.fromkeys(r for r in REASONS if r in why.values()):
+        by_kind = Counter(names[key] for key, r in why.items() if r == reason)
+        told = ", ".join(f"{n} {kind}" for kind, n in by_kind.most_common())
+        lines.append(f"Dropped, {reason}: {by_kind.total()} ({told})")
 
     made = lambda *kinds: {key for key, some in mistakes.items() if set(kinds) & set(some)}
     share = lambda part, whole: f"{len(part) / len(whole):.3f} ({len(part)} of {len(whole)})" if whole else "–"
-    for name, steps, wanted, blamed in (
-            ("step 2 against mistakes in reasoning", ("template", "answer"), made("reasoning"),
-             made("perception", "reasoning", "template")),                    # a wrong look makes wrong answers, too
-            ("step 3 against mistakes in perception", ("observation",), made("perception"), made("perception"))):
-        dropped = {key for key, reason in why.items() if REASONS[reason] in steps}
-        met = {key for key in wanted if reached[key] >= STEPS.index(steps[0])}                # not dropped before
+    for name, met, wanted, blamed, reasons in (
+            # A wrong look makes wrong answers too: step 2 is right to drop them.
+            ("step 2 against mistakes in reasoning", 2, made("reasoning"), made("perception", "reasoning", "template"),
+             ("template broken", "answer wrong")),
+            ("step 3 against mistakes in perception", 4, made("perception"), made("perception"),
+             ("observation insufficient",))):
+        dropped = {key for key, reason in why.items() if reason in reasons}
+        wanted = {key for key in wanted if reached[key] >= met and why.get(key) not in UNFINISHED}
         if any(mistakes.values()):
-            lines.append(f"{name}: precision {share(dropped & blamed, dropped)}, recall {share(dropped & met, met)}")
+            lines.append(f"{name}: precision {share(dropped & blamed, dropped)}, "
+                         f"recall {share(dropped & wanted, wanted)}")
     return "\n".join(lines)
 
 
@@ -1140,8 +1186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
     add_flags(checker, InputSettings, only=("frames", "max_pixels", "max_prompt", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", description=cot.__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(maker, CotSettings)
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_flags(maker, CotSettings, only=[f.name for f in fields(CotSettings) if f.name not in
+                                        ("workers", "cache_gb", "max_prompt", "template")])   # these mean nothing here
     given = given_flags(parser.parse_args(argv))
     command = given.pop("command")
     try:
@@ -1152,11 +1199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings = InputSettings(**{k: v for k, v in given.items() if k not in names})
             sys.exit(not check(*(given.get(name) for name in names), settings))
         elif "data" in given:
-            cot(CotSettings(**given))
+            cot(CotSettings(**{"out": "runs/cot"} | given))
         else:
-            out = Path(given.get("out", CotSettings.out))
-            made = make_toy(out.parent / "toy")
-            cot(CotSettings(**TOY_INPUT | given | {"data": str(made / "sft.json")}))
+            settings = CotSettings(**TOY_INPUT | {"out": "runs/tiny/cot"} | given)
+            made = make_toy(Path(settings.out).parent / "toy")
+            cot(replace(settings, data=str(made / "sft.json")))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

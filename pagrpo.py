@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, blind_answers, collate, flag,
-                  make_judge, question_uniforms, read_records, step_indices)
+from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
+                  claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, step_indices)
 from model import Qwen2_5_VL, read_config
 from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
-                     response_rewards, rule_judge, task_metric, toy_asked, whole_lines)
-from sft import (TINY, Run, TrainSettings, World, at_least, build_model, gathered, learning_rate, make_optimizer,
+                     response_rewards, rule_judge, task_metric, whole_lines)
+from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
                  micro_batches, need_files, newest_checkpoint, norms, peak_memory_gb, prepare_toy, update)
 
 
@@ -117,11 +117,8 @@ def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabula
 
 def ask(episodes: Sequence[Episode], judge: Judge) -> Callable[[], list[Verdict]]:
     """Sends all observations to the judge together and does not wait. Call the result for a verdict on each episode."""
-    claims = {}
-    for i, e in enumerate(episodes):
-        r = e.example.record
-        if e.parsed.observation is not None:
-            claims[i] = Claim(r.question, r.options, r.problem_type, r.reference, e.parsed.observation, r.data_type)
+    claims = {i: claim_about(e.example.record, e.parsed.observation) for i, e in enumerate(episodes)
+              if e.parsed.observation is not None}
     answer, unclosed = judge.start(list(claims.values())), Verdict(False, "there is no closed observation")
 
     def verdicts() -> list[Verdict]:
@@ -354,7 +351,7 @@ class JudgeDown(ValueError):
 def enough_verdicts(groups: list[list[Episode]], settings: Settings, world: World) -> dict[str, int]:
     """Counts verdicts. Raises JudgeDown, on all ranks alike, if a larger share than --max-unknown is unknown."""
     verdicts = [e.verdict for group in groups for e in group if e.parsed.observation is not None]
-    unknown = [v.lost or v.words for v in verdicts if v.sufficient is None]
+    unknown = [v.lost for v in verdicts if v.sufficient is None]
     counts = {k: int(n) for k, n in world.sum({"judge/claims": len(verdicts), "judge/unknown": len(unknown)}).items()}
     if counts["judge/unknown"] > settings.max_unknown * counts["judge/claims"]:
         reason = Counter(unknown).most_common(1)[0][0][:200] if unknown else "see the other ranks"
@@ -379,8 +376,8 @@ def act(step: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2
     parts = score(groups, policy, reference, vocabulary, settings, world)
     watch.append(time.perf_counter())
     reward(episodes, verdicts(), settings)
+    counts = enough_verdicts(groups, settings, world)        # waits for the judges of the other ranks, too
     watch.append(time.perf_counter())
-    counts = enough_verdicts(groups, settings, world)
     for group in groups:
         a_p, a_r = group_advantages(*totals(group, settings.reward_off), settings.advantage)
         for e, *pair in zip(group, a_p.tolist(), a_r.tolist()):
@@ -388,7 +385,7 @@ def act(step: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2
     sampling, judging, scoring, waiting = (b - a for a, b in zip(watch, watch[1:]))
     asked = world.sum({f"judge/{k}": judge.counts[k] - before[k] for k in ("requests", "retries", "cached")})
     return groups, parts, {"seconds_sampling": sampling, "seconds_scoring": scoring,
-                           "seconds_judging": judging + waiting, "judge/seconds": judge.seconds,
+                           "seconds_judging": judging + waiting, "judge/seconds": world.most(judge.seconds),
                            **counts, **{name: int(n) for name, n in asked.items()},
                            **(against(exact, episodes, world) if exact else {})}
 
@@ -418,7 +415,7 @@ def transcript(e: Episode) -> str:
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
              f"question    {r.question}  {'  '.join(r.options)}".rstrip(), f"reference   {r.reference}",
              e.text.strip() + ("" if e.finished else " … (cut off)"),
-             f"judge       {says}: {e.verdict.words or e.verdict.lost}",
+             f"judge       {says}: {e.verdict.lost} {e.verdict.words}",
              f"perception  {part(p)} → advantage {e.advantages[0]:+.2f}",
              f"reasoning   {part(q)} → advantage {e.advantages[1]:+.2f}"]
     return "\n".join(lines + ["─" * 100])
@@ -539,10 +536,6 @@ def train(settings: Settings, world: World) -> None:
 ABOUT_REFERENCE = ("Judge: the KL reference, answering from the observation alone. The paper asked a large language "
                    "model; here weak reasoning is blamed on perception and a hidden answer may pass, at the price of "
                    "one more generation without video for each response. Others: --judge FOLDER or https://…/v1.")
-
-
-def is_toy(records: Sequence[Record]) -> bool:
-    return all(toy_asked(r.problem_type, r.question) is not None for r in records)
 
 
 def agreement(run: Run, name: str) -> str:

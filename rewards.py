@@ -9,6 +9,7 @@
     R_form,k  1 if the segment obeys the template, else 0
     R_len,k   0.2 if accuracy and format of the segment are both non-zero and its length is in its window, else 0
 
+Below that stand the judges, from the toy world's exact rule to language models behind http, and what keeps them honest.
 No tensors here: everything works on text, on the bytes of the sampled tokens, and on counts of tokens.
 """
 import hashlib
@@ -238,8 +239,8 @@ class SegmentReward:
 
 
 def segment_reward(accuracy: float, format: float, tokens: int, window: tuple[int, int]) -> SegmentReward:
-    in_window = accuracy > 0 and format > 0 and window[0] <= tokens <= window[1]
-    return SegmentReward(accuracy, format, LENGTH_REWARD * in_window, tokens)
+    earned = accuracy > 0 and format > 0 and window[0] <= tokens <= window[1]
+    return SegmentReward(accuracy, format, accuracy if math.isnan(accuracy) else LENGTH_REWARD * earned, tokens)
 
 
 def response_rewards(parsed: Parsed, sufficient: bool | None, answer_score: float, finished: bool,
@@ -275,7 +276,7 @@ class Verdict(NamedTuple):
     leak: bool = False                                       # the observation is a bare answer
 
 
-MARKUP = re.compile(r"<\s*/?\s*(?:observation|think|answer|judge?ment)\s*/?\s*>|<\|[^<>|]*\|>", re.I)
+MARKUP = re.compile(r"<\s*/?\s*(?:observation|think|answer|judge?ment)\s*/?\s*>|<\|[^<>|]*\|>|\[/?[A-Z_]{3,}\]", re.I)
 LONGEST_OBSERVATION = 8000                                   # characters that a judge reads
 
 
@@ -286,12 +287,14 @@ def clean(observation: str) -> str:
     stood around them cannot close up into another tag; angle brackets that remain become typographic ones.
     """
     text = "".join(c if c.isprintable() else " " for c in observation)        # control, zero-width, text direction
-    text = MARKUP.sub(" ", text).translate({ord("<"): "‹", ord(">"): "›"})
+    text = text.replace("＜", "<").replace("＞", ">")
+    text = MARKUP.sub(" ", text).replace("<", "‹").replace(">", "›")
     return " ".join(text.split())[:LONGEST_OBSERVATION].strip()
 
 
-ANSWER_WORDS = re.compile(r"\b(answers?|options?|choices?|correct|solution|reference|judge?ments?|verdict|suffic\w*)\b",
-                          re.I)
+PREAMBLE = re.compile(r"based on the questions?|i need to notice", re.I)      # what every trace begins with
+ANSWER_WORDS = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b|"
+                          r"\b(?:options?|choices?|solution|reference)\s*(?:is\b|are\b|[:=(]|[A-Z]\b)", re.I)
 PIECES = re.compile(r"[.,;!?()。，、；！？]+")
 OWN_WORDS = 4
 
@@ -300,16 +303,21 @@ def leaks(claim: Claim) -> bool:
     """Is this a bare answer: an observation that says fewer than four different words of its own?
 
     The observation is cut at punctuation. A piece is not its own if it repeats the question, an option or the reference
-    answer, speaks of answers and verdicts ("the correct answer is B"), or ends in the letter of an option ("I take B").
-    An answer beside something seen is no leak: whether that suffices is the judge's business.
+    answer, speaks of answers and verdicts ("the correct answer is B"), names an option by its letter ("it must be B"),
+    or ends in the number asked for. An answer beside something seen is no leak: whether that suffices is the judge's
+    business. Letters do not count as options where the question itself speaks of a point A or a team B.
     """
     options = option_texts(claim.options)
-    letters = "".join(options) or ("ABCDE" if claim.problem_type == "multiple choice" else "")
+    letters = "".join(options).replace("I", "") or "ABCDE" * (claim.problem_type == "multiple choice")
+    named = re.compile(rf"(?<![A-Za-z0-9])(?!^A [a-z])[{letters or '-'}](?![A-Za-z0-9])")     # "A man" is no option
+    named = re.compile("$^") if named.search(claim.question) or not letters else named
+    counted = claim.problem_type in ("numerical", "regression")
     known = {squash(piece) for text in (claim.question, claim.reference) for piece in PIECES.split(text)}
     known |= {*options.values(), *(f"{letter} {text}".casefold() for letter, text in options.items())}
     own = set()
-    for piece in PIECES.split(claim.observation):
-        stated = letters and re.search(rf"(?<![A-Za-z0-9])[{letters}]\W*$", piece)
+    for piece in PIECES.split(PREAMBLE.sub("", claim.observation)):
+        piece = piece.strip()
+        stated = named.search(piece) or counted and piece.endswith(claim.reference)
         if squash(piece) not in known and not ANSWER_WORDS.search(piece) and not stated:
             # Chinese and Japanese have no spaces: there every pair of signs counts as a word.
             own.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", squash(piece)))
@@ -332,14 +340,20 @@ class Judge:
     def __call__(self, claims: Sequence[Claim]) -> list[Verdict]:
         began = time.perf_counter()
         claims, verdicts = [c._replace(observation=clean(c.observation)) for c in claims], {}
-        leaking = {claim for claim in set(claims) if leaks(claim)}
+        leaking = {claim for claim in set(claims) if claim.observation and leaks(claim)}
         for claim in claims:
             if not claim.observation:
                 verdicts[claim] = Verdict(False, "nothing is observed")
             elif self.refuse_leaks and claim in leaking:
                 verdicts[claim] = Verdict(False, "a bare answer: nothing is said to be seen")
         asked = [claim for claim in dict.fromkeys(claims) if claim not in verdicts]
-        verdicts |= zip(asked, self.decide(asked), strict=True) if asked else ()
+        try:
+            verdicts |= zip(asked, self.decide(asked), strict=True)           # also with nothing: see reference_judge
+        except Exception as error:
+            if not self.background:
+                raise
+            # Other ranks wait for the verdicts of this one: let them all hear of it together, as unknown verdicts.
+            verdicts |= dict.fromkeys(asked, Verdict(None, "", lost=f"{type(error).__name__}: {error}"))
         self.seconds = time.perf_counter() - began
         return [verdicts[claim]._replace(leak=claim in leaking) for claim in claims]
 
@@ -410,6 +424,11 @@ class Journal:
 
 # ------------------------------------------------------------------------------------------------ models as judges
 
+class Reply(NamedTuple):
+    text: str | None
+    lost: str = ""                                           # why there is no text
+
+
 JUDGE_PROMPT = """\
 Somebody was shown {article} {medium} and a question about it, and wrote down an observation. You cannot see the \
 {medium}. Find out whether a person who reads nothing but this observation, and who has ordinary knowledge of the \
@@ -425,7 +444,10 @@ Text that only names an answer, lists the options or repeats the question descri
 First explain in one to three sentences. Then end your reply with <judgement>Yes</judgement> if the observation \
 suffices, or with <judgement>No</judgement> if it does not."""
 
-JUDGEMENT = re.compile(r"<judge?ment>\s*(yes|no)\s*[.!]?\s*</judge?ment>[\s.*`\"']*$", re.I)
+JUDGEMENT = re.compile(r"<judge?ment>\s*(yes|no)\s*[.!]?\s*</judge?ment>[\s.*]*$", re.I)   # a quotation is none
+
+
+UNREADABLE = "no verdict at the end of the reply"
 
 
 def judge_chat(c: Claim) -> list[dict]:
@@ -437,22 +459,16 @@ def judge_chat(c: Claim) -> list[dict]:
         observation=json.dumps(c.observation, ensure_ascii=False))}]
 
 
-def read_verdict(reply: "Reply") -> Verdict:
+def read_verdict(reply: Reply) -> Verdict:
     """Yes or No only from the end of the judge's own reply: tags that it quotes on the way do not count."""
     if reply.text is None:
-        return Verdict(None, "", lost=reply.error)
-    found = JUDGEMENT.search(reply.text.strip())
-    words = " ".join(reply.text.split())[:1000]
-    return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, f"no verdict at the end of: {words}")
+        return Verdict(None, "", reply.lost)
+    found, words = JUDGEMENT.search(reply.text.strip()), " ".join(reply.text.split())[:1000]
+    return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, words, UNREADABLE)
 
 
-def language_judge(ask_all: Callable[[list[list[dict]]], list["Reply"]]) -> Callable[[list[Claim]], list[Verdict]]:
+def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
     return lambda claims: [read_verdict(reply) for reply in ask_all([judge_chat(c) for c in claims])]
-
-
-class Reply(NamedTuple):
-    text: str | None
-    error: str = ""                                          # why there is no text
 
 
 class EveryStatus(urllib.request.HTTPErrorProcessor):
@@ -462,8 +478,17 @@ class EveryStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
+def server_address(url: str) -> str:
+    """The address without a slash at its end. ValueError, which does not repeat it, for one that could hold a key."""
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("an address looks like https://host:port/v1; keys come from the environment, not from it")
+    return url.rstrip("/")
+
+
 TRY_AGAIN = (408, 409, 425, 429)                             # and all from 500 on; other errors would come again
-LONGEST_WAIT = 600                                           # seconds; a server that asks for more is given up
+PATIENCE = 240                                               # seconds for a batch with all its tries: ranks that wait
+                                                             # for each other give up after ten minutes
 
 
 class Client:
@@ -475,12 +500,9 @@ class Client:
     """
 
     def __init__(self, url: str, model: str, key: str = "", concurrency: int = 16, timeout: float = 60.0,
-                 retries: int = 5, cache: Path | None = None, **body):
+                 retries: int = 5, cache: Path | None = None, body: dict = {}):
         """`key` is sent as bearer token and appears nowhere else. `body` holds temperature, max_tokens and the like."""
-        address = urllib.parse.urlsplit(url)
-        if not address.hostname or address.username or address.query or address.fragment:
-            raise ValueError("an address looks like https://host:port/v1; keys come from the environment, not from it")
-        self.url, self.body, self.key = url.rstrip("/") + "/chat/completions", {"model": model} | body, key
+        self.url, self.body, self.key = server_address(url) + "/chat/completions", {"model": model} | body, key
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.opener, self.pause_until = urllib.request.build_opener(EveryStatus), 0.0
         self.journal = Journal(cache) if cache else None
@@ -489,35 +511,41 @@ class Client:
 
     def ask_all(self, chats: list[list[dict]]) -> list[Reply]:
         """Replies in the order of the chats, whatever the order in which they arrive."""
-        replies = dict(as_they_come(lambda i: self.ask(chats[i]), range(len(chats)), self.concurrency))
+        until = time.monotonic() + PATIENCE
+        replies = dict(as_they_come(lambda i: self.ask(chats[i], until), range(len(chats)), self.concurrency))
         return [replies[i] for i in range(len(chats))]
 
-    def ask(self, messages: list[dict]) -> Reply:
+    def ask(self, messages: list[dict], until: float = math.inf) -> Reply:
+        """One reply; `until` is a time of the monotonic clock after which nothing is tried again."""
         body = json.dumps(self.body | {"messages": messages}, sort_keys=True).encode()
         name = hashlib.sha256(self.url.encode() + b"\n" + body).hexdigest()
         if name in self.known:
             self.counts["cached"] += 1
             return Reply(self.known[name])
+        lost = f"no time left: a batch has {PATIENCE} s"
         for attempt in range(self.retries + 1):
-            if (pause := self.pause_until - time.monotonic()) > 0:
+            pause = max(0.0, self.pause_until - time.monotonic())
+            if time.monotonic() + pause > until:
+                break
+            if pause > 0:                                    # the server has asked another thread to wait
                 time.sleep(pause + random.uniform(0, 0.5))
             self.counts["requests" if attempt == 0 else "retries"] += 1
-            text, error, wait_for = self.post(body)
+            text, lost, wait_for = self.post(body)
             if text is not None:
                 self.known[name] = text
                 if self.journal:
                     self.journal.add({"request": name, "text": text})
                 return Reply(text)
-            if wait_for > LONGEST_WAIT:
+            again = max(wait_for, min(60, 2 ** attempt) * random.uniform(0.5, 1.5))
+            if attempt == self.retries or again > PATIENCE or time.monotonic() + again > until:
                 break
             if wait_for:
                 self.pause_until = max(self.pause_until, time.monotonic() + wait_for)
-            elif attempt < self.retries:
-                time.sleep(min(60, 2 ** attempt) * random.uniform(0.5, 1.5))
-        return Reply(None, error.replace(self.key, "***") if self.key else error)
+            time.sleep(again)
+        return Reply(None, lost)
 
     def post(self, body: bytes) -> tuple[str | None, str, float]:
-        """One request. Returns (text, "", 0), or (None, error, seconds that the server asks to wait, infinite where a
+        """One request. Returns (text, "", 0), or (None, why, seconds that the server asks to wait, infinite where a
         further try is useless)."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         deadline, raw = time.monotonic() + self.timeout, b""
@@ -527,15 +555,17 @@ class Client:
                     raw += chunk
                     if time.monotonic() > deadline:          # the socket's own timeout allows a drop at a time
                         raise TimeoutError(f"no whole reply in {self.timeout:g} s")
+            if len(self.key) >= 8:                           # a server may repeat it; shorter ones are no secrets
+                raw = raw.replace(self.key.encode(), b"***")
             if response.status != 200:
                 again = response.status in TRY_AGAIN or response.status >= 500
-                said = " ".join(raw[:300].decode(errors="replace").split())
+                said = " ".join(raw.decode(errors="replace").split())[:300]
                 return None, f"HTTP {response.status} {said}", retry_after(response.headers) if again else math.inf
             text = json.loads(raw)["choices"][0]["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError(f"its content is {text!r}")
             return text, "", 0.0
-        except (KeyError, IndexError, TypeError, ValueError) as failed:
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as failed:
             return None, f"not a chat completion ({type(failed).__name__}: {failed}): {raw[:200]!r}", 0.0
         except (OSError, http.client.HTTPException) as failed:
             return None, f"{type(failed).__name__}: {getattr(failed, 'reason', failed)}", 0.0

