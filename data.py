@@ -734,7 +734,7 @@ class JudgeSettings:
     judge_device: str = flag("", "where a judge from a folder runs, such as cuda:1; default: cuda if there is one")
     refuse_leaks: bool = flag(True, "an observation that is nothing but an answer is insufficient, whatever a judge "
                               "might say; --no-refuse-leaks leaves it to the judge, as the paper does")
-    concurrency: int = flag(16, "most requests over http under way at once, for each rank")
+    concurrency: int = flag(64, "most requests over http under way at once, for each rank")
     timeout: float = flag(60.0, "seconds that one request may take")
     retries: int = flag(5, "further tries of a request that failed: 1, 2, 4 … seconds apart, or as the server asks")
     max_unknown: float = flag(0.2, "share of verdicts, or of a teacher's traces, that may be missing; then a run stops")
@@ -944,20 +944,21 @@ class CotSettings(InputSettings, JudgeSettings):
 MOST_AT_ONCE = 20                                            # losses at which their share begins to count
 
 
-def work_through(items: dict[str, Any], make_worker: Callable[[], tuple[Callable, int, int]], file: Path, what: str,
-                 most_lost: float) -> tuple[dict[str, dict], dict[str, str]]:
+def work_through(items: dict[str, Any], make_worker: Callable[["CotSettings"], Callable[[list], Sequence]], who: str,
+                 file: Path, what: str, s: "CotSettings") -> tuple[dict[str, dict], dict[str, str]]:
     """Does what is left to do, concurrently, and notes every finished item in an append-only file at once.
 
-    items: key → what to work on. make_worker gives (work, threads, items in one call); work returns named tuples whose
-    `lost` says why there is no result. Returns key → result, and key → reason for what could not be done: that is not
-    noted down, so that the next run tries it again. Raises ValueError once too large a share of it is lost.
+    items: key → what to work on. A worker takes a list of them (one, and many lists at a time, if `who` is a server)
+    and returns named tuples whose `lost` says why there is no result. Returns key → result, and key → reason for what
+    could not be done: that is not noted down, so that the next run tries it again. Raises ValueError once too large a
+    share of it is lost.
     """
     journal = Journal(file)
     done = {row["key"]: row for row in journal.rows if row["key"] in items}
     todo, lost, tried = [key for key in items if key not in done], {}, 0
     if not todo:
         return done, lost
-    work, threads, size = make_worker()
+    work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
     parts = (todo[i:i + size] for i in range(0, len(todo), size))
     with tqdm(total=len(items), initial=len(done), desc=what, unit="record") as bar:
         for keys, results in as_they_come(lambda keys: work([items[k] for k in keys]), parts, threads):
@@ -969,7 +970,7 @@ def work_through(items: dict[str, Any], make_worker: Callable[[], tuple[Callable
                 else:
                     done[key] = {"key": key} | result._asdict()
                     journal.add(done[key])
-            if len(lost) >= MOST_AT_ONCE and len(lost) > most_lost * tried:
+            if len(lost) >= MOST_AT_ONCE and len(lost) > s.max_unknown * tried:
                 (reason, n), = Counter(lost.values()).most_common(1)
                 raise ValueError(f"{what}: {len(lost)} of {tried} records came to nothing, {n} of them because: "
                                  f"{reason}. {len(done)} are kept; the same command goes on from there.")
@@ -1009,8 +1010,7 @@ def cot(s: CotSettings) -> Path:
     same_settings(folder, asdict(s), ("limit", "batch", *(("judge", "judge_model") if not judged.exists() else ())))
 
     # Step 1, generate: a teacher writes a trace for every record.
-    drafts, unanswered = work_through(records, lambda: make_teacher(s), folder / "1-generated.jsonl", "1 generate",
-                                      s.max_unknown)
+    drafts, unanswered = work_through(records, make_teacher, s.teacher, folder / "1-generated.jsonl", "1 generate", s)
     why = {key: "media unreadable" if lost.startswith("media") else "no reply from the teacher"
            for key, lost in unanswered.items()}
 
@@ -1021,8 +1021,8 @@ def cot(s: CotSettings) -> Path:
     # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
     claims = {key: claim_about(records[key], trace.observation) for key, (trace, _, reason) in traces.items()
               if not reason}
-    verdicts, silent = work_through({hashed(claim): claim for claim in claims.values()}, lambda: make_cot_judge(s),
-                                    judged, "3 observation sufficiency", s.max_unknown)
+    verdicts, silent = work_through({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
+                                    judged, "3 observation sufficiency", s)
     kept = {key for key, claim in claims.items() if verdicts.get(hashed(claim), {}).get("sufficient")}
     for key in claims.keys() - kept:
         lost = silent.get(hashed(claims[key]), "")
@@ -1039,7 +1039,8 @@ def cot(s: CotSettings) -> Path:
     print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)
     print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT")
     if unfinished := sum(reason in UNFINISHED for reason in why.values()):
-        print(f"{unfinished} records are unfinished: the same command tries them again.")
+        (cause, _), = Counter([*unanswered.values(), *silent.values()]).most_common(1)
+        print(f"{unfinished} records are unfinished (most often: {cause}); the same command tries them again.")
     return folder / "traces.jsonl"
 
 
@@ -1061,23 +1062,18 @@ def claim_about(r: Record, observation: str) -> Claim:
     return Claim(r.question, r.options, r.problem_type, r.reference, observation, r.data_type)
 
 
-def make_teacher(s: CotSettings) -> tuple[Callable[[list[Record]], list[Draft]], int, int]:
-    """The teacher that --teacher names, how many of its calls may run at once, and the records in each."""
-    if s.teacher == "toy":
-        return toy_teacher(s), 1, s.batch
-    if s.teacher.startswith(HTTP):
-        return api_teacher(s), s.concurrency, 1
-    return local_teacher(s), 1, s.batch
+def make_teacher(s: CotSettings) -> Callable[[list[Record]], list[Draft]]:
+    """The teacher that --teacher names."""
+    return (toy_teacher if s.teacher == "toy" else api_teacher if s.teacher.startswith(HTTP) else local_teacher)(s)
 
 
-def make_cot_judge(s: CotSettings) -> tuple[Judge, int, int]:
-    """Likewise the judge. The reference that answers blind is the checkpoint named by --judge-model."""
+def make_cot_judge(s: CotSettings) -> Judge:
+    """The judge that --judge names. The reference that answers blind is the checkpoint named by --judge-model."""
     reference = None
     if s.judge == "reference":
         vocabulary, model, device = load_local(s.judge_model)
         reference = lambda claims: blind_answers(model, vocabulary, claims, s, s.max_response, s.batch, device)
-    judge = make_judge(s, reference=reference)
-    return (judge, s.concurrency, 1) if s.judge.startswith(HTTP) else (judge, 1, s.batch)
+    return make_judge(s, reference=reference)
 
 
 def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> str:

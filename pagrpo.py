@@ -545,7 +545,7 @@ def agreement(run: Run, name: str) -> str:
     share = lambda key: sum(n * row[key] for n, row in zip(known, rows)) / max(1, sum(known))
     agreed, too_kind = share("judge/agreement"), share("judge/too_kind")
     return (f"Judge {name} agreed with the exact rule on {agreed:.1%} of {sum(known)} observations; it accepted "
-            f"{too_kind:.1%} that do not suffice and refused {1 - agreed - too_kind:.1%} that do.")
+            f"{too_kind:.1%} that do not suffice and refused {max(0, 1 - agreed - too_kind):.1%} that do.")
 
 
 def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary,

@@ -499,7 +499,7 @@ class Client:
     too. Replies are kept under a hash of the exact request, in a file if one is given.
     """
 
-    def __init__(self, url: str, model: str, key: str = "", concurrency: int = 16, timeout: float = 60.0,
+    def __init__(self, url: str, model: str, key: str = "", concurrency: int = 64, timeout: float = 60.0,
                  retries: int = 5, cache: Path | None = None, body: dict = {}):
         """`key` is sent as bearer token and appears nowhere else. `body` holds temperature, max_tokens and the like."""
         self.url, self.body, self.key = server_address(url) + "/chat/completions", {"model": model} | body, key

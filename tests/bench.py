@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 KINDS = ("perception", "answer", "format")
-LARGE = 1024 * 28 * 28                                       # pixels of a frame in the bench of the judge
+LARGE = 512 * 28 * 28                                        # pixels of a frame in the bench of the judge
 
 
 def command(script: str, *flags) -> float:
@@ -100,25 +100,28 @@ def prefix() -> None:
 
 
 def judge(out: Path, delay: float, flags: list[str]) -> None:
-    """Steps of about half a minute (the tiny model on frames far larger than it needs), 64 responses each, judged by a
-    server on loopback that answers every request after `delay` seconds."""
+    """64 responses a step, judged by a server on loopback that answers every request after `delay` seconds. The frames
+    are far larger than the toy world needs, so that a step has some length; SFT gets used to them first."""
     from serving import serving
+    large = ["--preset", "tiny", "--media", out / "toy", "--min-pixels", LARGE, "--max-pixels", LARGE]
     command("sft.py", "--out", out)
+    command("sft.py", *large, "--out", out / "large", "--model", out / "sft", "--data", out / "cot" / "traces.jsonl",
+            "--heldout-count", 4, "--steps", 100, "--batch", 4, "--micro-batch", 4, "--lr", 1e-3, "--cache-gb", 4)
     say = lambda number, request: f"Seen. <judgement>{'Yes' if number % 2 else 'No'}</judgement>"
+    shutil.rmtree(out / "large" / "pagrpo", ignore_errors=True)
     with serving(say, delay) as server:
-        command("pagrpo.py", "--out", out / "judged", "--preset", "tiny", "--model", out / "sft", "--data",
-                out / "toy" / "rl.json", "--media", out / "toy", "--judge", server.url, "--judge-model", "any",
-                "--questions", 8, "--micro-batch", 1, "--steps", 3, "--min-pixels", LARGE, "--max-pixels", LARGE,
-                *flags)
-    rows = [json.loads(line) for line in (out / "judged" / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
-    names = ["step", "sampling", "reference", "judge's own", "waited for it", "learning", "whole step", "share",
-             "requests"]
-    print("".join(f"{name:>14}" for name in names) + "    seconds")
+        command("pagrpo.py", *large, "--out", out / "large", "--model", out / "large" / "sft", "--data",
+                out / "toy" / "rl.json", "--judge", server.url, "--judge-model", "any", "--questions", 8,
+                "--micro-batch", 1, "--steps", 4, *flags)
+    rows = [json.loads(line) for line in (out / "large" / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
+    names = ["step", "requests", "sampling", "reference", "judge itself", "waited for it", "learning", "whole step",
+             "share", "of 30 s"]
+    print("".join(f"{name:>14}" for name in names))
     for row in rows:
         parts = [row[f"seconds_{k}"] for k in ("sampling", "scoring", "judging", "training")]
         cells = [parts[0], parts[1], row["judge/seconds"], parts[2], parts[3], sum(parts)]
-        print(f"{row['step']:>14}" + "".join(f"{x:>14.2f}" for x in cells)
-              + f"{row['judge/share']:>14.1%}{row['judge/requests']:>14}")
+        print(f"{row['step']:>14}{row['judge/requests']:>14}" + "".join(f"{x:>12.2f} s" for x in cells)
+              + f"{row['judge/share']:>14.1%}{parts[2] / 30:>14.1%}")
 
 
 def main() -> None:
@@ -129,16 +132,15 @@ def main() -> None:
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("prefix", help="speed-up of the shared prompt, half a minute")
-    judged = commands.add_parser("judge", help="what a slow judge costs a step, four minutes; further flags go to "
+    judged = commands.add_parser("judge", help="what a slow judge costs a step, five minutes; further flags go to "
                                                "pagrpo.py")
-    judged.add_argument("--out", type=Path, default=Path("runs/bench-judge"), help="folder, written anew [%(default)s]")
+    judged.add_argument("--out", type=Path, default=Path("runs/bench-judge"), help="folder [%(default)s]")
     judged.add_argument("--delay", type=float, default=2.0, help="seconds that the server takes [2]")
     args, flags = parser.parse_known_args()
     if args.bench == "prefix":
         parser.parse_args()                                  # no further flags here
         prefix()
     elif args.bench == "judge":
-        shutil.rmtree(args.out / "judged", ignore_errors=True)
         judge(args.out, args.delay, flags)
     else:
         learning(args.out, args.seeds, flags)

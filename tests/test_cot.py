@@ -308,7 +308,8 @@ def test_media_that_cannot_be_read_are_a_reason_and_can_be_repaired(toy, base, t
     s = settings(world, tmp_path / "out", teacher=str(base), max_response=8)
     cot(s)
     said = capsys.readouterr().out
-    assert "Dropped, media unreadable: 1 (1 video, multiple choice)" in said and "1 records are unfinished" in said
+    assert "Dropped, media unreadable: 1 (1 video, multiple choice)" in said
+    assert "1 records are unfinished (most often: media: no such file)" in said
     os.link(toy / rows[0]["path"], world / rows[0]["path"])
     cot(s)
     assert "Dropped, template broken: 6 (" in capsys.readouterr().out
@@ -353,11 +354,11 @@ def test_what_cannot_work_is_said_in_a_line(tmp_path, flags, complaint):
     assert not list(tmp_path.rglob("settings.json")) or "--judge" in flags and flags[-1] == "."
 
 
-def test_a_worker_without_results_is_tried_again_later(tmp_path):
+def test_what_is_lost_is_tried_again_later(tmp_path):
     """work_through by itself: what is lost is not noted down."""
-    work = lambda good: lambda: (lambda items: [Draft("x") if i in good else Draft(None, "busy") for i in items], 1, 2)
-    items = {str(i): i for i in range(5)}
-    done, lost = work_through(items, work({0, 2, 4}), tmp_path / "j", "try", 0.5)
+    worker = lambda good: lambda s: lambda items: [Draft("x") if i in good else Draft(None, "busy") for i in items]
+    items, s = {str(i): i for i in range(5)}, CotSettings(batch=2)
+    done, lost = work_through(items, worker({0, 2, 4}), "somebody", tmp_path / "j", "try", s)
     assert set(done) == {"0", "2", "4"} and lost == {"1": "busy", "3": "busy"}
-    done, lost = work_through(items, work({1, 3}), tmp_path / "j", "try", 0.5)
+    done, lost = work_through(items, worker({1, 3}), "somebody", tmp_path / "j", "try", s)
     assert set(done) == set(items) and not lost
