@@ -415,7 +415,7 @@ def transcript(e: Episode) -> str:
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
              f"question    {r.question}  {'  '.join(r.options)}".rstrip(), f"reference   {r.reference}",
              e.text.strip() + ("" if e.finished else " … (cut off)"),
-             f"judge       {says}: {e.verdict.lost} {e.verdict.words}",
+             f"judge       {says}: {' '.join(filter(None, (e.verdict.lost, e.verdict.words)))}",
              f"perception  {part(p)} → advantage {e.advantages[0]:+.2f}",
              f"reasoning   {part(q)} → advantage {e.advantages[1]:+.2f}"]
     return "\n".join(lines + ["─" * 100])
