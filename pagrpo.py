@@ -567,7 +567,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
             except JudgeDown as error:
                 if step > run.step:
                     run.save(policy, optimizer, start, step)
-                raise JudgeDown(f"{error} Stopped after step {step} of {run.steps}; the same command goes on from "
+                raise JudgeDown(f"{error}. Stopped after step {step} of {run.steps}; the same command goes on from "
                                 f"there.") from None
             if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n"

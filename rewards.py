@@ -280,14 +280,18 @@ MARKUP = re.compile(r"<\s*/?\s*(?:observation|think|answer|judge?ment)\s*/?\s*>|
 LONGEST_OBSERVATION = 8000                                   # characters that a judge reads
 
 
+def printable(text: str) -> str:
+    """Control characters, invisible ones and changes of direction become spaces."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def clean(observation: str) -> str:
     """The observation as judges read it: plain text that can end no quotation and open no turn of a conversation.
 
     Tags of the template and of verdicts, special tokens of chats and invisible characters become spaces, so that what
     stood around them cannot close up into another tag; angle brackets that remain become typographic ones.
     """
-    text = "".join(c if c.isprintable() else " " for c in observation)        # control, zero-width, text direction
-    text = text.replace("＜", "<").replace("＞", ">")
+    text = printable(observation).replace("＜", "<").replace("＞", ">")
     text = MARKUP.sub(" ", text).replace("<", "‹").replace(">", "›")
     return " ".join(text.split())[:LONGEST_OBSERVATION].strip()
 
@@ -463,7 +467,7 @@ def read_verdict(reply: Reply) -> Verdict:
     """Yes or No only from the end of the judge's own reply: tags that it quotes on the way do not count."""
     if reply.text is None:
         return Verdict(None, "", reply.lost)
-    found, words = JUDGEMENT.search(reply.text.strip()), " ".join(reply.text.split())[:1000]
+    found, words = JUDGEMENT.search(reply.text.strip()), " ".join(printable(reply.text).split())[:1000]
     return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, words, UNREADABLE)
 
 
@@ -564,7 +568,7 @@ class Client:
             text = json.loads(raw)["choices"][0]["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError(f"its content is {text!r}")
-            return text, "", 0.0
+            return text.encode(errors="replace").decode(), "", 0.0            # half a character cannot be written
         except (KeyError, IndexError, TypeError, ValueError, RecursionError) as failed:
             return None, f"not a chat completion ({type(failed).__name__}: {failed}): {raw[:200]!r}", 0.0
         except (OSError, http.client.HTTPException) as failed:

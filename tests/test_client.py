@@ -179,6 +179,16 @@ def test_an_equal_request_is_asked_once_also_by_the_next_run(tmp_path):
         assert Client(server.url, "n", cache=file, body={"temperature": 0}).ask(chat("b")).text == "answer 3"
 
 
+def test_a_reply_can_be_written_down_and_shown(tmp_path):
+    """Half a character and control characters, which would break a file or a terminal, come from servers as well."""
+    broken = json.dumps({"choices": [{"message": {"content": "a\ud800b \x1b[2J\x00 <judgement>Yes</judgement>"}}]})
+    with serving(lambda n, request: Fault(body=broken.encode())) as server:
+        reply = Client(server.url, "m", cache=tmp_path / "c.jsonl").ask(chat("?"))
+    reply.text.encode()
+    verdict = rewards.read_verdict(reply)
+    assert verdict.sufficient and verdict.words == "a?b [2J <judgement>Yes</judgement>"
+
+
 def test_a_failure_is_not_kept(tmp_path, waits):
     with serving(lambda n, request: Fault(500) if n < 2 else "now") as server:
         client = Client(server.url, "m", cache=tmp_path / "c.jsonl", retries=1)
