@@ -1200,8 +1200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings = CotSettings(**TOY_INPUT | {"out": "runs/tiny/cot"} | given)
             made = make_toy(Path(settings.out).parent / "toy")
             cot(replace(settings, data=str(made / "sft.json")))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
+        sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
 

@@ -502,7 +502,7 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
         train(settings, world)
         if dist.is_initialized():
             dist.destroy_process_group()                     # when all ranks arrive; after an error one just ends
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error}  ({Path(place.filename).name}:{place.lineno})")
     except KeyboardInterrupt:
