@@ -1,7 +1,10 @@
-"""From files to model inputs: media, records, prompts, batches; and the toy world, which makes all of them itself.
+"""From files to model inputs: media, records, prompts, batches; the toy world, which makes all of them itself; and the
+data pipeline, which makes traces for SFT.
 
     python data.py toy --out runs/tiny/toy            write the toy world: video files, training and held-out records
     python data.py check train.json --media DIR       say what is wrong with anybody's records, before a run does
+    python data.py cot                                traces for the toy world; for other questions: --data FILE
+        --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
 Records are those of the VideoP2R release (gzip JSON, JSON or JSON lines): problem, options, solution, path, data_type,
 problem_type, and for SFT the trace in observation and process. Prompts follow Qwen's chat layout. Nothing here ever
@@ -35,9 +38,9 @@ from tqdm import tqdm
 
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
                    read_config, save_model, write_config)
-from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, Client, Journal, Judge,
-                     UNREADABLE, Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge, only, parse,
-                     rule_judge, server_address, task_metric, toy_answer, toy_asked)
+from rewards import (COLOURS, JUDGEMENT, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
+                     Client, Journal, Judge, Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge,
+                     only, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -45,10 +48,10 @@ def flag(default, help: str, choices: list[str] | None = None):
     return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
-def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, only: Sequence[str] = ()) -> None:
+def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
     """Gives a parser a flag for every setting of a dataclass (or for some), None where it is not given."""
     for f in fields(cls):
-        if only and f.name not in only:
+        if names and f.name not in names:
             continue
         values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
         if (len(values) < len(presets) or not presets) and f.default != "":
@@ -67,6 +70,7 @@ def given_flags(args: argparse.Namespace) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
 
 
+HTTP = ("http://", "https://")
 FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
 
 
@@ -75,7 +79,7 @@ def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
     these, except for those in FREE and `free`, which may change on the way."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
     before = json.loads(file.read_text()) if file.is_file() else now
-    same = lambda a, b: a == b or all(str(x).startswith("http") for x in (a, b))             # a server may move
+    same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
     other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
     if other:
         raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
@@ -680,9 +684,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
             write_avi(folder / record["path"], np.stack(frames), TOY_FPS)
             records.append(record)
             bar.update()
-        aside = folder / f"{split}.json.writing"
-        aside.write_text(json.dumps(records, indent=1))
-        os.replace(aside, folder / f"{split}.json")          # the records appear when all their clips are there
+        write_whole(folder / f"{split}.json", json.dumps(records, indent=1))  # they appear when their clips are there
     bar.close()
     return folder
 
@@ -720,24 +722,24 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ judges and teachers
 
-HTTP = ("http://", "https://")
-
-
 @dataclass(frozen=True)
 class JudgeSettings:
     """Who judges observations, in the data pipeline and in RL, and how patient requests over http are."""
     judge: str = flag("rule", "who decides whether an observation suffices: rule (the toy world's own), reference (the "
                       "KL reference answers from the observation alone), a folder with a language model, or an address "
                       "http(s)://…/v1")
-    judge_model: str = flag("", "name of the model behind an http judge; for `data.py cot --judge reference` the "
-                            "checkpoint that answers")
-    judge_device: str = flag("", "where a judge from a folder runs, such as cuda:1; default: cuda if there is one")
+    judge_model: str = flag("", "name of the model behind an http judge, whose key comes from the environment variable "
+                            "JUDGE_API_KEY; for `data.py cot --judge reference` the checkpoint that answers")
+    judge_device: str = flag("", "where a judge from a folder runs, such as cuda:1, for all ranks; default: where the "
+                             "rank runs")
+    judge_tokens: int = flag(512, "most tokens of a judge's reply; one that thinks aloud needs more")
     refuse_leaks: bool = flag(True, "an observation that is nothing but an answer is insufficient, whatever a judge "
                               "might say; --no-refuse-leaks leaves it to the judge, as the paper does")
     concurrency: int = flag(64, "most requests over http under way at once, for each rank")
     timeout: float = flag(60.0, "seconds that one request may take")
     retries: int = flag(5, "further tries of a request that failed: 1, 2, 4 … seconds apart, or as the server asks")
-    max_unknown: float = flag(0.2, "share of verdicts, or of a teacher's traces, that may be missing; then a run stops")
+    max_unknown: float = flag(0.2, "largest share of verdicts, or of a teacher's traces, that may be missing; above it "
+                              "the run stops")
 
     def __post_init__(self):
         at_least(self, concurrency=1, retries=0)
@@ -773,11 +775,12 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
         return Judge(rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
     if s.judge.startswith(HTTP):
         client = Client(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
-                        dict(max_tokens=512, temperature=0))
+                        dict(max_tokens=s.judge_tokens, temperature=0), keep=JUDGEMENT.search)
         return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
     # On the CPU its threads and those of training would only wait for each other.
-    return Judge(language_judge(checkpoint_speaker(s.judge, device)), s.refuse_leaks, background=device != "cpu")
+    speaker = checkpoint_speaker(s.judge, device, s.judge_tokens)
+    return Judge(language_judge(speaker), s.refuse_leaks, background=device != "cpu")
 
 
 def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
@@ -921,10 +924,10 @@ class CotSettings(InputSettings, JudgeSettings):
     out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
     teacher: str = flag("toy", "who writes traces: toy (scripted), a checkpoint folder, or an address http(s)://…/v1")
-    teacher_model: str = flag("", "name of the model behind an http teacher")
+    teacher_model: str = flag("", "name of the model behind an http teacher, whose key comes from TEACHER_API_KEY")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
     max_response: int = flag(1024, "most tokens of a trace")
-    batch: int = flag(16, "records that a local teacher or judge works on at once")
+    batch: int = flag(16, "records that a local teacher, or the reference as judge, works on at once")
     seed: int = flag(0, "decides a teacher's sampling, and the scripted teacher's mistakes")
     perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that note down other letters")
     luck: float = flag(0.5, "share of these whose answer is right all the same")
@@ -941,7 +944,7 @@ class CotSettings(InputSettings, JudgeSettings):
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
 
-MOST_AT_ONCE = 20                                            # losses at which their share begins to count
+FEWEST_LOSSES = 20                                           # from here on their share counts
 
 
 def work_through(items: dict[str, Any], make_worker: Callable[["CotSettings"], Callable[[list], Sequence]], who: str,
@@ -970,7 +973,7 @@ def work_through(items: dict[str, Any], make_worker: Callable[["CotSettings"], C
                 else:
                     done[key] = {"key": key} | result._asdict()
                     journal.add(done[key])
-            if len(lost) >= MOST_AT_ONCE and len(lost) > s.max_unknown * tried:
+            if len(lost) >= FEWEST_LOSSES and len(lost) > s.max_unknown * tried:
                 (reason, n), = Counter(lost.values()).most_common(1)
                 raise ValueError(f"{what}: {len(lost)} of {tried} records came to nothing, {n} of them because: "
                                  f"{reason}. {len(done)} are kept; the same command goes on from there.")
@@ -1180,11 +1183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("--model", help="checkpoint folder whose tokenizer counts the tokens")
     checker.add_argument("--limit", type=int, default=0, help="read the media of N records only, drawn at random [all]")
     checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
-    add_flags(checker, InputSettings, only=("frames", "max_pixels", "max_prompt", "workers"))
+    add_flags(checker, InputSettings, names=("frames", "max_pixels", "max_prompt", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", description=cot.__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flags(maker, CotSettings, only=[f.name for f in fields(CotSettings) if f.name not in
-                                        ("workers", "cache_gb", "max_prompt", "template")])   # these mean nothing here
+    add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in
+                                         ("workers", "cache_gb", "max_prompt", "template")])  # these mean nothing here
     given = given_flags(parser.parse_args(argv))
     command = given.pop("command")
     try:
@@ -1194,12 +1197,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             names = ("file", "media", "model", "limit", "keep")
             settings = InputSettings(**{k: v for k, v in given.items() if k not in names})
             sys.exit(not check(*(given.get(name) for name in names), settings))
-        elif "data" in given:
-            cot(CotSettings(**{"out": "runs/cot"} | given))
         else:
-            settings = CotSettings(**TOY_INPUT | {"out": "runs/tiny/cot"} | given)
-            made = make_toy(Path(settings.out).parent / "toy")
-            cot(replace(settings, data=str(made / "sft.json")))
+            toy = {} if "data" in given else {"out": "runs/tiny/cot"}
+            if toy and not given.get("teacher", "").startswith(HTTP):         # a large teacher gets a large picture
+                toy |= TOY_INPUT
+            settings = CotSettings(**{"out": "runs/cot"} | toy | given)
+            if toy:
+                settings = replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
+            if not cot(settings).stat().st_size:
+                sys.exit("No trace was kept.")
     except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
         sys.exit(f"{error}")
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learnin
 @dataclass(frozen=True)
 class Settings(TrainSettings, JudgeSettings):
     model: str = flag("", "SFT checkpoint to start from; it stays the KL reference (toy: SFT is run when missing)")
-    steps: int = flag(1000, "optimizer steps, if --updates-per-rollout is 1: batches of rollouts")
+    steps: int = flag(1000, "batches of rollouts; each makes --updates-per-rollout optimizer steps")
     questions: int = flag(8, "questions in one step, over all ranks; whole questions go to ranks")
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
@@ -336,7 +336,7 @@ def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread
     return result
 
 
-def against(exact: Judge, episodes: Sequence[Episode], world: World) -> dict[str, float]:
+def compare_with_rule(exact: Judge, episodes: Sequence[Episode], world: World) -> dict[str, float]:
     """How often the judge said what the toy world's exact rule says, and how often it took too little for enough."""
     pairs = [(e.verdict.sufficient, rule.sufficient) for e, rule in zip(episodes, ask(episodes, exact)())
              if e.parsed.observation is not None and e.verdict.sufficient is not None]
@@ -355,7 +355,7 @@ def enough_verdicts(groups: list[list[Episode]], settings: Settings, world: Worl
     counts = {k: int(n) for k, n in world.sum({"judge/claims": len(verdicts), "judge/unknown": len(unknown)}).items()}
     if counts["judge/unknown"] > settings.max_unknown * counts["judge/claims"]:
         reason = Counter(unknown).most_common(1)[0][0][:200] if unknown else "see the other ranks"
-        raise JudgeDown(f"{counts['judge/unknown']} of {counts['judge/claims']} verdicts of this step stayed unknown, "
+        raise JudgeDown(f"{counts['judge/unknown']} of {counts['judge/claims']} verdicts stayed unknown, "
                         f"more than --max-unknown {settings.max_unknown:g} allows. Most often: {reason}")
     return counts
 
@@ -387,7 +387,7 @@ def act(step: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2
     return groups, parts, {"seconds_sampling": sampling, "seconds_scoring": scoring,
                            "seconds_judging": judging + waiting, "judge/seconds": world.most(judge.seconds),
                            **counts, **{name: int(n) for name, n in asked.items()},
-                           **(against(exact, episodes, world) if exact else {})}
+                           **(compare_with_rule(exact, episodes, world) if exact else {})}
 
 
 def learn(groups: list[list[Episode]], parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settings: Settings,
@@ -437,6 +437,7 @@ def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Sett
                              top_p) if part else []
             episodes = [e for group in groups for e in group]
             reward(episodes, ask(episodes, judge)(), settings)
+            enough_verdicts(groups, settings, world)
             rows += [{"problem_id": e.example.record.problem_id, "problem_type": e.example.record.problem_type,
                       "perception": e.perception.accuracy, "answer": float(e.reasoning.accuracy > 1 - 1e-9),
                       "score": e.reasoning.accuracy, "format": e.perception.format * e.reasoning.format,
@@ -502,7 +503,7 @@ def train(settings: Settings, world: World) -> None:
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
     if run.finished and not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
+        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Ask it about a clip with eval.py --video.")
     vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world).requires_grad_(False) if (
         settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
@@ -516,7 +517,7 @@ def train(settings: Settings, world: World) -> None:
     if exact and world.first:
         print(agreement(run, settings.judge))
     if not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py.")
+        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Ask it about a clip with eval.py --video.")
     held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(start), settings,
                     folder / "skipped.log")
     judge = Judge(rule_judge, settings.refuse_leaks) if is_toy(held.records) else judge   # exact where there is such

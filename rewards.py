@@ -10,7 +10,7 @@
     R_len,k   0.2 if accuracy and format of the segment are both non-zero and its length is in its window, else 0
 
 Below that stand the judges, from the toy world's exact rule to language models behind http, and what keeps them honest.
-No tensors here: everything works on text, on the bytes of the sampled tokens, and on counts of tokens.
+No tensors here but in `checkpoint_speaker`: all else works on text, bytes of sampled tokens, and counts of tokens.
 """
 import hashlib
 import http.client
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 LENGTH_REWARD = 0.2
@@ -272,11 +272,12 @@ class Verdict(NamedTuple):
     """Does the observation alone suffice for the correct answer? None: unknown, which is never a No."""
     sufficient: bool | None
     words: str                                               # the judge's explanation, for transcripts
-    lost: str = ""                                           # why no reply came: asking again may help
+    lost: str = ""                                           # why there is none: asking again may help
     leak: bool = False                                       # the observation is a bare answer
 
 
-MARKUP = re.compile(r"<\s*/?\s*(?:observation|think|answer|judge?ment)\s*/?\s*>|<\|[^<>|]*\|>|\[/?[A-Z_]{3,}\]", re.I)
+MARKUP = re.compile(r"<\s*/?\s*(?:observation|think|answer|judge?ment)\s*/?\s*>|<\|[^<>|]*\|>|"
+                    r"\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]", re.I)
 LONGEST_OBSERVATION = 8000                                   # characters that a judge reads
 
 
@@ -299,7 +300,8 @@ def clean(observation: str) -> str:
 PREAMBLE = re.compile(r"based on the questions?|i need to notice", re.I)      # what every trace begins with
 ANSWER_WORDS = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b|"
                           r"\b(?:options?|choices?|solution|reference)\s*(?:is\b|are\b|[:=(]|[A-Z]\b)", re.I)
-PIECES = re.compile(r"[.,;!?()。，、；！？]+")
+PIECES = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")     # not inside of 3.5 or 1,000
+LAST_NUMBER = re.compile(r"(?<![\d.,:])(-?\d[\d.,]*)(?:\s+[^\W\d]+)?\W*$")            # and its unit
 OWN_WORDS = 4
 
 
@@ -315,13 +317,14 @@ def leaks(claim: Claim) -> bool:
     letters = "".join(options).replace("I", "") or "ABCDE" * (claim.problem_type == "multiple choice")
     named = re.compile(rf"(?<![A-Za-z0-9])(?!^A [a-z])[{letters or '-'}](?![A-Za-z0-9])")     # "A man" is no option
     named = re.compile("$^") if named.search(claim.question) or not letters else named
-    counted = claim.problem_type in ("numerical", "regression")
+    wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
     known = {squash(piece) for text in (claim.question, claim.reference) for piece in PIECES.split(text)}
     known |= {*options.values(), *(f"{letter} {text}".casefold() for letter, text in options.items())}
     own = set()
     for piece in PIECES.split(PREAMBLE.sub("", claim.observation)):
         piece = piece.strip()
-        stated = named.search(piece) or counted and piece.endswith(claim.reference)
+        last = LAST_NUMBER.search(piece)
+        stated = named.search(piece) or last and wanted is not None and number(last[1]) == wanted
         if squash(piece) not in known and not ANSWER_WORDS.search(piece) and not stated:
             # Chinese and Japanese have no spaces: there every pair of signs counts as a word.
             own.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", squash(piece)))
@@ -352,7 +355,7 @@ class Judge:
                 verdicts[claim] = Verdict(False, "a bare answer: nothing is said to be seen")
         asked = [claim for claim in dict.fromkeys(claims) if claim not in verdicts]
         try:
-            verdicts |= zip(asked, self.decide(asked), strict=True)           # also with nothing: see reference_judge
+            verdicts |= zip(asked, self.decide(asked), strict=True)           # also none: `pagrpo.reference_judge`
         except Exception as error:
             if not self.background:
                 raise
@@ -467,7 +470,7 @@ def read_verdict(reply: Reply) -> Verdict:
     """Yes or No only from the end of the judge's own reply: tags that it quotes on the way do not count."""
     if reply.text is None:
         return Verdict(None, "", reply.lost)
-    found, words = JUDGEMENT.search(reply.text.strip()), " ".join(printable(reply.text).split())[:1000]
+    found, words = JUDGEMENT.search(reply.text), " ".join(printable(reply.text).split())[:1000]
     return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, words, UNREADABLE)
 
 
@@ -504,10 +507,13 @@ class Client:
     """
 
     def __init__(self, url: str, model: str, key: str = "", concurrency: int = 64, timeout: float = 60.0,
-                 retries: int = 5, cache: Path | None = None, body: dict = {}):
-        """`key` is sent as bearer token and appears nowhere else. `body` holds temperature, max_tokens and the like."""
+                 retries: int = 5, cache: Path | None = None, body: dict = {},
+                 keep: Callable[[str], Any] = lambda text: True):
+        """`key` is sent as bearer token and appears nowhere else. `body` holds temperature, max_tokens and the like;
+        `keep` says whether a reply is worth keeping for an equal request."""
         self.url, self.body, self.key = server_address(url) + "/chat/completions", {"model": model} | body, key
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.keep = keep
         self.opener, self.pause_until = urllib.request.build_opener(EveryStatus), 0.0
         self.journal = Journal(cache) if cache else None
         self.known = {row["request"]: row["text"] for row in self.journal.rows} if cache else {}
@@ -536,9 +542,10 @@ class Client:
             self.counts["requests" if attempt == 0 else "retries"] += 1
             text, lost, wait_for = self.post(body)
             if text is not None:
-                self.known[name] = text
-                if self.journal:
-                    self.journal.add({"request": name, "text": text})
+                if self.keep(text):
+                    self.known[name] = text
+                    if self.journal:
+                        self.journal.add({"request": name, "text": text})
                 return Reply(text)
             again = max(wait_for, min(60, 2 ** attempt) * random.uniform(0.5, 1.5))
             if attempt == self.retries or again > PATIENCE or time.monotonic() + again > until:

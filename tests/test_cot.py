@@ -330,7 +330,6 @@ def test_a_checkpoint_teaches_and_the_reference_judges(toy, started, tmp_path):
 # ------------------------------------------------------------------------------------------------ the command
 
 def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "TOY_SPLITS", {"sft": 12})
     monkeypatch.setattr(data.make_toy, "__defaults__", ({"sft": 12}, 0))
     data.main(["cot", "--out", str(tmp_path / "cot")])
     assert "traces for SFT" in capsys.readouterr().out and (tmp_path / "toy" / "sft.json").is_file()

@@ -253,14 +253,20 @@ def test_no_reply_is_not_an_unreadable_one():
     ("The circle passes through A, B, C and D", ("A. 30", "B. 60"), "B"),
     ("The clear blue solution in the beaker slowly turns deep red", ("A. it reddens", "B. it boils"), "A"),
     ("A man walks his dog", ("A. a man", "B. a cat"), "A"),
+    ("the sign reads [EXIT] in green", (), "EXIT"),
+    ("Two dogs run beside a car with number 13", (), "3"), ("First a man enters the shop at 10:12", (), "2"),
     (SEEN, CLAIM.options, "B")])
 def test_something_seen_is_no_leak(text, options, reference):
     question = "How large is the angle at A?" if "circle" in text else CLAIM.question
-    assert not leaks(CLAIM._replace(observation=clean(text), options=options, reference=reference, question=question))
+    kind = "multiple choice" if options else "numerical" if reference.isdigit() else "OCR"
+    assert not leaks(Claim(question, options, kind, reference, clean(text)))
+    assert "EXIT" not in text or "EXIT" in clean(text)
 
 
 @pytest.mark.parametrize("text, options, reference, problem_type", [
     ("3", (), "3", "numerical"), ("The answer is 3.", (), "3", "numerical"), ("It is 3", (), "3", "numerical"),
+    ("The total length of it would be 3.5", (), "3.5", "regression"),
+    ("The total count I see is 1,000", (), "1,000", "numerical"), ("All in all it is 3 metres", (), "3", "regression"),
     ("I can tell you that it is 3", (), "3", "numerical"), ("Look closely: I count 3", (), "3", "regression"),
     ("Based on the question, I need to notice the number. 3", (), "3", "numerical"),
     ("STOP", (), "STOP", "OCR"), ("a red O turns into a green T", (), "a red O turns into a green T", "free-form"),
@@ -373,7 +379,7 @@ def test_a_run_with_a_server_counts_its_verdicts_and_shows_its_words(started, to
     assert "judge       " in said and "Judge http" in said and "agreed with the exact rule on" in said
     assert all(row["perception/accuracy"] >= 0 for row in rows), "JSON knows no NaN"
     kept = (tmp_path / "pagrpo" / "judge-0.jsonl").read_text().splitlines()
-    assert len(kept) == sum(1 for i in range(asked) if i % 4), "replies are kept for a resume, failures are not"
+    assert len(kept) == sum(i % 4 > 1 for i in range(asked)), "verdicts are kept for a resume, and nothing else"
 
 
 def test_an_outage_stops_the_run_at_a_step_and_the_same_command_goes_on(started, toy, tmp_path):
@@ -383,11 +389,22 @@ def test_an_outage_stops_the_run_at_a_step_and_the_same_command_goes_on(started,
         with pytest.raises(SystemExit) as ended:
             rl(started, toy, tmp_path, *flags)
         message = str(ended.value)
-        assert "verdicts of this step stayed unknown" in message and "HTTP 503" in message
+        assert "verdicts stayed unknown" in message and "HTTP 503" in message
         there.append("again")
         rows = rl(started, toy, tmp_path, *flags)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6], "each step once"
     assert f"Stopped after step {int(message.split('after step ')[1].split()[0])} of 6" in message
+
+
+def test_a_judge_that_learns_to_speak_is_understood_after_a_resume(started, toy, tmp_path):
+    """Replies without a verdict are not kept: an equal request gets another chance."""
+    clear = []
+    with serving(lambda n, request: "Enough. <judgement>Yes</judgement>" if clear else "Hm.") as server:
+        flags = "--judge", server.url, "--judge-model", "m", "--no-refuse-leaks"
+        with pytest.raises(SystemExit, match="no verdict at the end of the reply. Stopped after step 0 of 2"):
+            rl(started, toy, tmp_path, *flags)
+        clear.append("now")
+        assert [row["judge/unknown"] for row in rl(started, toy, tmp_path, *flags)] == [0, 0]
 
 
 def test_the_reference_judges_and_is_compared_with_the_exact_rule(started, toy, tmp_path, capsys):
