@@ -99,7 +99,7 @@ def write_whole(file: Path, text: str) -> None:
 def at_least(settings, **least: int) -> None:
     """SystemExit for a setting that would make a run senseless."""
     for name, value in least.items():
-        if getattr(settings, name) < value:
+        if not getattr(settings, name) >= value:             # NaN is not
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
@@ -257,14 +257,14 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
     if text.lstrip().startswith("["):
         try:
             rows = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file}: not JSON: {error}") from None
     else:
         rows = []
         for n, line in enumerate(text.split("\n"), start=1):       # splitlines also cuts at U+2028, inside a text
             try:
                 rows += [(n, json.loads(line))] if line.strip() else []
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{file}, line {n}: not JSON: {error}") from None
     if not rows:
         raise ValueError(f"{file}: holds no records")
@@ -280,6 +280,7 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
 def to_record(row: dict, traces: bool) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
+    json.dumps(row, ensure_ascii=False).encode()             # half a character (ValueError) could not be written
     needed = ["problem", "problem_type", "solution", "path", "data_type"] + ["observation", "process"] * traces
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
@@ -742,7 +743,7 @@ class JudgeSettings:
                               "the run stops")
 
     def __post_init__(self):
-        at_least(self, concurrency=1, retries=0)
+        at_least(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
         self.need("judge", ("rule", "reference"))
 
     def need(self, name: str, words: tuple[str, ...]) -> None:
@@ -936,7 +937,8 @@ class CotSettings(InputSettings, JudgeSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, batch=1, max_response=1, limit=0)
+        at_least(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
+                 reasoning_mistakes=0, template_mistakes=0)
         self.need("teacher", ("toy",))
         if self.template != "p2r":
             raise SystemExit("--template think has no observation that could be judged: traces are made with p2r")
@@ -957,7 +959,7 @@ def work_through(items: dict[str, Any], make_worker: Callable[["CotSettings"], C
     share of it is lost.
     """
     journal = Journal(file)
-    done = {row["key"]: row for row in journal.rows if row["key"] in items}
+    done = {row["key"]: row for row in journal.rows if row.get("key") in items}
     todo, lost, tried = [key for key in items if key not in done], {}, 0
     if not todo:
         return done, lost
@@ -1009,11 +1011,16 @@ def cot(s: CotSettings) -> Path:
     records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
     if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
         raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
-    judged = folder / "3-judged.jsonl"                       # before the first verdict the judge may still change
-    same_settings(folder, asdict(s), ("limit", "batch", *(("judge", "judge_model") if not judged.exists() else ())))
+    if s.judge.startswith(HTTP):                             # before a teacher is paid: can its traces be judged?
+        key_from("JUDGE_API_KEY")
+    elif s.judge == "reference":
+        newest_checkpoint(s.judge_model)
+    made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may still change
+    same_settings(folder, asdict(s), asdict(s) if not made.exists() else
+                  ("limit", "batch") + ("judge", "judge_model") * (not judged.exists()))
 
     # Step 1, generate: a teacher writes a trace for every record.
-    drafts, unanswered = work_through(records, make_teacher, s.teacher, folder / "1-generated.jsonl", "1 generate", s)
+    drafts, unanswered = work_through(records, make_teacher, s.teacher, made, "1 generate", s)
     why = {key: "media unreadable" if lost.startswith("media") else "no reply from the teacher"
            for key, lost in unanswered.items()}
 
@@ -1034,9 +1041,9 @@ def cot(s: CotSettings) -> Path:
 
     def row(key: str) -> dict:
         trace, score, _ = traces.get(key, (parse(""), 0.0, ""))
-        made = dict(observation=trace.observation, process=trace.think, output=drafts.get(key, {}).get("output"),
-                    reward=score, select=key in kept)
-        return to_row(records[key]) | made | ({} if key in kept else {"reason": why[key]})
+        trace = dict(observation=trace.observation, process=trace.think, output=drafts.get(key, {}).get("output"),
+                     reward=score, select=key in kept)
+        return to_row(records[key]) | trace | ({} if key in kept else {"reason": why[key]})
     write_rows(folder / "traces.jsonl", (row(key) for key in records if key in kept))
     write_rows(folder / "dropped.jsonl", (row(key) for key in records if key not in kept))
     print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)

@@ -12,6 +12,8 @@
 Below that stand the judges, from the toy world's exact rule to language models behind http, and what keeps them honest.
 No tensors here but in `checkpoint_speaker`: all else works on text, bytes of sampled tokens, and counts of tokens.
 """
+import concurrent.futures
+import errno
 import hashlib
 import http.client
 import itertools
@@ -407,8 +409,8 @@ def whole_lines(file: Path) -> tuple[list[dict], int]:
     raw = file.read_bytes() if file.is_file() else b""
     while (stop := raw.find(b"\n", end) + 1):
         try:
-            rows.append(json.loads(raw[end:stop]))
-        except ValueError:
+            rows.append(dict(json.loads(raw[end:stop])))
+        except (ValueError, TypeError):
             raise ValueError(f"{file}, line {len(rows) + 1}: not JSON; remove the line to go on without it") from None
         end = stop
     return rows, end
@@ -426,7 +428,8 @@ class Journal:
     def add(self, row: dict) -> None:
         line = (json.dumps(row) + "\n").encode()
         with self.lock, self.file.open("ab", buffering=0) as out:
-            out.write(line)
+            if out.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "no space left", str(self.file))
 
 
 # ------------------------------------------------------------------------------------------------ models as judges
@@ -470,7 +473,7 @@ def read_verdict(reply: Reply) -> Verdict:
     """Yes or No only from the end of the judge's own reply: tags that it quotes on the way do not count."""
     if reply.text is None:
         return Verdict(None, "", reply.lost)
-    found, words = JUDGEMENT.search(reply.text), " ".join(printable(reply.text).split())[:1000]
+    found, words = JUDGEMENT.search(reply.text[-300:]), " ".join(printable(reply.text).split())[:1000]
     return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, words, UNREADABLE)
 
 
@@ -493,6 +496,7 @@ def server_address(url: str) -> str:
     return url.rstrip("/")
 
 
+LARGEST_REPLY = 2 ** 24                                      # bytes
 TRY_AGAIN = (408, 409, 425, 429)                             # and all from 500 on; other errors would come again
 PATIENCE = 240                                               # seconds for a batch with all its tries: ranks that wait
                                                              # for each other give up after ten minutes
@@ -540,7 +544,10 @@ class Client:
             if pause > 0:                                    # the server has asked another thread to wait
                 time.sleep(pause + random.uniform(0, 0.5))
             self.counts["requests" if attempt == 0 else "retries"] += 1
-            text, lost, wait_for = self.post(body)
+            try:                                             # headers that come in drops have no other end
+                text, lost, wait_for = beside(self.post, body).result(self.timeout + 1)
+            except concurrent.futures.TimeoutError:
+                text, lost, wait_for = None, f"no whole reply in {self.timeout:g} s", 0.0
             if text is not None:
                 if self.keep(text):
                     self.known[name] = text
@@ -566,6 +573,8 @@ class Client:
                     raw += chunk
                     if time.monotonic() > deadline:          # the socket's own timeout allows a drop at a time
                         raise TimeoutError(f"no whole reply in {self.timeout:g} s")
+                    if len(raw) > LARGEST_REPLY:
+                        raise ValueError(f"more than {LARGEST_REPLY} bytes")
             if len(self.key) >= 8:                           # a server may repeat it; shorter ones are no secrets
                 raw = raw.replace(self.key.encode(), b"***")
             if response.status != 200:

@@ -150,6 +150,26 @@ def test_a_reply_in_drops_ends_at_the_timeout():
     assert reply.text is None and "no whole reply in 0.5 s" in reply.lost and time.monotonic() - began < 2
 
 
+def test_headers_in_drops_end_as_well():
+    import socket
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def drip():
+            connection, _ = listening.accept()
+            connection.recv(65536)
+            try:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                for _ in range(100):
+                    connection.sendall(b"x")
+                    threading.Event().wait(0.1)
+            except OSError:
+                pass
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        reply = Client(url, "m", timeout=0.5, retries=0).ask(chat("?"))
+    assert reply.text is None and "no whole reply in 0.5 s" in reply.lost and time.monotonic() - began < 3
+
+
 def test_nobody_there(waits):
     with serving(lambda n, request: "x") as server:
         pass

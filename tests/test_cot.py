@@ -287,6 +287,14 @@ def test_other_settings_need_another_folder(toy, tmp_path):
         cot(settings(toy, tmp_path, perception_mistakes=0.5))
 
 
+def test_what_was_never_begun_may_change(toy, tmp_path):
+    """A wrong name for the teacher's model is mended by giving the right one."""
+    with serving(lambda n, request: Fault(404, body=b"model not found")) as server:
+        cot(http_settings(toy, tmp_path, server, teacher_model="x", max_unknown=1.0))
+    with serving(answers(toy)) as server:
+        assert lines(cot(http_settings(toy, tmp_path, server)))
+
+
 def test_a_damaged_line_is_named_and_a_cut_one_is_done_again(toy, tmp_path):
     kept = cot(settings(toy, tmp_path)).read_bytes()
     journal = tmp_path / "1-generated.jsonl"
