@@ -15,6 +15,7 @@ import ast
 import base64
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -1191,7 +1192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("--limit", type=int, default=0, help="read the media of N records only, drawn at random [all]")
     checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
     add_flags(checker, InputSettings, names=("frames", "max_pixels", "max_prompt", "workers"))
-    maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", description=cot.__doc__,
+    maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", description=inspect.cleandoc(cot.__doc__),
                                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in
                                          ("workers", "cache_gb", "max_prompt", "template")])  # these mean nothing here
