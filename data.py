@@ -1192,8 +1192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("--limit", type=int, default=0, help="read the media of N records only, drawn at random [all]")
     checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
     add_flags(checker, InputSettings, names=("frames", "max_pixels", "max_prompt", "workers"))
-    maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", description=inspect.cleandoc(cot.__doc__),
-                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", allow_abbrev=False,
+                                description=inspect.cleandoc(cot.__doc__),
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in
                                          ("workers", "cache_gb", "max_prompt", "template")])  # these mean nothing here
     given = given_flags(parser.parse_args(argv))
