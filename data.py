@@ -26,6 +26,7 @@ import sys
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -898,7 +899,9 @@ def toy_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
         rng, mistakes = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), []
         if not r.observation:
             raise ValueError(f"the toy teacher learns what was shown from the record; {r.path} does not say it")
-        seen = reasoned = shown = [item.split(" ", 1)[1] for item in r.observation.split(", ")]
+        seen = reasoned = shown = [item.partition(" ")[2] for item in r.observation.split(", ")]
+        if toy_observation(shown) != r.observation or len(shown) != TOY_EVENTS:
+            raise ValueError(f"{r.path}: {r.observation!r:.60} is no observation of the toy world")
         if rng.random() < s.perception_mistakes:
             mistakes.append("perception")
             seen = misread(r, shown, rng, below=1 - 1e-9)
@@ -1007,8 +1010,27 @@ def cot(s: CotSettings) -> Path:
     order of the records. Killed at any moment and started again, it asks for what is missing and ends in the same
     files.
     """
-    folder = Path(s.out)
-    s = replace(s, media=s.media or str(Path(s.data).parent))
+    with alone_in(Path(s.out)):
+        return make_traces(replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out))
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """Two processes in one folder would ask, and pay, everything twice: SystemExit for the second one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            import fcntl                                     # not on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise SystemExit(f"Another process works in {folder}.") from None
+        yield
+
+
+def make_traces(s: CotSettings, folder: Path) -> Path:
+    """The three steps, the files and the funnel."""
     records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
     if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
         raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")

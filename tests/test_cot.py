@@ -287,6 +287,12 @@ def test_other_settings_need_another_folder(toy, tmp_path):
         cot(settings(toy, tmp_path, perception_mistakes=0.5))
 
 
+def test_a_second_process_in_the_same_folder_is_sent_away(toy, tmp_path):
+    with data.alone_in(tmp_path), pytest.raises(SystemExit, match="Another process works in"):
+        cot(settings(toy, tmp_path))
+    assert lines(cot(settings(toy, tmp_path)))
+
+
 def test_what_was_never_begun_may_change(toy, tmp_path):
     """A wrong name for the teacher's model is mended by giving the right one."""
     with serving(lambda n, request: Fault(404, body=b"model not found")) as server:
