@@ -38,8 +38,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
-                   read_config, save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Responses, init_weights, load_model, mrope_positions,
+                   newest_checkpoint, read_config, save_model, write_config)
 from rewards import (COLOURS, JUDGEMENT, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
                      Client, Journal, Judge, Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge,
                      only, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
@@ -813,12 +813,16 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
         prompts = collate([blind_example(r, c.observation, vocabulary, model.config, settings)
                            for r, c in zip(records, some)]).to(device)
         out = model.generate(prompts, torch.zeros(len(some), 1, tokens), vocabulary.stop_ids, temperature=0.0)
-        for c, ids, n in zip(some, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
-            text = vocabulary.decode(ids[:n])
+        for c, text in zip(some, first_texts(out, vocabulary)):
             score = task_metric(c.problem_type, parse(text).answer, c.reference, c.options)
             said = " ".join(text.split())
             verdicts.append(Verdict(score >= THRESHOLD, f"answering blind: {said} (score {score:.2f})"))
     return verdicts
+
+
+def first_texts(out: Responses, vocabulary: Vocabulary) -> list[str]:
+    """The text of each prompt's first response."""
+    return [vocabulary.decode(ids[:n]) for ids, n in zip(out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist())]
 
 
 class Draft(NamedTuple):
@@ -866,8 +870,7 @@ def local_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
             uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response)
                                     for e in ready.values()])
             out = model.generate(collate([*ready.values()]).to(device), uniforms, vocabulary.stop_ids, s.temperature)
-            for i, ids, n in zip(ready, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
-                found[i] = Draft(vocabulary.decode(ids[:n]))
+            found |= zip(ready, map(Draft, first_texts(out, vocabulary)))
         return [found[i] for i in range(len(records))]
     return teach
 
@@ -1063,8 +1066,8 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
                     "verdict unreadable" if lost == UNREADABLE else "verdict missing")
 
     def row(key: str) -> dict:
-        trace, score, _ = traces.get(key, (parse(""), 0.0, ""))
-        trace = dict(observation=trace.observation, process=trace.think, output=drafts.get(key, {}).get("output"),
+        parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
+        trace = dict(observation=parsed.observation, process=parsed.think, output=drafts.get(key, {}).get("output"),
                      reward=score, select=key in kept)
         return to_row(records[key]) | trace | ({} if key in kept else {"reason": why[key]})
     write_rows(folder / "traces.jsonl", (row(key) for key in records if key in kept))
