@@ -17,8 +17,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data import TOY_SPLITS, Examples, MediaError, Record, Vocabulary, build_example, make_toy, read_records
 from pagrpo import PRESETS, Settings, evaluate, rollout, summary, table
 from rewards import PROBLEM_TYPES, Judge, rule_judge
@@ -120,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             ask(path, args, settings, world)
         else:
             bench(path, args, settings, world)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        world.leave()
     except MediaError as error:
         sys.exit(f"{args.video}: {error}")
     except (FileNotFoundError, ValueError) as error:

@@ -124,6 +124,16 @@ class World:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return float(most)
 
+    def leave(self) -> None:
+        """Ends a program that went well, when all ranks arrive; after an error a rank just ends. Several ranks skip
+        Python's own shutdown: a thread of gloo may still hold a tensor then, and would abort (seen on busy machines)."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
 
 def start_world() -> World:
     """Reads torchrun's environment and joins the ranks. Without torchrun: one rank."""
@@ -500,8 +510,7 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
     world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
     try:
         train(settings, world)
-        if dist.is_initialized():
-            dist.destroy_process_group()                     # when all ranks arrive; after an error one just ends
+        world.leave()
     except (ValueError, OSError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error}  ({Path(place.filename).name}:{place.lineno})")
