@@ -98,6 +98,13 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(aside, file)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
+            for row in rows]
+
+
 def at_least(settings, **least: int) -> None:
     """SystemExit for a setting that would make a run senseless."""
     for name, value in least.items():
@@ -109,12 +116,13 @@ def at_least(settings, **least: int) -> None:
 class InputSettings:
     """How media and prompts become model inputs. Every script has these; SFT, RL and evaluation must agree on them."""
     frames: int = flag(16, "most frames taken from a video, always with its first and last (even)")
-    fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows")
+    fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows; 0: always --frames")
     min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this many pixels")
     max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this many pixels")
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images, which have a budget of their own")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
-    prompt: str = flag("full", "full: explain the template in the prompt; short: leave that to SFT", ["full", "short"])
+    prompt: str = flag("full", "full: explain the template in the prompt; short: leave that to SFT; direct: question "
+                       "and options alone", ["full", "short", "direct"])
     template: str = flag("p2r", "p2r: observation, think, answer; think: think, answer (process-agnostic baseline)",
                          ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
@@ -158,22 +166,35 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
     As the paper's base recipe: `settings.fps` a second, clamped to 4 … `settings.frames`, so a short clip gives fewer.
     Seconds per grid step then are 2 · total / (fps · taken), as the official utility computes them.
     """
-    wanted = min(settings.frames, max(FEWEST_FRAMES, round(total / fps * settings.fps)), total)
+    by_rate = round(total / fps * settings.fps) if settings.fps else settings.frames
+    wanted = min(settings.frames, max(FEWEST_FRAMES, by_rate), total)
     return np.linspace(0, total - 1, max(STEP, wanted // STEP * STEP)).round().astype(int).tolist()
 
 
-def read_video(path: Path, settings: InputSettings) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per grid step, of a video file or of a folder of frames."""
+def within(total: int, fps: float, bounds: tuple[float, float] | None, number: int = 0) -> tuple[int, int]:
+    """The first frame between two times in seconds, and how many there are. `number` is the first frame's own."""
+    if bounds is None:
+        return 0, total
+    first, last = (min(max(round(seconds * fps) - number, 0), total - 1) for seconds in bounds)
+    return first, max(first, last) - first + 1
+
+
+def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
+               ) -> tuple[np.ndarray, float]:
+    """Frames (N, height, width, 3) uint8 and seconds per grid step, of a video file or of a folder of frames (at `rate`
+    a second), whole or between two times in seconds."""
     if path.is_dir():
         files = sorted((f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")),
                        key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
         if not files:
             raise MediaError("the folder holds no frames")
-        chosen = frame_indices(len(files), settings.fps, settings)            # frame rate unknown: settings.fps
-        frames = [read_image(files[i]) for i in chosen]
+        fps = rate or settings.fps or 2.0
+        first, total = within(len(files), fps, bounds, number=1)              # 00001.jpg is the first
+        chosen = frame_indices(total, fps, settings)
+        frames = [read_image(files[first + i]) for i in chosen]
         if len({f.shape for f in frames}) > 1:
             raise MediaError("the folder's frames differ in size")
-        return np.concatenate(frames), STEP * len(files) / (settings.fps * len(chosen))
+        return np.concatenate(frames), STEP * total / (fps * len(chosen))
     try:
         import decord  # opened, read and dropped inside this function: a reader shared between threads hangs
     except ImportError:
@@ -183,8 +204,9 @@ def read_video(path: Path, settings: InputSettings) -> tuple[np.ndarray, float]:
         total, fps = len(reader), float(reader.get_avg_fps())
         if total < 1 or not fps > 0:
             raise MediaError(f"it claims {total} frames at {fps} a second")
+        first, total = within(total, fps, bounds)
         chosen = frame_indices(total, fps, settings)
-        return reader.get_batch(chosen).asnumpy(), STEP * total / (fps * len(chosen))
+        return reader.get_batch([first + i for i in chosen]).asnumpy(), STEP * total / (fps * len(chosen))
     except (RuntimeError, decord.DECORDError) as error:
         raise MediaError(f"cannot be decoded: {(str(error).strip() or repr(error)).splitlines()[-1][:200]}") from None
 
@@ -240,7 +262,10 @@ class Record:
     observation: str = ""                                    # the trace, only in SFT files
     think: str = ""
     data_source: str = ""                                    # where the question comes from
-    blind: bool = False                                      # read without the media: the observation is given instead
+    blind: bool = False                                      # read without its medium
+    given: str | None = None                                 # an observation that the answer begins with
+    bounds: tuple[float, float] | None = None                # seconds of the video that are meant; None: all of it
+    rate: float = 0.0                                        # frames a second in a folder of frames; 0: unknown
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
@@ -341,7 +366,7 @@ def media_path(root: Path, path: str) -> Path:
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
     """A record's frames, seconds per grid step (0 for an image), and most pixels of a frame. Raises MediaError."""
     path = media_path(root, r.path)
-    return (*read_video(path, settings), settings.max_pixels) if r.data_type == "video" else (
+    return (*read_video(path, settings, r.bounds, r.rate), settings.max_pixels) if r.data_type == "video" else (
         read_image(path), 0.0, settings.image_max_pixels)
 
 
@@ -377,13 +402,17 @@ def instruction(record: Record, settings: InputSettings) -> str:
                                  else f"{chr(65 + i)}. {o}" for i, o in enumerate(record.options)]
     if settings.prompt == "full":
         lines.append(PARTS[settings.template].format(medium=record.data_type))
-    return "\n".join(lines + [TYPE_LINES[record.problem_type]])
+    return "\n".join(lines + [TYPE_LINES[record.problem_type]] * (settings.prompt != "direct"))
+
+
+def seen_text(observation: str) -> str:
+    return f"<observation> {observation} </observation>\n"
 
 
 def trace_text(record: Record, template: str) -> str:
-    """What SFT teaches the model to say. The baseline sees the same data without the observation segment; to a blind
-    model the observation is given."""
-    seen = f"<observation> {record.observation} </observation>\n" if template == "p2r" and not record.blind else ""
+    """What SFT teaches the model to say. The baseline sees the same data without the observation segment; an
+    observation that is given is not said again."""
+    seen = "" if template == "think" or record.given is not None else seen_text(record.observation)
     return f"{seen}<think> {record.think} </think>\n<answer> {record.reference} </answer>"
 
 
@@ -443,29 +472,25 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
     """Qwen's chat layout up to where the answer begins. The short prompt leaves out the system line as well."""
     start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
     system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
-    return [*system * (settings.prompt == "full"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
+    return [*system * (settings.prompt != "short"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
             *newline, *start, *v.encode("assistant\n")]
 
 
 def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings
                   ) -> Example:
-    """Reads the medium and lays out the prompt as Qwen's chat template does. Raises MediaError."""
-    if record.blind:
-        return blind_example(record, record.observation, vocabulary, config, settings)
-    frames, seconds, limit = read_media(record, root, settings)
-    pixels, grid = patchify(frames, min(settings.min_pixels, limit), limit)
-    v, pad = vocabulary, config.video_token_id if record.data_type == "video" else config.image_token_id
-    medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
-    ids = torch.tensor(chat(medium, instruction(record, settings), vocabulary, settings))
-    return Example(record, ids, *mrope_positions(ids, [grid], [seconds], config), pixels, grid, seconds)
-
-
-def blind_example(record: Record, observation: str, vocabulary: Vocabulary, config: Config, settings: InputSettings
-                  ) -> Example:
-    """The question without its medium, and a given observation as the beginning of the answer."""
-    ids = chat([], instruction(record, settings), vocabulary, settings)
-    ids = torch.tensor(ids + vocabulary.encode(f"<observation> {observation} </observation>\n"))
-    return Example(record, ids, *mrope_positions(ids, [], [], config), None, None, 0.0)
+    """Reads the medium and lays out the prompt as Qwen's chat template does, up to an observation that is given. Raises
+    MediaError."""
+    v, medium, pixels, grids, times = vocabulary, [], None, [], []
+    if not record.blind:
+        frames, seconds, limit = read_media(record, root, settings)
+        pixels, grid = patchify(frames, min(settings.min_pixels, limit), limit)
+        grids, times = [grid], [seconds]
+        pad = config.video_token_id if record.data_type == "video" else config.image_token_id
+        medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
+    begun = [] if record.given is None else v.encode(seen_text(record.given))
+    ids = torch.tensor(chat(medium, instruction(record, settings), v, settings) + begun)
+    return Example(record, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]),
+                   *(times or [0.0]))
 
 
 def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
@@ -480,9 +505,9 @@ class Examples:
     """Records that turn into examples when asked for; what cannot is None, counted, and named in a log file."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
-                 settings: InputSettings, log: Path | None = None):
+                 settings: InputSettings, log: Path | None = None, most_lost: float = MOST_LOST):
         self.records, self.root, self.vocabulary = records, Path(root), vocabulary
-        self.config, self.settings, self.log = config, settings, log
+        self.config, self.settings, self.log, self.most_lost = config, settings, log, most_lost
         self.asked, self.skipped = set(), {}                 # indices; index → reason
         self.kept, self.room = {}, settings.cache_gb * 2 ** 30                # index → example; bytes left for more
         self.lock = threading.Lock()                         # for what follows a read: the threads of `ahead` share it
@@ -515,10 +540,10 @@ class Examples:
             self.skipped[i] = reason
 
     def check_losses(self) -> None:
-        """Raises ValueError once more than 20 % of at least 20 records had to be skipped for their media."""
+        """Raises ValueError once more than `most_lost` of at least 20 records had to be skipped for their media."""
         with self.lock:
             lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
-        if len(self.asked) >= min(20, len(self)) and len(lost) > MOST_LOST * len(self.asked):
+        if len(self.asked) >= min(20, len(self)) and len(lost) > self.most_lost * len(self.asked):
             example = self.records[lost[0]]
             raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
                              f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? To train on "
@@ -809,9 +834,9 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
     verdicts = []
     for i in range(0, len(claims), batch):
         some = claims[i:i + batch]
-        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type) for c in some]
-        prompts = collate([blind_example(r, c.observation, vocabulary, model.config, settings)
-                           for r, c in zip(records, some)]).to(device)
+        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
+                          given=c.observation) for c in some]
+        prompts = collate([build_example(r, Path(), vocabulary, model.config, settings) for r in records]).to(device)
         out = model.generate(prompts, torch.zeros(len(some), 1, tokens), vocabulary.stop_ids, temperature=0.0)
         for c, text in zip(some, first_texts(out, vocabulary)):
             score = task_metric(c.problem_type, parse(text).answer, c.reference, c.options)

@@ -685,7 +685,7 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in Path(source).iterdir() if source else ():
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in (INDEX, "state.json", "eval-toy.json"):
+        if file.suffix in (".json", ".txt", ".jinja") and file.name not in (INDEX, "state.json"):
             shutil.copy(file, aside)
     shards, size = [{}], 0
     for name, x in tensors.items():

@@ -101,9 +101,9 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def say(self, *words) -> None:
+    def say(self, *words, sep: str = " ") -> None:
         if self.first:
-            print(*words, flush=True)
+            print(*words, sep=sep, flush=True)
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Adds up the same keys over all ranks."""
@@ -126,7 +126,7 @@ class World:
 
     def leave(self) -> None:
         """Ends a program that went well, when all ranks arrive; after an error a rank just ends. Several ranks skip
-        Python's own shutdown: a thread of gloo may still hold a tensor then, and would abort (seen on busy machines)."""
+        Python's own shutdown: a thread of gloo may still hold a tensor then, and would abort (on busy machines)."""
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.size > 1:
@@ -135,8 +135,8 @@ class World:
             os._exit(0)
 
 
-def start_world() -> World:
-    """Reads torchrun's environment and joins the ranks. Without torchrun: one rank."""
+def start_world(patience: timedelta = timedelta(minutes=10)) -> World:
+    """Reads torchrun's environment and joins the ranks, which wait so long for each other. Otherwise: one rank."""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if size > 1:  # threads of several ranks on the same cores spin against each other: ten times slower than one rank
@@ -147,7 +147,7 @@ def start_world() -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (size > 1 or cuda):
         alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), **alone)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **alone)
     return World(rank, size, device)
 
 
@@ -455,7 +455,7 @@ def train(settings: Settings, world: World) -> Path:
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
     chance = random.Random(settings.seed)
-    records = [replace(r, blind=chance.random() < settings.blind) for r in records]
+    records = [replace(r, blind=True, given=r.observation) if chance.random() < settings.blind else r for r in records]
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(folder, settings, steps, world)
     report = folder / "results.json"

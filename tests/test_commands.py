@@ -108,7 +108,10 @@ def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base,
     pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"),
                  "--media", str(toy), "--heldout", str(toy / "heldout.json"), "--steps", "1", "--questions", "2",
                  "--max-response", "12"])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")]
+    trained = json.loads((tmp_path / "pagrpo" / "results.json").read_text())["pagrpo, greedy"]
     evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy)])
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("pagrpo, ")] == table
-    assert json.loads((tmp_path / "pagrpo" / "eval-toy.json").read_text())["results"]["greedy"]["answer"]["n"] == 20
+    said = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "pagrpo" / "eval" / "toy" / "summary.json").read_text())
+    assert numbers["readings"]["all questions"]["value"] == trained["answer"]["value"]
+    assert numbers["perception"]["value"] == trained["perception"]["value"]
+    assert "toy: 20 questions scored" in said and numbers["readings"]["all questions"]["n"] == 20
