@@ -60,10 +60,11 @@ Find = Callable[..., str]                                    # the first of some
 
 def item(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict, direct: str = "",
          kind: str = "multiple choice", metric: str = "choice", labels: Sequence[str] = (), **more) -> Item:
-    record = Record(key, question.strip(), tuple(map(str, options)), kind, str(answer), path, "video", **more)
-    if metric == "choice" and choice(record.reference, record.options) is None:
+    options, reference = tuple(map(str, options)), str(answer)
+    if metric == "choice" and (reference := choice(reference, options)) is None:
         raise ValueError(f"the answer {answer!r} is none of the options {list(options)}")
-    return Item(record, metric, groups, direct, tuple(labels))
+    return Item(Record(key, question.strip(), options, kind, reference, path, "video", **more), metric, groups, direct,
+                tuple(labels))
 
 
 LETTER_ONLY = "Answer with the letter of the correct option."
@@ -341,15 +342,23 @@ UNIT_WORDS = "zero one two three four five six seven eight nine ten eleven twelv
 def letters_in(text: str, valid: Iterable[str]) -> list[re.Match]:
     """Option letters that stand alone as capitals: not the article in "A man", not "I think", not "not B"."""
     return [m for m in re.finditer(LETTER, text) if m[1] in valid
-            and not re.search(r"(?:\bnot|n't)\s+\W?$", text[:m.start()])
+            and not re.search(r"(?:\bnot|n't)\s+\W?$", text[:m.start()], re.I)
             and not (m[1] in "AI" and re.match(r" +[a-z]", text[m.end():]))]
 
 
 def texts_in(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
     """(start, end, letter) of every option text that occurs as whole words, without those inside a longer one."""
+    flat = " ".join(text.casefold().split())                 # the 3 in "-3" or "3.5" is none
     found = [(m.start(), m.end(), letter) for letter, option in options.items() if option
-             for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", " ".join(text.casefold().split()))]
+             for m in re.finditer(rf"(?<![\w-])(?<!\d[.,]){re.escape(option)}(?!\w|[.,]\d)", flat)]
     return [(a, b, x) for a, b, x in found if not any(c <= a and b <= d and (c, d) != (a, b) for c, d, _ in found)]
+
+
+def undressed(text: str) -> str:
+    """Without Markdown, \\boxed{} and $."""
+    for _ in range(2):                                       # \boxed{\text{B}}
+        text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"[*$\\]", "", text).strip()
 
 
 def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] = ()) -> str | None:
@@ -360,33 +369,37 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
     3. it begins with a letter: "B) because …", or with one option's text: "Yes, he does"
     4. its last line names one letter as a capital standing alone; the article in "An apple" or "A man" is none
     5. it contains the text of one option
-    Markdown, \\boxed{} and $ are taken off first, and names like "Option 2" are turned into letters.
+    Dress is taken off first (`undressed`), and names like "Option 2" are turned into letters.
     """
     if text is None:
         return None
-    texts = option_texts(options)
-    plain = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-    plain = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", plain).replace("*", "").replace("$", "").replace("\\", "").strip()
+    texts = {letter: squash(undressed(option)) for letter, option in option_texts(options).items()}
+    plain = undressed(text)
     for letter, label in zip(texts, labels):
         if squash(plain) == label.split()[-1].casefold():    # a bare "2" of "Option 2"
             return letter
         plain = re.sub(rf"(?<!\w){re.escape(label)}(?!\w)", letter, plain, flags=re.I)
-    words = lambda x: re.findall(r"\w+", x.casefold())
-    if squash(plain).upper() in texts or any(words(plain) in (words(option), words(f"{letter} {option}"))       # 1
-                                             for letter, option in texts.items()):
-        return choice(plain, options)
+    if squash(plain).upper() in texts:                                                                          # 1
+        return squash(plain).upper()
+    for same in squash, lambda x: re.findall(r"\w+", x.casefold()):
+        whole = [letter for letter, option in texts.items() if option
+                 and same(plain) in (same(option), same(f"{letter}. {option}"), same(f"{letter} {option}"))]
+        if whole:
+            return whole[0] if len(whole) == 1 else None
     said = [m for m in CUE.finditer(plain) if m[1].upper() in texts
             and (m[1].isupper() or re.match(r"\s*(?:$|[.,;:)\]}])", plain[m.end():]))]
     if said:                                                                                                    # 2
         return None if HEDGE.match(plain, said[-1].start(1)) else said[-1][1].upper()
     last = plain.splitlines()[-1] if plain else ""
-    if (hedge := HEDGE.search(last)) and {hedge[1], hedge[2]} <= texts.keys():
+    if (hedge := HEDGE.search(last)) and {hedge[1].upper(), hedge[2].upper()} <= texts.keys():
         return None
     begun = re.match(r"\W*([A-Za-z])\s*(?:[.)\]:,–—]|-\s)", plain)
     if begun and begun[1].upper() in texts:                                                                     # 3
-        return choice(plain, options) if begun[1].islower() else begun[1]
-    mentioned = texts_in(plain, texts)
-    if len(begun := {letter for start, _, letter in mentioned if start == 0}) == 1:
+        return begun[1].upper()
+    mentioned = sorted(texts_in(plain, texts))
+    begun = {letter for start, _, letter in mentioned if start == 0}
+    if len(begun) == 1 and not re.search(r"\b(?:or|and)\b", " ".join(plain.split())[mentioned[0][1]:mentioned[1][0]]
+                                         if len(mentioned) > 1 else ""):
         return begun.pop()
     named = {m[1] for m in letters_in(last, texts)}
     if named:                                                                                                   # 4
@@ -456,7 +469,7 @@ def score(item: Item, response: str, answer: str | None, finished: bool) -> tupl
     text = answer_text(response)
     if item.metric == "choice":
         letter = read_choice(text, r.options, item.labels)
-        return letter, float(letter == choice(r.reference, r.options))
+        return letter, float(letter == r.reference)
     if text is None or not text.strip():
         return None, 0.0
     if item.metric == "open":
@@ -704,7 +717,7 @@ def mismatch(rows: list[dict]) -> str:
     off = [r for r in told if r["thought"] != r["said"]]
     hits = {name: sum(r[name] == choice(r["reference"], r["options"]) for r in off) for name in ("thought", "said")}
     share = mean(told, value=lambda r: float(r["thought"] != r["said"]))
-    lines = [f"Think–answer mismatch: {cell(share)} % of {len(told)} multiple-choice responses whose think names an "
+    lines = [f"Think–answer mismatch: {cell(share)}% of {len(told)} multiple-choice responses whose think names an "
              f"option (paper:", f"Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5). {len(rows) - len(told)} of {len(rows)} "
              f"cannot be told: think or answer is missing, or names no", f"option. Where they differ, the think was right "
              f"{hits['thought']} times, the answer {hits['said']} times."]

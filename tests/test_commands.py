@@ -40,7 +40,7 @@ def test_help_names_every_setting_with_its_reason_and_presets(module, capsys):
     (pagrpo, ["--preset", "70b"], "invalid choice: '70b'"),
     (pagrpo, ["--advantage", "ppo"], "invalid choice: 'ppo'"),
     (sft, ["--steps", "many"], "invalid int value: 'many'"),
-    (evaluation, ["--bench", "toy", "--video", "x.mp4"], "give --bench NAME, or --video FILE"),
+    (evaluation, ["--bench", "toy", "--video", "x.mp4"], "give one of --bench NAME"),
     (evaluation, ["--video", "x.mp4"], "with --question TEXT")])
 def test_a_wrong_flag_is_named(module, flags, complaint, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,321 @@
+"""Promise: a benchmark is read as it is downloaded. Each is built here in miniature, with the file names, fields and
+folders of the official download, clips of the toy world, and one fault that such a download really has."""
+import csv
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data
+import eval as evaluation
+from eval import BENCHES, Condition, asked, read_bench
+
+
+@pytest.fixture
+def clip(toy):
+    """clip("a/b.mp4") puts a clip there, clip("a/b.mp4", broken=True) something that is none."""
+    source = sorted((toy / "heldout").glob("*.avi"))
+
+    def put(path: Path, broken: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0" * 2000) if broken else shutil.copy(source[len(path.name) % len(source)], path)
+    return put
+
+
+def write_json(file: Path, tree) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(tree))
+
+
+def write_parquet(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def vsibench(root: Path, clip) -> None:
+    rows = [("arkitscenes", "41069025", "object_counting", "How many table(s) are in this room?", "4", None),
+            ("scannet", "scene0011_00", "object_rel_direction_easy", "Is the sofa left or right?", "B",
+             ["A. left", "B. right"]),
+            ("scannetpp", "09c1414f1b", "obj_appearance_order", "Which appears first?", "A", ["A. tv", "B. bed"]),
+            ("scannet", "scene0999_00", "room_size_estimation", "What is the size of this room?", "23.5", None)]
+    (root / "test.jsonl").write_text("".join(json.dumps(dict(
+        id=i, dataset=d, scene_name=s, question_type=t, question=q, ground_truth=g, options=o, pruned=False)) + "\n"
+        for i, (d, s, t, q, g, o) in enumerate(rows)))
+    for d, s, *_ in rows[:3]:                                # fault: one scene was not unpacked
+        clip(root / d / f"{s}.mp4")
+
+
+def videommmu(root: Path, clip) -> None:
+    ten = [f"{n} carbon atoms" for n in range(10)]
+    row = dict(id="dev_Biology_3", question="<image 1> How many?", options=ten, answer="G", question_type="multiple-choice")
+    other = row | dict(id="validation_Basic_Medical_Science_2", options=["3, 4", "4, 3"], answer="A", question_type=None)
+    hard = dict(id="validation_Math_15", question="<image 1> What is x?", options=[],
+                answer="['24/7', '3.429', '3.43']", question_type="open")
+    write_parquet(root / "Perception" / "test-00000-of-00001.parquet", [row, other])
+    write_parquet(root / "Comprehension" / "test-00000-of-00001.parquet", [row])
+    write_parquet(root / "Adaptation" / "test-00000-of-00001.parquet", [other, hard | {"options": None}])
+    clip(root / "Science" / "dev_Biology_3.mp4")
+    clip(root / "Medicine" / "validation_Basic_Medical_Science_2.mp4", broken=True)            # fault: cannot be decoded
+    clip(root / "Science" / "validation_Math_15.mp4")
+    clip(root / "__MACOSX" / "Science" / "._dev_Biology_3.mp4", broken=True)
+    clip(root / "question_only" / "dev_Biology_3_image.mp4")
+
+
+def mmvu(root: Path, clip) -> None:
+    url = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos/{}"
+    row = dict(id="validation_1", video=url.format("Computer_Science/0.mp4"), youtube_url="https://youtu.be/x",
+               question_type="multiple-choice", metadata={"subject": "Computer Science"}, question="Which law?",
+               choices={letter: f"{n} liters" for n, letter in enumerate("ABCDE")}, answer="C")
+    write_json(root / "validation.json", [
+        row, row | dict(id="validation_2", question_type="open-ended", choices=dict.fromkeys("ABCDE", ""), answer="5"),
+        row | dict(id="validation_3", video=url.format("Art/17.mp4"), metadata={"subject": "Art"})])
+    clip(root / "videos" / "Computer_Science" / "0.mp4")      # fault: Art/17.mp4 did not come
+
+
+def vcr_rows() -> list[dict]:
+    row = {"id": 3, "video_path": "video/videoEspresso/Law.Abiding.Citizen.2009__#01-14-42_label_G-0-0.mp4", "duration": 56,
+           "dimension": "Video Plot Analysis", "question": "Why did the man leave?A. He was late\nB. He was hungry\n",
+           "multiple-choice": True, "choices": {"A": "He was late", "B": "He was hungry"}, "answer": "B", "reasoning": []}
+    return [row, row | {"id": 4, "multiple-choice": False, "choices": {}, "answer": "[3, 7]"},
+            row | {"id": 5, "question": "Why did she stay?", "duration": 301, "video_path": "video/mmvu/#2.mp4"}]
+
+
+def vcrbench(root: Path, clip) -> None:
+    write_json(root / "v1/videos/meta_info_video.json", vcr_rows())                             # fault: # in the names,
+    for row in vcr_rows():                                                # and one question does not hold its options
+        clip(root / "v1/videos" / row["video_path"])
+
+
+MV = {"action_sequence": ("K9UXS.mp4", "star/Charades_v1_480", "star/Charades_segment"),
+      "episodic_reasoning": ("castle/s07e03", "tvqa/frames_fps3_hq", "tvqa/video_fps3_hq_segment"),
+      "fine_grained_pose": ("S008.avi", "nturgbd", "nturgbd_convert"),
+      "moving_count": ("video_14727.mp4", "clevrer/video_validation", "clevrer/video_validation")}
+
+
+def mvbench_rows(root: Path, main: bool) -> None:
+    for task, (video, *_) in MV.items():
+        bound = dict(start=1.0, end=2.0, accurate_start=22, accurate_end=31) if main and task[0] in "ae" else {}
+        write_json(root / "json" / f"{task}.json", [
+            dict(video=video if main else str(Path(video).with_suffix(".mp4")), question="Which object was tidied up?",
+                 candidates=["The table.", "The clothes.", "The towel."], answer="The clothes.", **bound)] * 2)
+
+
+def mvbench(root: Path, clip) -> None:
+    """The layout of branch `main`: raw videos under video/, bounds, frame folders."""
+    mvbench_rows(root, main=True)
+    clip(root / "video/star/Charades_v1_480/K9UXS.mp4")
+    frames = root / "video/tvqa/frames_fps3_hq/castle/s07e03"
+    frames.mkdir(parents=True)
+    for i in range(1, 13):                                   # 4 s
+        data.Image.new("RGB", (28, 28), (20 * i, 0, 0)).save(frames / f"{i:05d}.jpg", quality=95)
+    clip(root / "video/data0613/clevrer/video_validation/video_14727.mp4")    # a video of the supplement
+    # fault: fine_grained_pose has no videos in this branch
+
+
+def tempcompass(root: Path, clip) -> None:
+    write_parquet(root / "multi-choice/test-00000-of-00001.parquet", [dict(
+        video_id="1034419625_reverse", dim="action", answer="A. dunking a basketball",
+        question="What is the man doing in the video?\nA. dunking a basketball\nB. passing a basketball")])
+    write_json(root / "questions/yes_no.json", {"1034419625_reverse": {"speed": [
+        {"question": "Is it fast?", "answer": "yes"}, {"question": "Is it slow?", "answer": "no"}]}})
+    write_parquet(root / "caption_matching/test-00000-of-00001.parquet", [dict(
+        video_id="77", dim="order", answer="Option 2: A man is falling.",
+        question="Which description fits?\nOption 1: A man is jumping.\nOption 2: A man is falling."), dict(
+        video_id="1034419625_reverse", dim="order", answer="Caption B: It shrinks.",
+        question="Which caption fits?\nCaption A: It grows.\nCaption B: It shrinks.")])
+    clip(root / "videos" / "1034419625_reverse.mp4")          # fault: 77.mp4 did not come
+
+
+def videomme(root: Path, clip) -> None:
+    row = dict(video_id="001", duration="short", domain="Knowledge", sub_category="History", url="https://youtu.be/x",
+               videoID="-fFjv93ACGo", question_id="001-1", task_type="Counting Problem", question="What is on the tree?",
+               options=["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."], answer="C")
+    write_parquet(root / "videomme/test-00000-of-00001.parquet", [
+        row, row | dict(question_id="001-2", task_type="OCR Problems", answer="D"),
+        row | dict(question_id="700-1", videoID="jRS9fVh7MUw", duration="long")])
+    clip(root / "data" / "-fFjv93ACGo.MP4")
+    clip(root / "data" / "jRS9fVh7MUw.mp4", broken=True)      # fault: a mirror's file without a frame
+
+
+#           builder, questions read, media missing or broken, what its table must say
+EXPECTED = {"vsibench": (vsibench, 4, 1, ["INCOMPLETE: the media of 1 of 4 (25.0%)", "no such file", "30.1", "36.8",
+                                          "mean of multiple choice and MRA (paper)", "mean of eight tasks (official)"]),
+            "videommmu": (videommmu, 5, 2, ["cannot be decoded", "Perception", "Adaptation", "Medicine"]),
+            "mmvu": (mmvu, 2, 1, ["Computer Science", "without Art", "20.0"]),
+            "vcrbench": (vcrbench, 2, 0, ["Video Plot Analysis", "over 300 s", "50.0"]),
+            "mvbench": (mvbench, 8, 2, ["3 of 4 tasks (without fine_grained_pose)", "33.3"]),
+            "tempcompass": (tempcompass, 5, 1, ["closed formats, pooled", "yes_no", "mean of formats", "50.0"]),
+            "videomme": (videomme, 3, 1, ["short", "without subtitles", "without long", "25.0"])}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_miniature_is_read_answered_and_counted(name, clip, base, tmp_path, capsys):
+    build, questions, lost, said = EXPECTED[name]
+    (tmp_path / name).mkdir()
+    build(tmp_path / name, clip)
+    command = ["--bench", name, "--data", str(tmp_path / name), "--model", str(base), "--preset", "tiny", "--out",
+               str(tmp_path / "out"), "--max-pixels", "784", "--max-response", "6"]
+    evaluation.main(command)
+    out = capsys.readouterr().out
+    for words in (*said, f"{questions} questions from", f"NOT the benchmark's {BENCHES[name].expected} questions",
+                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "At most 32 frames"):
+        assert words in out
+    rows = [json.loads(line) for line in (tmp_path / "out" / name / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) == questions == len({r["id"] for r in rows}) and sum("missing" in r for r in rows) == lost
+    for r in rows:
+        if "missing" not in r:
+            assert (r["frames"], r["pixels"]) == ((12 if "tvqa" in r["clip"] else 6), [28, 28])
+            assert len(r["prompt"]) == 16 and r["score"] == 0.0 and not r["finished"]
+    summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
+    assert summary["questions"] == questions and summary["scored"] == questions - lost == summary["cut_off"]
+    evaluation.main(command)                                 # again: nothing is asked twice, the table is the same
+    assert capsys.readouterr().out == out
+
+
+def read(name, build, clip, tmp_path):
+    root = tmp_path / name
+    root.mkdir()
+    build(root, clip)
+    items, notes = read_bench(name, root)
+    return {i.record.problem_id: i for i in items}, notes, root
+
+
+def prompt(item, **flags) -> str:
+    """What the model reads, by the project's own words for it."""
+    args = Namespace(**(dict(direct=False, clips=False) | flags))
+    settings = data.InputSettings(prompt="direct" if args.direct else "short")
+    return data.instruction(asked(item, Condition(), args), settings)
+
+
+def test_options_are_shown_once_with_their_letters(clip, tmp_path):
+    items, _, _ = read("vcrbench", vcrbench, clip, tmp_path)
+    shown = "Why did the man leave?\nOptions:\nA. He was late\nB. He was hungry\n"
+    assert prompt(items["3"]) == shown + "Answer with the letter of the correct option."
+    assert prompt(items["3"], direct=True).count("He was late") == prompt(items["5"], direct=True).count("He was late") == 1
+    items, _, _ = read("videomme", videomme, clip, tmp_path)
+    assert "B. Candles.\nC. Berries." in prompt(items["001-1"]) and "B. B." not in prompt(items["001-1"])
+    assert prompt(items["001-1"], direct=True).endswith("the same number.\nThe best answer is:")
+    items, _, _ = read("tempcompass", tempcompass, clip, tmp_path)
+    assert prompt(items["multi-choice/1034419625_reverse/action/0"]).count("dunking") == 1
+    assert "A. yes\nB. no" in prompt(items["yes_no/1034419625_reverse/speed/0"])
+    assert prompt(items["yes_no/1034419625_reverse/speed/1"], direct=True) == "Is it slow?\nPlease answer yes or no:"
+    matching = next(i for key, i in items.items() if key.startswith("caption_matching/77"))
+    assert "A. A man is jumping.\nB. A man is falling." in prompt(matching) and "Option 1" not in prompt(matching)
+    assert "Option 1: A man is jumping.\n" in prompt(matching, direct=True) and matching.labels == ("Option 1", "Option 2")
+    assert [i.record.reference for i in items.values()] == ["A", "A", "B", "B", "B"]
+
+
+def test_questions_keep_the_sentences_that_belong_to_them(clip, tmp_path):
+    items, _, _ = read("videommmu", videommmu, clip, tmp_path)
+    assert "Please ignore the Quiz question in last frame" in prompt(items["Perception/dev_Biology_3"])
+    adaptation = items["Adaptation/validation_Math_15"]
+    assert "following open-ended question. The image for this question is at the end" in prompt(adaptation, direct=True)
+    assert adaptation.metric == "open" and evaluation.score(adaptation, "<answer>x is 3.43</answer>", None, True)[1] == 1
+    assert items["Adaptation/validation_Basic_Medical_Science_2"].groups["discipline"] == "Medicine"
+    items, _, _ = read("vsibench", vsibench, clip, tmp_path)
+    assert prompt(items["0"], direct=True).startswith("These are frames of a video.\nHow many")
+    assert prompt(items["0"], direct=True).endswith("using a single word or phrase.")
+    assert evaluation.score(items["0"], "<answer>5</answer>", None, True) == ("5", 0.6)
+    assert evaluation.score(items["1"], "It is on the right.", None, True) == ("B", 1.0)
+
+
+@pytest.mark.parametrize("clips, frames, seconds", [(True, 4, 0.667), (False, 12, 0.667)])
+def test_bounds_cut_a_video_only_where_they_are_asked_for(clips, frames, seconds, clip, tmp_path, tiny_settings):
+    items, _, root = read("mvbench", mvbench, clip, tmp_path)
+    settings = data.replace(tiny_settings, frames=32, fps=0.0)
+    record = asked(items["episodic_reasoning/0"], Condition(), Namespace(direct=False, clips=clips))
+    shown, step, _ = data.read_media(record, root, settings)
+    assert len(shown) == frames and step == pytest.approx(seconds, abs=1e-3)
+    reds = [round(frame[14, 14, 0] / 20) for frame in shown]
+    assert reds == ([3, 4, 5, 6] if clips else list(range(1, 13))), "1 s to 2 s at 3 a second: pictures 3 to 6, from 1"
+    record = asked(items["action_sequence/0"], Condition(), Namespace(direct=False, clips=clips))
+    shown, _, _ = data.read_media(record, root, settings)
+    assert len(shown) == (2 if clips else 6), "1 s to 2 s at 2 a second: frames 2, 3 and 4, of which an even number"
+
+
+def test_the_other_branch_of_mvbench_holds_clips_that_are_cut_already(clip, tmp_path):
+    mvbench_rows(tmp_path, main=False)
+    for task, (video, _, folder) in MV.items():
+        clip((tmp_path / folder / video).with_suffix(".mp4"))
+    items, notes = read_bench("mvbench", tmp_path)
+    assert all((tmp_path / i.record.path).is_file() and i.record.bounds is None for i in items) and len(items) == 8
+
+
+def test_annotations_are_the_same_in_every_form(clip, tmp_path):
+    """VCR-Bench as a table of tabs, TempCompass as nested JSON, VideoMMMU as {track: {number: record}}."""
+    root = tmp_path / "tsv"
+    for row in vcr_rows():
+        clip(root / "v1/videos" / row["video_path"])
+    with (root / "VCR-Bench.tsv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(vcr_rows()[0]), delimiter="\t")
+        table.writeheader()
+        table.writerows(vcr_rows())
+    json_items, _, _ = read("vcrbench", vcrbench, clip, tmp_path)
+    assert {i.record.problem_id: i for i in read_bench("vcrbench", root)[0]} == json_items
+    items, _, root = read("videommmu", videommmu, clip, tmp_path)
+    for track in ("Perception", "Comprehension", "Adaptation"):
+        rows = pyarrow.parquet.read_table(root / track / "test-00000-of-00001.parquet").to_pylist()
+        write_json(root / "data" / f"{track.lower()}_video.json", {track: {str(i): row for i, row in enumerate(rows)}})
+        shutil.rmtree(root / track)
+    assert {i.record.problem_id: i for i in read_bench("videommmu", root)[0]} == items
+
+
+def test_the_last_frame_is_always_among_those_taken(tiny_settings):
+    """VideoMMMU's question is a picture at the very end."""
+    for total in (2, 5, 31, 32, 33, 1000, 100_001):
+        for settings in (data.replace(tiny_settings, frames=32, fps=0.0), tiny_settings):
+            assert data.frame_indices(total, 29.97, settings)[-1] == total - 1
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHES if name != "toy"])
+def test_what_is_not_there_is_explained_with_the_commands_that_fetch_it(name, base, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(["--bench", name, "--model", str(base), "--preset", "tiny", "--data", str(tmp_path / "none")])
+    told, bench = str(ended.value), BENCHES[name]
+    assert f"hf download {bench.repo} --repo-type dataset --local-dir" in told and bench.size in told
+    assert ("accept the form" in told) == bench.form and ("unzip" in told) == (name != "mmvu")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(clip, tmp_path, monkeypatch):
+    videomme(tmp_path, clip)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(SystemExit, match="pip install pyarrow"):
+        read_bench("videomme", tmp_path)
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda text: text[:-30], "cannot be read: "), (lambda text: "", "cannot be read: "), (lambda text: "7", "stands where"),
+    (lambda text: text.replace('"answer": "The clothes."', '"answer": "The moon."'), "question 1: ValueError"),
+    (lambda text: text.replace('"candidates"', '"options"'), "question 1: KeyError: 'candidates'"),
+    (lambda text: text.replace('["The table.", "The clothes.", "The towel."]', "3"), "question 1: ")])
+def test_a_damaged_annotation_file_is_named_with_the_question(damage, complaint, clip, tmp_path):
+    mvbench(tmp_path, clip)
+    file = tmp_path / "json" / "moving_count.json"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ValueError, match="moving_count.json") as ended:
+        read_bench("mvbench", tmp_path)
+    assert complaint in str(ended.value)
+
+
+def test_questions_that_offer_a_text_twice_are_named(clip, tmp_path):
+    mmvu(tmp_path, clip)
+    rows = json.loads((tmp_path / "validation.json").read_text())
+    rows[0]["choices"]["E"] = rows[0]["choices"]["A"]
+    write_json(tmp_path / "validation.json", rows)
+    assert "1 questions offer the same text twice, where only the letter decides: validation_1" in " ".join(
+        read_bench("mmvu", tmp_path)[1])
+
+
+def test_a_path_that_leaves_the_folder_is_refused(clip, base, tmp_path, capsys):
+    mmvu(tmp_path / "mmvu", clip) if (tmp_path / "mmvu").mkdir() is None else None
+    rows = json.loads((tmp_path / "mmvu" / "validation.json").read_text())
+    clip(tmp_path / "secret.mp4")
+    rows[2]["video"] = "https://x/resolve/main/../secret.mp4"
+    write_json(tmp_path / "mmvu" / "validation.json", rows)
+    evaluation.main(["--bench", "mmvu", "--data", str(tmp_path / "mmvu"), "--model", str(base), "--preset", "tiny",
+                     "--out", str(tmp_path / "out"), "--max-pixels", "784", "--max-response", "2"])
+    assert "leads out of the media folder" in capsys.readouterr().out

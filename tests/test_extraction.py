@@ -1,0 +1,140 @@
+"""Promise: an answer is read as a person would read it, by one rule. Where a person could not tell, neither can we."""
+import json
+from fractions import Fraction
+
+import pytest
+
+from eval import answer_text, ends_on, first_number, mean_relative_accuracy, open_answer, read_choice
+
+CATS = ("a cat", "a dog", "an apple", "two cats and a dog")
+LETTERED = ("A. dunking a basketball", "B. dribbling a basketball", "C. passing a basketball")
+TEN = tuple(f"{n} volts" for n in range(10))
+YES = ("yes", "no")
+BARE = ("3", "13", "30", "none")
+
+
+@pytest.mark.parametrize("response, options, wanted", [
+    # the template, kept
+    ("<observation>o</observation><think>t</think><answer>B</answer>", CATS, "B"),
+    ("<think>A? No.</think>\n<answer> (b) </answer>", CATS, "B"),
+    ("<answer>B. a dog</answer>", CATS, "B"),
+    ("<answer>a dog</answer>", CATS, "B"),
+    ("<answer>\nC\n</answer>", CATS, "C"),
+    ("<answer>B</answer> I mean <answer>C</answer>", CATS, "C"),              # two answers: the last
+    ("<answer>B", CATS, "B"),                                                 # cut off just behind it
+    ("<answer></answer>", CATS, None),
+    # and lost
+    ("<think>The man dunks, so it is A", LETTERED, None),                     # cut off mid-think
+    ("<observation>I see a cat, B", CATS, None),
+    ("<think>so it must be C.</think> B", CATS, "B"),
+    ("<think>so it must be C.</think>", CATS, None),
+    ("<observation>a dog</observation> B", CATS, "B"),
+    ("", CATS, None),
+    ("   \n ", CATS, None),
+    # a letter alone, dressed up
+    ("B", CATS, "B"), ("b", CATS, "B"), ("B.", CATS, "B"), ("(B)", CATS, "B"), ("(B).", CATS, "B"), ("[B]", CATS, "B"),
+    ("**B**", CATS, "B"), ("**B.** a dog", CATS, "B"), ("\\boxed{B}", CATS, "B"), ("$\\boxed{\\text{B}}$", CATS, "B"),
+    ("B\n\n", CATS, "B"), ("`B`", CATS, "B"), ("“B”", CATS, "B"), ("'B'", CATS, "B"), ("a", CATS, "A"),
+    ("B) a dog", CATS, "B"), ("B: a dog", CATS, "B"), ("B - a dog", CATS, "B"), ("(B) a dog", CATS, "B"),
+    ("E", CATS, None), ("Z.", CATS, None), ("I", TEN, "I"), ("J.", TEN, "J"),
+    # the text of an option
+    ("a dog", CATS, "B"), ("A dog.", CATS, "B"), ("An apple", CATS, "C"), ("two cats and a dog", CATS, "D"),
+    ("It is an apple, I think.", CATS, "C"), ("dribbling a basketball", LETTERED, "B"),
+    ("The man is dribbling a basketball.", LETTERED, "B"), ("13", BARE, "B"), ("none", BARE, "D"),
+    # not A
+    ("An apple", ("a cat", "a dog"), None), ("A man walks in.", ("a cat", "a dog"), None),
+    ("A bird", CATS, None), ("I think so.", TEN, None), ("A", CATS, "A"),
+    # prose
+    ("The answer is B", CATS, "B"), ("The correct answer is (C).", CATS, "C"), ("Answer: B", CATS, "B"),
+    ("The best option is: B", CATS, "B"), ("Final answer: **C**", CATS, "C"), ("I choose B because it barks.", CATS, "B"),
+    ("Therefore, the final answer is: $B$", CATS, "B"), ("The answer is A because it purrs.", CATS, "A"),
+    ("The answer is B. Wait, the answer is C.", CATS, "C"), ("The answer is a dog.", CATS, "B"),
+    ("Option B is right.", CATS, "B"), ("B, because A is a cat.", CATS, "B"), ("B because it barks", CATS, "B"),
+    ("Option A shows a cat and option B a dog.\nSo it is B.", CATS, "B"), ("It can only be B", CATS, "B"),
+    ("It is not A. It is B.", CATS, "B"), ("The answer is b.", CATS, "B"), ("I would go with C", CATS, "C"),
+    # two answers, or none
+    ("A or B", CATS, None), ("B, C", CATS, None), ("A and B", CATS, None), ("The answer is B or C.", CATS, None),
+    ("Either A or C", CATS, None), ("B/C", CATS, None), ("a) or b)", CATS, None),
+    ("a cat or a dog", CATS, None), ("I cannot determine this from the video.", CATS, None),
+    ("I'm sorry, I can't help with that.", CATS, None), ("None of the above", CATS, None), ("Not B", CATS, None),
+    ("The question is unclear.", CATS, None), ("ABCD", CATS, None),
+    # other languages
+    ("答案是B", CATS, "B"), ("答案：C", CATS, "C"), ("选B。", CATS, "B"), ("正解はBです", CATS, "B"), ("정답은 C", CATS, "C"),
+    ("La respuesta correcta es la B.", CATS, "B"), ("Die Antwort ist C.", CATS, "C"), ("La réponse est (B)", CATS, "B"),
+    ("A resposta é B", CATS, "B"), ("Ответ: B", CATS, "B"), ("我不知道", CATS, None),
+    # yes and no
+    ("Yes", YES, "A"), ("no.", YES, "B"), ("Yes, the man is running.", YES, "A"), ("No, there is no dog.", YES, "B"),
+    ("<answer>A</answer>", YES, "A"), ("<answer>B. no</answer>", YES, "B"), ("yes and no", YES, None), ("maybe", YES, None),
+    ("Yesterday", YES, None),
+])
+def test_what_models_write(response, options, wanted):
+    assert read_choice(answer_text(response), options) == wanted
+
+
+@pytest.mark.parametrize("response, wanted", [
+    ("Option 2", "B"), ("Option 2: a dog barks", "B"), ("2", "B"), ("option 1.", "A"), ("The answer is Option 2", "B"),
+    ("a dog barks", "B"), ("B", "B"), ("Option 3", None), ("Option 1 or Option 2", None)])
+def test_options_may_have_names(response, wanted):
+    assert read_choice(response, ("a cat sleeps", "a dog barks"), ("Option 1", "Option 2")) == wanted
+
+
+def test_a_text_that_two_options_share_needs_its_letter():
+    same = ("a cat", "a cat", "a dog")
+    assert [read_choice(x, same) for x in ("A", "B. a cat", "a cat", "a dog")] == ["A", "B", None, "C"]
+
+
+@pytest.mark.parametrize("think, options, wanted", [
+    ("The man dunks, so it is A", LETTERED, "A"),
+    ("It might be A. But no: B.", LETTERED, "B"),
+    ("He is passing a basketball, no, dribbling a basketball.", LETTERED, "B"),
+    ("red T? A red T no, B red O no, C red X yes", ("red T", "red O", "red X"), "C"),
+    ("next red T: A red O no, C red T yes", ("red T", "red O", "red X"), "C"),  # the letter stands for both
+    ("A man walks in.", ("a cat", "a dog"), None), ("It is not B", ("a cat", "a dog"), None),
+    ("two cats and a dog", CATS, "D"), ("a cat", ("a cat", "a cat"), None)])
+def test_a_think_ends_on_the_option_it_mentions_last(think, options, wanted):
+    assert ends_on(think, options) == wanted
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("4", 4), ("4.5", Fraction(9, 2)), ("about 3.5 meters", Fraction(7, 2)), ("There are four chairs.", 4),
+    ("1,200 cm", 1200), ("-2", -2), ("two or three", 2), ("none that I can see", None), ("Zero", 0), ("3.", 3),
+    ("between 2 and 3", 2), ("someone", None), ("", None)])
+def test_the_first_number_is_the_answer(text, wanted):
+    assert first_number(text) == wanted
+
+
+@pytest.mark.parametrize("predicted, wanted, score", [
+    (4, 4, 1.0), (5, 4, 0.6),                     # error 25 %: within 50, 45, 40, 35, 30 and, on the edge, 25
+    (2, 4, 0.1), (6, 4, 0.1),                     # 50 %: the widest, on its edge
+    (Fraction(21, 20), 1, 1.0),                   # 5 %, on the edge of the narrowest; floats would put 9.5 outside
+    (Fraction(95, 10), 10, 1.0), (Fraction(99, 10), 10, 1.0), (9, 10, 0.9), (100, 4, 0.0), (0, 4, 0.0), (-4, 4, 0.0),
+    (0, 0, 1.0), (1, 0, 0.0)])
+def test_mra_by_hand(predicted, wanted, score):
+    assert mean_relative_accuracy(Fraction(predicted), Fraction(wanted)) == pytest.approx(score)
+
+
+def test_mra_against_its_definition_in_floats():
+    """Away from the edges, the official formula with numpy's thresholds says the same."""
+    import numpy as np
+    rng = np.random.default_rng(0)
+    for predicted, wanted in rng.integers(1, 997, (300, 2)):
+        error = abs(predicted - wanted) / wanted
+        steps = 1 - np.linspace(0.5, 0.95, 10)
+        if np.abs(error - steps).min() > 1e-6:
+            assert mean_relative_accuracy(Fraction(int(predicted)), Fraction(int(wanted))) == pytest.approx(
+                np.mean(error <= steps))
+
+
+@pytest.mark.parametrize("text, gold, wanted", [
+    ("3.14159", "3.14", 1), ("The area is 12 m²", "12", 1), ("x = 5, so the answer is 7.5", "7.5", 1), ("5", "5.01", 0),
+    ("about 3.43", "['24/7', '3.429', '3.43']", 1), ("24/7", "[24/7, 3.429, 3.43]", 1), ("4", "[24/7, 3.429, 3.43]", 0),
+    ("A", "A", 1), ("The answer is C.", "C", 1), ("a camel", "C", 0), ("Paris, of course", "Paris", 1), ("", "7", 0)])
+def test_open_questions(text, gold, wanted):
+    assert open_answer(text, gold) == wanted
+
+
+def test_reading_takes_no_time_on_nonsense():
+    for text in ("answer is " * 5000, "A" * 20000, "(" * 20000, "the " * 9000 + "B", "a cat " * 3000, "1," * 9000,
+                 "answer" + " " * 20000, "[*" * 9000):
+        read_choice(text, CATS), first_number(text), ends_on(text, CATS), open_answer(text, "3")
+        json.dumps(answer_text(text))
