@@ -169,7 +169,7 @@ def test_a_miniature_is_read_answered_and_counted(name, clip, base, tmp_path, ca
     for r in rows:
         if "missing" not in r:
             assert (r["frames"], r["pixels"]) == ((12 if "tvqa" in r["clip"] else 6), [28, 28])
-            assert len(r["prompt"]) == 16 and r["score"] == 0.0 and not r["finished"]
+            assert len(r["prompt"]) == 16 and 0 <= r["score"] < 1 and not r["finished"]
     summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
     assert summary["questions"] == questions and summary["scored"] == questions - lost == summary["cut_off"]
     evaluation.main(command)                                 # again: nothing is asked twice, the table is the same
