@@ -193,7 +193,8 @@ def videomme(row: dict, part: str, keys: tuple, find: Find) -> Item:
                 {"duration": row["duration"], "domain": row["domain"], "task": row["task_type"]}, "\n".join(asked))
 
 
-ALL = ((1.0, None),)                                         # one mean over all questions
+# A reading is a mean over parts, each a mean over leaves, each a mean over the questions of some labels (None: of all).
+ALL = ((None,),)
 VSI_NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
 VSI_DIRECTION = tuple(f"object_rel_direction_{level}" for level in ("easy", "medium", "hard"))
 VSI_CHOICE = ("object_rel_distance", "route_planning", "obj_appearance_order")
@@ -209,7 +210,7 @@ class Bench(NamedTuple):
     form: bool = False                                       # to be accepted in a browser first
     unpack: str = ""                                         # commands, inside its folder
     paper: tuple[float, ...] = ()                            # Qwen2.5-VL-7B, VideoP2R
-    readings: dict[str, tuple] = {"all questions": ALL}      # name → ((weight, labels of the first group or all), …)
+    readings: dict[str, tuple] = {"all questions": ALL}      # name → parts; labels are those of the first group
     right: bool = False                                      # count what is entirely right, not the mean score
 
 
@@ -218,10 +219,10 @@ BENCHES = {
     "toy": Bench({"heldout": ("heldout.json",)}, toy, 512, right=True),
     "vsibench": Bench({"test": ("test.jsonl",)}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False, UNZIP,
                       (30.1, 36.8), {
-        "mean of multiple choice and MRA (paper)": ((0.5, VSI_CHOICE + VSI_DIRECTION), (0.5, VSI_NUMERIC)),
-        "mean of eight tasks (official)": (*((1 / 24, (task,)) for task in VSI_DIRECTION),
-                                           *((1 / 8, (task,)) for task in VSI_NUMERIC + VSI_CHOICE)),
-        "multiple choice": ((1.0, VSI_CHOICE + VSI_DIRECTION),), "MRA": ((1.0, VSI_NUMERIC),), "all questions": ALL}),
+        "mean of multiple choice and MRA (paper)": ((VSI_CHOICE + VSI_DIRECTION,), (VSI_NUMERIC,)),
+        "mean of eight tasks (official)": (tuple((task,) for task in VSI_DIRECTION),
+                                           *(((task,),) for task in VSI_NUMERIC + VSI_CHOICE)),
+        "multiple choice": ((VSI_CHOICE + VSI_DIRECTION,),), "MRA": ((VSI_NUMERIC,),), "all questions": ALL}),
     "videommmu": Bench({track: (f"{track}/test-*.parquet", f"data/{track.lower()}_video.json",
                                 f"{track.lower()}_video.json")
                         for track in ("Perception", "Comprehension", "Adaptation")}, videommmu, 900,
@@ -236,7 +237,7 @@ BENCHES = {
                           for form in ("multi-choice", "yes_no", "caption_matching")}, tempcompass, 5536,
                          "lmms-lab/TempCompass", "0.5 GB", False, UNZIP, (72.6, 74.5), {
         "closed formats, pooled": ALL,
-        "mean of formats": tuple((1 / 3, (form,)) for form in ("multi-choice", "yes_no", "caption_matching"))}),
+        "mean of formats": tuple(((form,),) for form in ("multi-choice", "yes_no", "caption_matching"))}),
     "videomme": Bench({"test": ("videomme/test-*.parquet", "videomme/test-*.json")}, videomme, 2700,
                       "lmms-lab/Video-MME", "101 GB", False, UNZIP, (56.6, 60.0),
                       {"all questions, without subtitles": ALL}),
@@ -515,8 +516,9 @@ def to_row(item: Item, e: Episode, settings: Settings, verdict) -> dict:
 
 
 def recorded(folder: Path) -> dict[str, dict]:
-    """What an evaluation has so far, on however many ranks: id → row."""
-    return {row["id"]: row for file in sorted(folder.glob("responses*.jsonl")) for row in whole_lines(file)[0]}
+    """What an evaluation has so far, on however many ranks: id → row. The ranks' own files are the newer ones."""
+    files = [folder / "responses.jsonl", *sorted(folder.glob("responses.*.jsonl"))]
+    return {row["id"]: row for file in files for row in whole_lines(file)[0]}
 
 
 def size_of(file: Path) -> int:
@@ -608,28 +610,28 @@ def right(row: dict) -> float:
 
 
 def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = graded) -> dict:
-    """A weighted sum of means over parts of the benchmark, in percent, with its 95 % interval and chance level.
+    """A reading in percent (see ALL), over what is there of it, with its 95 % interval and chance level.
 
     One mean of rights and wrongs has Wilson's interval. For anything else (MRA, ROUGE, means of means) clips are drawn
     anew 2,000 times, each with all its questions: questions about one clip are not independent.
     """
-    kept = [(weight, [r for r in rows if names is None or next(iter(r["groups"].values())) in names])
-            for weight, names in parts]
-    kept = [(weight, some) for weight, some in kept if some]
-    n = sum(len(some) for _, some in kept)
+    of = lambda names: [r for r in rows if names is None or next(iter(r["groups"].values())) in names]
+    there = [leaves for part in parts if (leaves := [some for names in part if (some := of(names))])]
+    leaves = [(1 / len(there) / len(part), some) for part in there for some in part]
+    n = sum(len(some) for _, some in leaves)
     if not n:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "chance": math.nan, "n": 0}
-    weights = np.array([weight for weight, _ in kept]) / sum(weight for weight, _ in kept)     # of what is there
-    clips = {clip: i for i, clip in enumerate(dict.fromkeys(r["clip"] for _, some in kept for r in some))}
-    sums, counts, guess = np.zeros((3, len(clips), len(kept)))
-    for j, (_, some) in enumerate(kept):
+    weights = np.array([weight for weight, _ in leaves])
+    clips = {clip: i for i, clip in enumerate(dict.fromkeys(r["clip"] for _, some in leaves for r in some))}
+    sums, counts, guess = np.zeros((3, len(clips), len(leaves)))
+    for j, (_, some) in enumerate(leaves):
         for r in some:
             at = clips[r["clip"]], j
             sums[at] += value(r)
             counts[at] += 1
             guess[at] += chance(r)
     level = float(weights @ (sums.sum(0) / counts.sum(0)))
-    if len(kept) == 1 and all(value(r) in (0, 1) for r in kept[0][1]):
+    if len(leaves) == 1 and all(value(r) in (0, 1) for r in leaves[0][1]):
         low, high = wilson(level, n)
     else:
         draws = np.random.default_rng(0).multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=2000)
@@ -717,10 +719,10 @@ def mismatch(rows: list[dict]) -> str:
     off = [r for r in told if r["thought"] != r["said"]]
     hits = {name: sum(r[name] == choice(r["reference"], r["options"]) for r in off) for name in ("thought", "said")}
     share = mean(told, value=lambda r: float(r["thought"] != r["said"]))
-    lines = [f"Think–answer mismatch: {cell(share)}% of {len(told)} multiple-choice responses whose think names an "
-             f"option (paper:", f"Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5). {len(rows) - len(told)} of {len(rows)} "
-             f"cannot be told: think or answer is missing, or names no", f"option. Where they differ, the think was right "
-             f"{hits['thought']} times, the answer {hits['said']} times."]
+    lines = [f"Think–answer mismatch: {cell(share)} percent of {len(told)} multiple-choice responses whose think names",
+             f"an option (paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5); {len(rows) - len(told)} of {len(rows)} "
+             f"cannot be told: think or answer is missing,", f"or names no option. Where they differ, the think was "
+             f"right {hits['thought']} times, the answer {hits['said']} times."]
     return "\n".join(lines + [f"  {r['id']}: thought {r['thought']}, said {r['said']}, right {r['reference']}: "
                               f"… {' '.join(r['think'].split())[-70:]}" for r in off[:5]])
 
@@ -834,8 +836,8 @@ def compare(first: str, second: str) -> str:
     for name, file, rows in zip("AB", files, zip(*pairs)):
         table.append([f"{name}  {file}", str(len(rows)), cell(mean(rows, value=right)), cell(mean(rows))])
     return "\n".join([*ruled(table), *notes, f"B wins {wins} questions and loses {losses}, "
-                      f"{len(pairs) - wins - losses} are even: p = {sign_test(wins, losses):.2g} if neither were better "
-                      "(McNemar's exact test).", "", *looking_or_thinking(pairs), "", *instructive(pairs)])
+                      f"{len(pairs) - wins - losses} are even: p = {sign_test(wins, losses):.2g} if neither were "
+                      "better (McNemar's exact test).", "", *looking_or_thinking(pairs), "", *instructive(pairs)])
 
 
 # ------------------------------------------------------------------------------------------------ 6. command line

@@ -51,15 +51,17 @@ def vsibench(root: Path, clip) -> None:
 
 def videommmu(root: Path, clip) -> None:
     ten = [f"{n} carbon atoms" for n in range(10)]
-    row = dict(id="dev_Biology_3", question="<image 1> How many?", options=ten, answer="G", question_type="multiple-choice")
-    other = row | dict(id="validation_Basic_Medical_Science_2", options=["3, 4", "4, 3"], answer="A", question_type=None)
+    row = dict(id="dev_Biology_3", question="<image 1> How many?", options=ten, answer="G",
+               question_type="multiple-choice")
+    other = row | dict(id="validation_Basic_Medical_Science_2", options=["3, 4", "4, 3"], answer="A",
+                       question_type=None)
     hard = dict(id="validation_Math_15", question="<image 1> What is x?", options=[],
                 answer="['24/7', '3.429', '3.43']", question_type="open")
     write_parquet(root / "Perception" / "test-00000-of-00001.parquet", [row, other])
     write_parquet(root / "Comprehension" / "test-00000-of-00001.parquet", [row])
     write_parquet(root / "Adaptation" / "test-00000-of-00001.parquet", [other, hard | {"options": None}])
     clip(root / "Science" / "dev_Biology_3.mp4")
-    clip(root / "Medicine" / "validation_Basic_Medical_Science_2.mp4", broken=True)            # fault: cannot be decoded
+    clip(root / "Medicine" / "validation_Basic_Medical_Science_2.mp4", broken=True)   # fault: cannot be decoded
     clip(root / "Science" / "validation_Math_15.mp4")
     clip(root / "__MACOSX" / "Science" / "._dev_Biology_3.mp4", broken=True)
     clip(root / "question_only" / "dev_Biology_3_image.mp4")
@@ -77,16 +79,18 @@ def mmvu(root: Path, clip) -> None:
 
 
 def vcr_rows() -> list[dict]:
-    row = {"id": 3, "video_path": "video/videoEspresso/Law.Abiding.Citizen.2009__#01-14-42_label_G-0-0.mp4", "duration": 56,
-           "dimension": "Video Plot Analysis", "question": "Why did the man leave?A. He was late\nB. He was hungry\n",
-           "multiple-choice": True, "choices": {"A": "He was late", "B": "He was hungry"}, "answer": "B", "reasoning": []}
+    row = {"id": 3, "video_path": "video/videoEspresso/Law.Abiding.Citizen.2009__#01-14-42_label_G-0-0.mp4",
+           "duration": 56, "dimension": "Video Plot Analysis",
+           "question": "Why did the man leave?A. He was late\nB. He was hungry\n",
+           "multiple-choice": True, "choices": {"A": "He was late", "B": "He was hungry"}, "answer": "B",
+           "reasoning": []}
     return [row, row | {"id": 4, "multiple-choice": False, "choices": {}, "answer": "[3, 7]"},
             row | {"id": 5, "question": "Why did she stay?", "duration": 301, "video_path": "video/mmvu/#2.mp4"}]
 
 
 def vcrbench(root: Path, clip) -> None:
-    write_json(root / "v1/videos/meta_info_video.json", vcr_rows())                             # fault: # in the names,
-    for row in vcr_rows():                                                # and one question does not hold its options
+    write_json(root / "v1/videos/meta_info_video.json", vcr_rows())           # fault: # in the names, and one question
+    for row in vcr_rows():                                                    # does not hold its options
         clip(root / "v1/videos" / row["video_path"])
 
 
@@ -132,8 +136,9 @@ def tempcompass(root: Path, clip) -> None:
 
 def videomme(root: Path, clip) -> None:
     row = dict(video_id="001", duration="short", domain="Knowledge", sub_category="History", url="https://youtu.be/x",
-               videoID="-fFjv93ACGo", question_id="001-1", task_type="Counting Problem", question="What is on the tree?",
-               options=["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."], answer="C")
+               videoID="-fFjv93ACGo", question_id="001-1", task_type="Counting Problem", answer="C",
+               question="What is on the tree?",
+               options=["A. Apples.", "B. Candles.", "C. Berries.", "D. The three kinds are of the same number."])
     write_parquet(root / "videomme/test-00000-of-00001.parquet", [
         row, row | dict(question_id="001-2", task_type="OCR Problems", answer="D"),
         row | dict(question_id="700-1", videoID="jRS9fVh7MUw", duration="long")])
@@ -195,7 +200,8 @@ def test_options_are_shown_once_with_their_letters(clip, tmp_path):
     items, _, _ = read("vcrbench", vcrbench, clip, tmp_path)
     shown = "Why did the man leave?\nOptions:\nA. He was late\nB. He was hungry\n"
     assert prompt(items["3"]) == shown + "Answer with the letter of the correct option."
-    assert prompt(items["3"], direct=True).count("He was late") == prompt(items["5"], direct=True).count("He was late") == 1
+    for key in "35":
+        assert prompt(items[key], direct=True).count("He was late") == 1
     items, _, _ = read("videomme", videomme, clip, tmp_path)
     assert "B. Candles.\nC. Berries." in prompt(items["001-1"]) and "B. B." not in prompt(items["001-1"])
     assert prompt(items["001-1"], direct=True).endswith("the same number.\nThe best answer is:")
@@ -205,7 +211,8 @@ def test_options_are_shown_once_with_their_letters(clip, tmp_path):
     assert prompt(items["yes_no/1034419625_reverse/speed/1"], direct=True) == "Is it slow?\nPlease answer yes or no:"
     matching = next(i for key, i in items.items() if key.startswith("caption_matching/77"))
     assert "A. A man is jumping.\nB. A man is falling." in prompt(matching) and "Option 1" not in prompt(matching)
-    assert "Option 1: A man is jumping.\n" in prompt(matching, direct=True) and matching.labels == ("Option 1", "Option 2")
+    assert "Option 1: A man is jumping.\n" in prompt(matching, direct=True)
+    assert matching.labels == ("Option 1", "Option 2")
     assert [i.record.reference for i in items.values()] == ["A", "A", "B", "B", "B"]
 
 
@@ -214,7 +221,8 @@ def test_questions_keep_the_sentences_that_belong_to_them(clip, tmp_path):
     assert "Please ignore the Quiz question in last frame" in prompt(items["Perception/dev_Biology_3"])
     adaptation = items["Adaptation/validation_Math_15"]
     assert "following open-ended question. The image for this question is at the end" in prompt(adaptation, direct=True)
-    assert adaptation.metric == "open" and evaluation.score(adaptation, "<answer>x is 3.43</answer>", None, True)[1] == 1
+    assert adaptation.metric == "open"
+    assert evaluation.score(adaptation, "<answer>x is 3.43</answer>", None, True)[1] == 1
     assert items["Adaptation/validation_Basic_Medical_Science_2"].groups["discipline"] == "Medicine"
     items, _, _ = read("vsibench", vsibench, clip, tmp_path)
     assert prompt(items["0"], direct=True).startswith("These are frames of a video.\nHow many")
@@ -288,7 +296,8 @@ def test_parquet_without_pyarrow_says_what_to_install(clip, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("damage, complaint", [
-    (lambda text: text[:-30], "cannot be read: "), (lambda text: "", "cannot be read: "), (lambda text: "7", "stands where"),
+    (lambda text: text[:-30], "cannot be read: "), (lambda text: "", "cannot be read: "),
+    (lambda text: "7", "stands where"),
     (lambda text: text.replace('"answer": "The clothes."', '"answer": "The moon."'), "question 1: ValueError"),
     (lambda text: text.replace('"candidates"', '"options"'), "question 1: KeyError: 'candidates'"),
     (lambda text: text.replace('["The table.", "The clothes.", "The towel."]', "3"), "question 1: ")])
@@ -311,7 +320,8 @@ def test_questions_that_offer_a_text_twice_are_named(clip, tmp_path):
 
 
 def test_a_path_that_leaves_the_folder_is_refused(clip, base, tmp_path, capsys):
-    mmvu(tmp_path / "mmvu", clip) if (tmp_path / "mmvu").mkdir() is None else None
+    (tmp_path / "mmvu").mkdir()
+    mmvu(tmp_path / "mmvu", clip)
     rows = json.loads((tmp_path / "mmvu" / "validation.json").read_text())
     clip(tmp_path / "secret.mp4")
     rows[2]["video"] = "https://x/resolve/main/../secret.mp4"

@@ -46,8 +46,10 @@ BARE = ("3", "13", "30", "none")
     ("A bird", CATS, None), ("I think so.", TEN, None), ("A", CATS, "A"),
     # prose
     ("The answer is B", CATS, "B"), ("The correct answer is (C).", CATS, "C"), ("Answer: B", CATS, "B"),
-    ("The best option is: B", CATS, "B"), ("Final answer: **C**", CATS, "C"), ("I choose B because it barks.", CATS, "B"),
-    ("Therefore, the final answer is: $B$", CATS, "B"), ("The answer is A because it purrs.", CATS, "A"),
+    ("The best option is: B", CATS, "B"), ("Final answer: **C**", CATS, "C"),
+    ("I choose B because it barks.", CATS, "B"),
+    ("Therefore, the final answer is: $B$", CATS, "B"),
+    ("The answer is A because it purrs.", CATS, "A"),
     ("The answer is B. Wait, the answer is C.", CATS, "C"), ("The answer is a dog.", CATS, "B"),
     ("Option B is right.", CATS, "B"), ("B, because A is a cat.", CATS, "B"), ("B because it barks", CATS, "B"),
     ("Option A shows a cat and option B a dog.\nSo it is B.", CATS, "B"), ("It can only be B", CATS, "B"),
@@ -64,7 +66,8 @@ BARE = ("3", "13", "30", "none")
     ("A resposta é B", CATS, "B"), ("Ответ: B", CATS, "B"), ("我不知道", CATS, None),
     # yes and no
     ("Yes", YES, "A"), ("no.", YES, "B"), ("Yes, the man is running.", YES, "A"), ("No, there is no dog.", YES, "B"),
-    ("<answer>A</answer>", YES, "A"), ("<answer>B. no</answer>", YES, "B"), ("yes and no", YES, None), ("maybe", YES, None),
+    ("<answer>A</answer>", YES, "A"), ("<answer>B. no</answer>", YES, "B"), ("yes and no", YES, None),
+    ("maybe", YES, None),
     ("Yesterday", YES, None),
 ])
 def test_what_models_write(response, options, wanted):

@@ -1,0 +1,268 @@
+"""Promise: an evaluation is a number one can trust. Its arithmetic is done here by hand, it loses nothing when it is
+killed, and two of them can be held against each other question by question."""
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+
+import eval as evaluation
+from eval import BENCHES, VSI_CHOICE, VSI_DIRECTION, VSI_NUMERIC, compare, lesson, mean, mismatch, sign_test, summarise
+from pagrpo import wilson
+from rewards import ocr, rouge
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(number: int, score: float, group: str = "a", clip: str = "", options=("x", "y", "z", "w"), **more) -> dict:
+    return {"id": str(number), "clip": clip or f"{number}.mp4", "groups": {"task": group}, "metric": "choice",
+            "problem_type": "multiple choice" if options else "regression", "question": "?", "options": list(options),
+            "reference": "A", "prompt": "p", "frames": 32, "pixels": [28, 28], "response": "r", "finished": True,
+            "observation": None, "think": None, "answer": None, "extracted": "A", "score": score, "format": True,
+            "perception": None, "judge": None} | more
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+def test_rights_and_wrongs_have_wilsons_interval():
+    x = mean([row(i, float(i < 3)) for i in range(10)])
+    assert (x["value"], x["n"], x["chance"]) == (30.0, 10, 25.0)
+    assert (x["low"], x["high"]) == pytest.approx((10.78, 60.32), abs=0.01)   # (3/10; from the formula by hand)
+
+
+def test_vsi_bench_has_two_means_and_they_differ():
+    """Two of three numeric questions at MRA 0.5, one at 1; choice tasks: direction easy 1, medium 0, order 1.
+
+    paper     (2/3 + 2/3) / 2                                                  = 66.7
+    official  counting 0.5, room size 1; direction (1 + 0) / 2 = 0.5; order 1: of four tasks that are there, 75.0
+    """
+    rows = [row(0, 0.5, "object_counting", options=()), row(1, 0.5, "object_counting", options=()),
+            row(2, 1.0, "room_size_estimation", options=()), row(3, 1.0, "object_rel_direction_easy"),
+            row(4, 0.0, "object_rel_direction_medium"), row(5, 1.0, "obj_appearance_order")]
+    readings = summarise("vsibench", rows)["readings"]
+    assert readings["mean of multiple choice and MRA (paper)"]["value"] == pytest.approx(200 / 3)
+    assert readings["multiple choice"]["value"] == readings["MRA"]["value"] == pytest.approx(200 / 3)
+    assert readings["all questions"]["value"] == pytest.approx(400 / 6)
+    official = readings["mean of eight tasks (official)"]["value"]
+    assert official == pytest.approx(100 * (0.5 + 1 + 0.5 + 1) / 4)
+
+
+def test_the_official_mean_of_vsi_bench_weighs_eight_tasks_alike():
+    rows = [row(i, 0.0, task, options=() if task in VSI_NUMERIC else "AB")
+            for i, task in enumerate(VSI_NUMERIC + VSI_CHOICE + VSI_DIRECTION)]
+    for r in rows:
+        one = [x | {"score": float(x is r)} for x in rows]
+        value = summarise("vsibench", one)["readings"]["mean of eight tasks (official)"]["value"]
+        assert value == pytest.approx(100 / (24 if r["groups"]["task"] in VSI_DIRECTION else 8))
+
+
+def test_questions_about_one_clip_are_drawn_together():
+    """Ten clips with ten equal scores each say as much as ten questions, not as a hundred."""
+    rng = np.random.default_rng(1)
+    scores = rng.random(10)
+    many = mean([row(10 * c + i, scores[c] * 0.999, clip=f"{c}") for c in range(10) for i in range(10)])
+    few = mean([row(c, scores[c] * 0.999) for c in range(10)])
+    assert (many["low"], many["high"]) == pytest.approx((few["low"], few["high"]))
+    normal = 100 * 1.96 * scores.std() / math.sqrt(10)
+    assert few["high"] - few["value"] == pytest.approx(normal, rel=0.25)
+
+
+def test_what_was_not_read_counts_as_wrong_and_what_was_not_there_does_not_count():
+    rows = [row(0, 1.0), row(1, 0.0, extracted=None), row(2, 0.0, finished=False),
+            {k: row(3, 0)[k] for k in ("id", "clip", "groups", "metric")} | {"missing": "media: gone", "bytes": -1}]
+    s = summarise("mvbench", rows)
+    assert s["readings"]["all questions"]["value"] == pytest.approx(100 / 3)
+    assert (s["questions"], s["scored"], s["unread"], s["cut_off"]) == (4, 3, 1, 1)
+    assert "INCOMPLETE: the media of 1 of 4 (25.0%)" in evaluation.report(s)
+
+
+def test_one_missing_clip_in_two_hundred_is_no_headline():
+    rows = [row(i, 1.0) for i in range(199)] + [row(200, 0) | {"missing": "media: gone", "bytes": -1}]
+    assert "INCOMPLETE" not in (said := evaluation.report(summarise("mvbench", rows))) and "broken: 1" in said
+
+
+def test_a_benchmark_of_which_nothing_can_be_read_has_a_table_all_the_same():
+    rows = [row(i, 0) | {"missing": "media: gone", "bytes": -1} for i in range(3)]
+    assert "0 questions scored" in evaluation.report(summarise("mvbench", rows))
+
+
+@pytest.mark.parametrize("wins, losses, p", [
+    (0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 1024), (1, 9, 22 / 1024), (3, 7, 2 * 176 / 1024), (8, 2, 2 * 56 / 1024)])
+def test_mcnemar_by_hand(wins, losses, p):
+    assert sign_test(wins, losses) == pytest.approx(p)
+
+
+def test_paper_numbers_stand_beside_the_reading_they_belong_to():
+    s = summarise("vsibench", [row(0, 1.0, "object_counting", options=())])
+    lines = evaluation.report(s).splitlines()
+    assert any("(paper)" in line and line.rstrip().endswith("36.8") for line in lines)
+    assert sum("36.8" in line for line in lines) == 1
+    for column, wanted in ((0, 52.9), (1, 58.7)):            # the means of the paper's table
+        assert np.mean([b.paper[column] for b in BENCHES.values() if b.paper]) == pytest.approx(wanted, abs=0.1)
+
+
+def test_word_error_rate_and_rouge_against_independent_implementations():
+    rng, scorer = random.Random(0), rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    words = "the a red cat sat on mat dog ran over hill 3 times".split()
+    for _ in range(300):
+        said, wanted = (" ".join(rng.choices(words, k=rng.randint(2, 9))) for _ in range(2))
+        assert ocr(said, wanted) == pytest.approx(max(0.0, 1 - jiwer.wer(wanted, said)))
+        assert rouge(said, wanted) == pytest.approx(np.mean([s.fmeasure for s in scorer.score(wanted, said).values()]))
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+def bench(toy, model, out, *flags) -> list[str]:
+    return ["--bench", "toy", "--data", str(toy), "--model", str(model), "--preset", "tiny", "--out", str(out),
+            "--batch", "3", "--max-response", "8", *flags]
+
+
+def answers(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "toy" / "responses.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_evaluation_continues_where_it_stopped(toy, base, tmp_path, monkeypatch, capsys):
+    evaluation.main(bench(toy, base, tmp_path / "whole"))
+    real, asked = evaluation.rollout, []
+
+    def dies(model, examples, *rest):
+        asked.extend(e.record.problem_id for e in examples)
+        if len(asked) == 9:
+            raise KeyboardInterrupt
+        return real(model, examples, *rest)
+    monkeypatch.setattr(evaluation, "rollout", dies)
+    with pytest.raises(SystemExit, match="goes on from here"):
+        evaluation.main(bench(toy, base, tmp_path / "killed"))
+    part = tmp_path / "killed" / "toy" / "responses.0.jsonl"
+    assert len(part.read_text().splitlines()) == 6
+    with part.open("a") as file:
+        file.write('{"id": "cut sho')                        # a kill in the middle of a line
+    evaluation.main(bench(toy, base, tmp_path / "killed"))
+    assert sorted(asked) == sorted([r["id"] for r in answers(tmp_path / "whole")] + asked[6:9]), "three asked again"
+    assert answers(tmp_path / "killed") == answers(tmp_path / "whole") and not part.exists()
+
+
+def test_two_ranks_score_the_same_questions_once_each(toy, base, tmp_path):
+    evaluation.main(bench(toy, base, tmp_path / "one"))
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
+    done = subprocess.run(ranks + bench(toy, base, tmp_path / "two"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = answers(tmp_path / "one"), answers(tmp_path / "two")
+    assert [(r["id"], r["response"], r["score"]) for r in one] == [(r["id"], r["response"], r["score"]) for r in two]
+    assert sorted(p.name for p in (tmp_path / "two" / "toy").iterdir()) == [
+        "responses.jsonl", "settings.json", "summary.json"]
+
+
+def test_media_that_come_later_are_asked_about_then(toy, base, tmp_path, capsys):
+    import shutil
+    world = tmp_path / "world"
+    shutil.copytree(toy, world)
+    clips = sorted((world / "heldout").glob("*.avi"))
+    away, broken = clips[0].read_bytes(), clips[1].read_bytes()
+    clips[0].unlink(), clips[1].write_bytes(b"x" * 100)
+    evaluation.main(bench(world, base, tmp_path))
+    assert "18 questions scored; INCOMPLETE" in capsys.readouterr().out
+    clips[0].write_bytes(away), clips[1].write_bytes(broken)
+    evaluation.main(bench(world, base, tmp_path))
+    assert "20 questions scored" in (said := capsys.readouterr().out) and "INCOMPLETE" not in said
+    assert not any("missing" in r for r in answers(tmp_path))
+
+
+def test_other_settings_do_not_mix_in_one_folder(toy, base, tmp_path):
+    evaluation.main(bench(toy, base, tmp_path))
+    with pytest.raises(SystemExit, match="temperature was 0.01, is now 1.0"):
+        evaluation.main(bench(toy, base, tmp_path, "--temperature", "1"))
+
+
+def test_without_a_model_the_newest_finished_run_is_taken(toy, started, tmp_path, monkeypatch, capsys):
+    import os
+    import shutil
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="python pagrpo.py"):
+        evaluation.main(["--bench", "toy"])
+    for name, age in (("old", 100), ("new", 10), ("unfinished", 0)):
+        shutil.copytree(started, tmp_path / "runs" / name / "sft")
+        state = next((tmp_path / "runs" / name / "sft").glob("step-*/state.json"))
+        os.utime(state, (os.stat(state).st_mtime - age,) * 2)
+    file = tmp_path / "runs" / "unfinished" / "sft" / "settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 9999}))
+    evaluation.main(["--bench", "toy", "--data", str(toy), "--limit", "2", "--max-response", "4"])
+    said = capsys.readouterr().out
+    assert "Model runs/new/sft/step-000040 (the newest finished run)" in said and "only the first 2" in said
+
+
+# ------------------------------------------------------------------------------------------------ analyses
+
+def test_mismatch_counts_answers_that_do_not_follow():
+    said = [("so it is B", "B"), ("so it is B", "C"), ("B, no, it must be C.", "C"), ("hard to tell", "A"), (None, "A")]
+    said = mismatch([row(i, 0, think=think, answer=answer, options=["a cat", "a dog", "a bird"])
+                     for i, (think, answer) in enumerate(said)])
+    assert "33.3" in said and "of 3 multiple-choice" in said and "2 of 5 cannot be told" in " ".join(said.split())
+    assert "1: thought B, said C, right A" in said
+
+
+def verdicts(number: int, score: float, perception, **more) -> dict:
+    return row(number, score, perception=perception, observation=f"saw {number}", think="t", answer="B", **more)
+
+
+PAIRS = [((0, False), (1, True)), ((0, True), (1, True)), ((1, True), (0, False)), ((1, True), (0, True)),
+         ((0, False), (1, False)), ((1, True), (1, False)), ((0, False), (0, False)), ((1, True), (1, True))]
+
+
+def test_comparing_says_whether_it_was_the_look_or_the_thought(tmp_path):
+    a, b = ([verdicts(i, *pair[k]) for i, pair in enumerate(PAIRS)] for k in (0, 1))
+    assert [lesson(x, y) for x, y in zip(a, b)] == [
+        "learned to look", "learned to think", "forgot to look", "forgot to think", "learned to think", "right by luck",
+        None, None]
+    for name, rows in (("a", a), ("b", b)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    said = compare(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    for words in ("B wins 3 questions and loses 2, 3 are even: p = 1 ", "1 learned to look, 2 learned to think",
+                  "── learned to look: 0 ", "A  sees: saw 0  thinks: t  answers: B",
+                  "A: 3 wrong answers come after a wrong look, 1 after a right one; 0 right answers after"):
+        assert words in said
+    table = [line.split()[-4:] for line in said.splitlines() if line.startswith("perception ")]
+    assert table == [["4", "1", "3", "1"], ["0", "3", "2", "2"]]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    write = lambda name, rows: (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write("a", [row(0, 1.0), row(1, 0.0)]), write("b", [row(0, 1.0, prompt="q")]), write("c", [row(7, 1.0)])
+    write("d", [row(0, 1.0, question="another")])
+    said = compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert "NOT like with like: 1 questions" in said and "(A has 2, B 1)" in said and "No judge has looked" in said
+    for other, complaint in (("c", "no question in common"), ("d", "another text"), ("e", "no such file")):
+        with pytest.raises(SystemExit, match=complaint):
+            evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / other)])
+
+
+def test_the_observation_of_one_run_can_be_given_to_another(toy, started, tmp_path, capsys):
+    """What the model gets in each of the four rows, seen from inside: media or none, an observation or none."""
+    theirs = [row(0, 1.0, id=r["problem_id"], observation=r["observation"])
+              for r in json.loads((toy / "heldout.json").read_text())[:4]]
+    (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in theirs))
+    given = {r["id"]: r["observation"] for r in theirs}
+    real, seen = evaluation.rollout, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "rollout", lambda model, examples, vocabulary, *rest: (
+            seen.append([(e.pixels is None, vocabulary.decode(e.ids.tolist()).endswith(
+                f"assistant\n<observation> {given[e.record.problem_id]} </observation>\n")) for e in examples]),
+            real(model, examples, vocabulary, *rest))[1])
+        evaluation.main(["--bench", "toy", "--data", str(toy), "--model", str(started), "--out", str(tmp_path / "out"),
+                         "--perception-from", str(tmp_path / "theirs.jsonl")])
+    assert seen == [[(True, False)] * 4, [(True, True)] * 4, [(False, False)] * 4, [(False, True)] * 4]
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith(("question", "video"))]
+    assert [line.split("  ")[0] for line in rows] == ["question", "question and observation", "video",
+                                                      "video and observation"]
+    assert all(" 4 " in line for line in rows) and "16.7" in rows[0]
+
+
+def test_intervals_near_the_ends_stay_inside():
+    assert wilson(0.0, 5)[0] == 0 and wilson(1.0, 5)[1] == 1
