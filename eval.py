@@ -230,7 +230,7 @@ BENCHES = {
     "mmvu": Bench({"validation": ("validation.json",)}, mmvu, 625, "yale-nlp/MMVU", "1.6 GB", False, "", (60.0, 65.4),
                   {"multiple choice of the validation split": ALL}),
     "vcrbench": Bench({"test": ("v1/videos/meta_info_video.json", "VCR-Bench.tsv")}, vcrbench, 510,
-                      "VLM-Reasoning/VCR-Bench", "859 videos", False, UNZIP, (44.3, 51.0), {"multiple choice": ALL}),
+                      "VLM-Reasoning/VCR-Bench", "859 videos of unstated size", False, UNZIP, (44.3, 51.0), {"multiple choice": ALL}),
     "mvbench": Bench({task: (f"json/{task}.json",) for task in MVBENCH}, mvbench, 4000, "OpenGVLab/MVBench", "16 GB",
                      True, UNZIP, (59.0, 68.1)),
     "tempcompass": Bench({form: (f"{form}/test-*.parquet", f"questions/{form}.json", f"{form}.json")
@@ -919,8 +919,9 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
     scores = {path.parent.name or path.name: [next(iter(s["readings"].values()))["value"] for s in results.values()]}
     for i, model in enumerate(("Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
         scores[model] = [BENCHES[name].paper[i] for name in results]
-    world.say("", *aligned([["percent", *results, "mean"]] + [
-        [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items() if some]), sep="\n")
+    if results:
+        world.say("", *ruled([["percent", *results, "mean"]] + [
+            [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]), sep="\n")
     if lacking:
         raise FileNotFoundError(f"{len(lacking)} of 7 benchmarks are not there:\n" + "\n".join(lacking))
 
@@ -957,6 +958,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("which model")
     how.add_argument("--model", help="model folder, or a stage's folder [the newest finished run, else the base model]")
     how.add_argument("--preset", choices=PRESETS, help="settings for a model that is no run of this project [7b]")
+    how.add_argument("--temperature", type=float, default=0.01, help="0 is greedy [0.01]")
+    how.add_argument("--top-p", type=float, default=0.001, help="only the likeliest tokens up to this share [0.001]")
     bench = parser.add_argument_group("for --bench")
     bench.add_argument("--data", help="the benchmark's folder [data/BENCH; toy: beside the model, made when missing]")
     bench.add_argument("--out", help="folder of results [eval/ in the model's folder]")
@@ -973,8 +976,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                               ("max-response", int, "tokens after which a response is cut off [1024; toy: the run's]"),
                               ("seed", int, "of sampling [the run's]")):
         bench.add_argument(f"--{name}", type=kind, help=about)
-    parser.add_argument("--temperature", type=float, default=0.01, help="0 is greedy [0.01]")
-    parser.add_argument("--top-p", type=float, default=0.001, help="only the likeliest tokens up to this share [0.001]")
     one = parser.add_argument_group("for --video")
     one.add_argument("--question", help="the question")
     one.add_argument("--options", nargs="+", default=[], help="options of a multiple choice, without letters")

@@ -502,7 +502,7 @@ def train(settings: Settings, world: World) -> None:
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
     if run.finished and not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Ask it about a clip with eval.py --video.")
+        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py --bench.")
     vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world).requires_grad_(False) if (
         settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
@@ -516,7 +516,7 @@ def train(settings: Settings, world: World) -> None:
     if exact and world.first:
         print(agreement(run, settings.judge))
     if not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Ask it about a clip with eval.py --video.")
+        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py --bench.")
     held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(start), settings,
                     folder / "skipped.log")
     judge = Judge(rule_judge, settings.refuse_leaks) if is_toy(held.records) else judge   # exact where there is such
