@@ -80,15 +80,19 @@ def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
     these, except for those in FREE and `free`, which may change on the way."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    before = json.loads(file.read_text()) if file.is_file() else now
+    try:
+        before = dict(json.loads(file.read_text())) if file.is_file() else now
+    except (ValueError, TypeError):
+        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
     same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
     other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
     if other:
         raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
             f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
             + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(now, indent=2) + "\n")
+    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(now, indent=2) + "\n")
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -127,6 +131,9 @@ class InputSettings:
                          ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
+
+    def __post_init__(self):
+        at_least(self, frames=2, fps=0, min_pixels=0, max_pixels=28 * 28, image_max_pixels=28 * 28, max_prompt=1)
 
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)          # what the toy world needs
@@ -968,7 +975,8 @@ class CotSettings(InputSettings, JudgeSettings):
     template_mistakes: float = flag(0.02, "share of its traces that are cut off")
 
     def __post_init__(self):
-        super().__post_init__()
+        InputSettings.__post_init__(self)
+        JudgeSettings.__post_init__(self)
         at_least(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
                  reasoning_mistakes=0, template_mistakes=0)
         self.need("teacher", ("toy",))

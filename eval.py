@@ -22,22 +22,22 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, Vocabulary, add_flags, aligned,
+from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, aligned, alone_in,
                   blind_answers, build_example, given_flags, instruction, load_local, make_judge, make_toy,
                   same_settings, to_record, write_rows, write_whole)
-from model import Qwen2_5_VL
 from pagrpo import PRESETS, Episode, Settings, ask, rollout, wilson
-from rewards import PROBLEM_TYPES, Journal, Judge, choice, number, option_texts, squash, task_metric, whole_lines
+from rewards import PROBLEM_TYPES, Journal, choice, number, option_texts, squash, task_metric, whole_lines
 from sft import QWEN, World, newest_checkpoint, start_world
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -61,9 +61,13 @@ Find = Callable[..., str]                                    # the first of some
 def item(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict, direct: str = "",
          kind: str = "multiple choice", metric: str = "choice", labels: Sequence[str] = (), **more) -> Item:
     options, reference = tuple(map(str, options)), str(answer)
+    if (metric == "choice" and len(options) < 2) or (metric == "mra" and number(reference) is None):
+        raise ValueError(f"options {list(options)} and answer {answer!r} make no question")
     if metric == "choice" and (reference := choice(reference, options)) is None:
         raise ValueError(f"the answer {answer!r} is none of the options {list(options)}")
-    return Item(Record(key, question.strip(), options, kind, reference, path, "video", **more), metric, groups, direct,
+    question, groups = str(question).strip(), {name: str(label) for name, label in groups.items()}
+    (question + "".join(options) + direct).encode()          # half a character is a ValueError
+    return Item(Record(str(key), question, options, kind, reference, path, "video", **more), metric, groups, direct,
                 tuple(labels))
 
 
@@ -80,6 +84,8 @@ def toy(row: dict, part: str, keys: tuple, find: Find) -> Item:
 
 
 def vsibench(row: dict, part: str, keys: tuple, find: Find) -> Item:
+    if row["question_type"] not in VSI_NUMERIC + VSI_CHOICE + VSI_DIRECTION:
+        raise ValueError(f"unknown question_type {row['question_type']!r}")
     options = row["options"] or ()                           # they carry their letters
     asked = ["These are frames of a video.", row["question"]] + (["Options:", *options] if options else []) + [
         "Answer with the option's letter from the given choices directly." if options else
@@ -98,6 +104,9 @@ DISCIPLINES = {subject: discipline for discipline, subjects in {
                    "Mechanical_Engineering"}.items() for subject in subjects.split()}
 
 
+IGNORE = "Please ignore the Quiz question in last frame of the video."
+
+
 def videommmu(row: dict, part: str, keys: tuple, find: Find) -> Item:
     """Multiple choice where there are options: `question_type` is missing or null in places."""
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"] or ()
@@ -107,10 +116,12 @@ def videommmu(row: dict, part: str, keys: tuple, find: Find) -> Item:
                     f"following {'multi-choice' if options else 'open-ended'} question. The image for this question is "
                     f"at the end of the video.\n{row['question']}")
     else:
-        question = f"{row['question']}\nPlease ignore the Quiz question in last frame of the video."
+        question = f"{row['question']}\n{IGNORE}"
+    direct = f"{question}\n{lettered(options)}" if part == "Adaptation" else (
+        f"{row['question']}\n{lettered(options)}\n{IGNORE}")
     how = dict(kind="multiple choice", metric="choice") if options else dict(kind="free-form", metric="open")
     return item(f"{part}/{row['id']}", question, options, row["answer"], find(f"{discipline}/{row['id']}.mp4"),
-                {"track": part, "discipline": discipline}, f"{question}\n{lettered(options)}".strip(), **how)
+                {"track": part, "discipline": discipline}, direct.strip(), **how)
 
 
 def mmvu(row: dict, part: str, keys: tuple, find: Find) -> Item | None:
@@ -128,13 +139,13 @@ def vcrbench(row: dict, part: str, keys: tuple, find: Find) -> Item | None:
         return None
     choices = ast.literal_eval(row["choices"]) if isinstance(row["choices"], str) else row["choices"]
     options, question = list(choices.values()), row["question"]
-    inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(options[0][:20]), question)
+    inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(str(options[0])[:20]), question)
     seconds = float(row.get("duration") or 0)
     return item(str(row["id"]), question[:inside.start()] if inside else question, options, row["answer"],
                 find(f"v1/videos/{row['video_path']}", row["video_path"]),
                 {"dimension": row["dimension"],
                  "duration": "up to 60 s" if seconds <= 60 else "up to 300 s" if seconds <= 300 else "over 300 s"},
-                f"{question if inside else question + lettered(['', *options])[3:]}\n{LETTER_ONLY}")
+                "\n".join([question.strip()] + [lettered(options)] * (not inside) + [LETTER_ONLY]))
 
 
 # json name → folder in `main` (under video/, raw videos), folder in the branch `video` (clips already cut)
@@ -169,12 +180,12 @@ def tempcompass(row: dict, part: str, keys: tuple, find: Find) -> Item:
     """Options stand in the question, a line each. The training prompt knows no yes/no question and no "Option 1":
     there both are multiple choice between two texts."""
     video, dimension = row.get("video_id") or keys[0], row.get("dim") or keys[1]
-    key = f"{part}/{video}/{dimension}/{keys[-1]}"
+    key = f"{part}/{video}/{dimension}/{hashlib.sha256(row['question'].encode()).hexdigest()[:8]}"
     how = dict(path=find(f"videos/{video}.mp4"), groups={"format": part, "dimension": dimension})
     if part == "yes_no":
         return item(key, row["question"], ("yes", "no"), row["answer"],
                     direct=row["question"] + "\nPlease answer yes or no:", **how)
-    lines = [re.fullmatch(r"\s*(?:((?:Option|Caption|Sentence) \w)|[A-D])\s*[.:)]\s*(.+)", line)
+    lines = [re.fullmatch(r"[\s*-]*(?:((?:Option|Caption|Sentence) \w)|[A-D])\s*[.:)]\s*(.+)", line)
              for line in row["question"].split("\n")]
     asked = [line for line, found in zip(row["question"].split("\n"), lines) if not found]
     found = [line for line in lines if line]
@@ -230,7 +241,8 @@ BENCHES = {
     "mmvu": Bench({"validation": ("validation.json",)}, mmvu, 625, "yale-nlp/MMVU", "1.6 GB", False, "", (60.0, 65.4),
                   {"multiple choice of the validation split": ALL}),
     "vcrbench": Bench({"test": ("v1/videos/meta_info_video.json", "VCR-Bench.tsv")}, vcrbench, 510,
-                      "VLM-Reasoning/VCR-Bench", "859 videos of unstated size", False, UNZIP, (44.3, 51.0), {"multiple choice": ALL}),
+                      "VLM-Reasoning/VCR-Bench", "859 videos of unstated size", False, UNZIP, (44.3, 51.0),
+                      {"multiple choice": ALL}),
     "mvbench": Bench({task: (f"json/{task}.json",) for task in MVBENCH}, mvbench, 4000, "OpenGVLab/MVBench", "16 GB",
                      True, UNZIP, (59.0, 68.1)),
     "tempcompass": Bench({form: (f"{form}/test-*.parquet", f"questions/{form}.json", f"{form}.json")
@@ -275,12 +287,13 @@ def annotation_rows(file: Path) -> Iterator[tuple[tuple, dict]]:
 def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
     """A benchmark's questions as they lie on disk, and notes on what was found. Raises FileNotFoundError, with the
     commands that fetch it, if there is nothing; ValueError, with file and number, for a question that is broken."""
-    bench, items, found = BENCHES[name], [], []
+    bench, items, found, parts = BENCHES[name], [], [], set()
     find = lambda *paths: next((p for p in paths if (root / p).exists()), paths[0])
     for part, places in bench.files.items():
-        files = [f for place in places for f in sorted(root.glob(place))][:1]
+        files = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
         for file in files:
             found.append(file.relative_to(root).as_posix())
+            parts.add(part)
             try:
                 rows = list(annotation_rows(file))
             except (ValueError, OSError) as error:           # JSON, Unicode and Arrow errors are ValueErrors
@@ -288,7 +301,7 @@ def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
             for n, (keys, row) in enumerate(rows):
                 try:
                     items += filter(None, [bench.item(row, part, keys, find)])
-                except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
                     raise ValueError(f"{file}, question {n + 1}: {type(error).__name__}: {error}") from None
     there = sum((root / i.record.path).exists() for i in items)
     if not there:
@@ -296,13 +309,16 @@ def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
             f"{name}: {f'{len(items)} questions, but none of their media lie' if items else 'no questions'} under "
             f"{root}, for example {items[0].record.path if items else next(iter(bench.files.values()))[0]}.\n"
             + how_to_fetch(name, root))
-    if twice := [key for key, n in Counter(i.record.problem_id for i in items).items() if n > 1]:
-        raise ValueError(f"{root}: {len(twice)} questions stand there twice, for example {twice[0]}")
+    seen = Counter()
+    for i, one in enumerate(items):                          # what stands there twice is asked and counted twice
+        seen[key := one.record.problem_id] += 1
+        if seen[key] > 1:
+            items[i] = replace(one, record=replace(one.record, problem_id=f"{key} ({seen[key]})"))
     notes = [f"{len(items)} questions from {', '.join(found[:3])}{f' and {len(found) - 3} more' * (len(found) > 3)}"]
     if len(items) != bench.expected:
         notes.append(f"NOT the benchmark's {bench.expected} questions")
-    if len(found) < len(bench.files):
-        notes.append(f"{len(found)} of {len(bench.files)} annotation files")
+    if missing := [part for part in bench.files if part not in parts]:
+        notes.append(f"WITHOUT {', '.join(missing)}")
     repeats = [i.record.problem_id for i in items
                if i.metric == "choice" and len(set(option_texts(i.record.options).values())) < len(i.record.options)]
     if repeats:
@@ -330,106 +346,119 @@ def answer_text(response: str) -> str | None:
     return None if re.search(r"<(?:observation|think)>", rest) else rest
 
 
-LETTER = r"(?<![A-Za-z0-9])([A-Za-z])(?![A-Za-z0-9'’])"
+# A capital standing alone, or "b)" or a last "b": not the A of "5 A", "A = 5", "A man" or "I think".
+LETTER = re.compile(r"(?<![A-Za-z0-9°'’])(?<!\d )(?<!° )(?:[B-HJ-Z]|A(?! (?!or |and |because )[a-z])|I(?=\W*$|[.):])|"
+                    r"[a-z](?=\)|[.\]]?\s*$))(?![A-Za-z0-9'’]|\s*=)")
 CUE = re.compile(r"(?:answer|choose|select|pick|go with|(?:option|choice)(?=\s+is|\s*:)|respuesta|réponse|resposta|"
                  r"risposta|antwort|ответ|答案|选择|选|答え|正解|정답|답)"
                  r"(?:[\s:：*\"'`(\[-]|(?<![a-z])(?:is|would|should|must|be|to|final|correct|best|most|likely|thus|"
                  r"therefore|option|choice|letter|the|es|est|ist|lautet|é|è|la|le|die|opci[oó]n)(?![a-z])|"
-                 r"是|为|选项|は|은|는)*" + LETTER, re.I)
-HEDGE = re.compile(LETTER + r"\W*\s*(?:/|,|&|\b(?:or|and|oder|und|ou|et|o|y)\b)\s*\W?" + LETTER)
-UNIT_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-
-def letters_in(text: str, valid: Iterable[str]) -> list[re.Match]:
-    """Option letters that stand alone as capitals: not the article in "A man", not "I think", not "not B"."""
-    return [m for m in re.finditer(LETTER, text) if m[1] in valid
-            and not re.search(r"(?:\bnot|n't)\s+\W?$", text[:m.start()], re.I)
-            and not (m[1] in "AI" and re.match(r" +[a-z]", text[m.end():]))]
-
-
-def texts_in(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
-    """(start, end, letter) of every option text that occurs as whole words, without those inside a longer one."""
-    flat = " ".join(text.casefold().split())                 # the 3 in "-3" or "3.5" is none
-    found = [(m.start(), m.end(), letter) for letter, option in options.items() if option
-             for m in re.finditer(rf"(?<![\w-])(?<!\d[.,]){re.escape(option)}(?!\w|[.,]\d)", flat)]
-    return [(a, b, x) for a, b, x in found if not any(c <= a and b <= d and (c, d) != (a, b) for c, d, _ in found)]
+                 r"是|为|选项|は|은|는)*(?:an? )?|"
+                 r"\b(?:so|hence|thus|therefore|it is|it['’]s)[\s,:]+(?=\(?[A-Z]\)?\W*$)", re.I)
+DOUBT = re.compile(r"(?:n['’]t\b|\b(?:not|cannot|unlikely)\b|不)[^.!?;,\n]*$|"             # in this clause
+                   r"\bif\b[^.!?;\n]*$|"                                                      # in this sentence
+                   r"\b(?:figure|plan|frame|axis|point|vitamin|team|player|part) $", re.I)
+WRONG = re.compile(r"\W*(?:would be|is|are|was) (?:not|wrong|incorrect|false)\b", re.I)
+JOINED = re.compile(r"\W*(?:\b(?:or|and|oder|und|ou|et|o|y)\b)?\W*", re.I)
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def undressed(text: str) -> str:
-    """Without Markdown, \\boxed{} and $."""
+    """Without Markdown, \\boxed{}, $ and spaces of LaTeX; every minus is a hyphen."""
+    text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
     for _ in range(2):                                       # \boxed{\text{B}}
         text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"[*$\\]", "", text).strip()
+    return re.sub(r"[^\S\n]+", " ", re.sub(r"[*$\\]", "", text)).strip()
+
+
+def named_options(options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(text, letter) of every option, and of labels: "option 2", and "2" alone."""
+    names = [(squash(undressed(text)), letter) for letter, text in option_texts(options).items()]
+    labels = [(name.casefold(), letter) for name, (_, letter) in zip(labels, names)]
+    return names + labels + [(name[-1], letter) for name, letter in labels if name[-1].isdigit()]
+
+
+def mentions(text: str, names: Sequence[tuple[str, str]]) -> list[tuple[int, int, str]]:
+    """(start, end, letter) wherever a text names an option, in order: by its letter, or by its whole text. What stands
+    in a longer one is none ("3" in "-3", "3.5" or "1/3"), nor what is doubted ("not B", "A is wrong")."""
+    valid, flat = {letter for _, letter in names}, text.lower()
+    found = [(m.start(), m.end(), m[0].upper()) for m in LETTER.finditer(text) if m[0].upper() in valid]
+    found += [(m.start(), m.end(), letter) for name, letter in names if len(name) > 1 or name.isdigit()
+              for m in re.finditer(rf"(?<![\w-])(?<!\d[.,/]){re.escape(name)}(?!\w|[.,/]\d)", flat)]
+    found = sorted(x for x in found if not DOUBT.search(text[max(0, x[0] - 200):x[0]]) and not WRONG.match(text, x[1]))
+    return [x for x in found if not any(y[0] <= x[0] and x[1] <= y[1] and y[:2] != x[:2] for y in found)]
+
+
+def same_text(text: str, names: Sequence[tuple[str, str]]) -> set[str]:
+    """The letters whose option is this text, with or without its letter: to the sign, else by its words, else by the
+    number it is ("1000" for "1,000 m")."""
+    for same in (squash, lambda x: re.findall(r"-?\w+", x.casefold()), lambda x: number(x) or x):
+        found = {letter for name, letter in names if name
+                 and same(text) in (same(name), same(f"{letter}. {name}"), same(f"{letter} {name}"))}
+        if found:
+            return found
+    return set()
 
 
 def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] = ()) -> str | None:
-    """The letter that an answer names; None if it names none, or two. The first of these that applies:
+    """The letter that an answer names; None if it names none, or two ("B or C"). The first of these that applies:
 
     1. it is a letter or an option's text, or both: "B", "(b)", "B. a cat", "a cat"
-    2. it says so, the last time: "the answer is (B)", "I choose B", "答案是B"; with "B or C" behind it, none
-    3. it begins with a letter: "B) because …", or with one option's text: "Yes, he does"
-    4. its last line names one letter as a capital standing alone; the article in "An apple" or "A man" is none
-    5. it contains the text of one option
-    Dress is taken off first (`undressed`), and names like "Option 2" are turned into letters.
+    2. it says so, the last time: "the answer is (B)", "I choose a cat", "答案是B", or at its end "so B."
+    3. it begins with one: "B) because …", "Yes, he does"
+    4. its last line names one, by a capital standing alone or by a text
+    5. all of it names one; a yes or no only counts at the beginning
+    Dress is taken off first (`undressed`); what counts as a mention says `mentions`. `labels` such as "Option 2" are
+    other texts of the options.
     """
-    if text is None:
+    if text is None or not (plain := undressed(text)):
         return None
-    texts = {letter: squash(undressed(option)) for letter, option in option_texts(options).items()}
-    plain = undressed(text)
-    for letter, label in zip(texts, labels):
-        if squash(plain) == label.split()[-1].casefold():    # a bare "2" of "Option 2"
-            return letter
-        plain = re.sub(rf"(?<!\w){re.escape(label)}(?!\w)", letter, plain, flags=re.I)
-    if squash(plain).upper() in texts:                                                                          # 1
+    names, one = named_options(options, labels), lambda letters: letters.pop() if len(letters) == 1 else None
+    if squash(plain).upper() in {letter for _, letter in names}:                                                # 1
         return squash(plain).upper()
-    for same in squash, lambda x: re.findall(r"\w+", x.casefold()):
-        whole = [letter for letter, option in texts.items() if option
-                 and same(plain) in (same(option), same(f"{letter}. {option}"), same(f"{letter} {option}"))]
-        if whole:
-            return whole[0] if len(whole) == 1 else None
-    said = [m for m in CUE.finditer(plain) if m[1].upper() in texts
-            and (m[1].isupper() or re.match(r"\s*(?:$|[.,;:)\]}])", plain[m.end():]))]
+    if whole := same_text(plain, names):
+        return one(whole)
+    found = mentions(plain, names)
+
+    def at(place: int) -> set[str]:
+        """The letters named at this place, and what is joined to them: "B", "B or C", "B. a cat"."""
+        letters = {x for start, _, x in found if start == place}
+        ends = [end for start, end, _ in found if start == place]
+        return letters | {x for start, _, x in found for end in ends if JOINED.fullmatch(plain, end, start)}
+    said = [at(m.end()) for m in CUE.finditer(plain) if any(start == m.end() for start, *_ in found)]
     if said:                                                                                                    # 2
-        return None if HEDGE.match(plain, said[-1].start(1)) else said[-1][1].upper()
-    last = plain.splitlines()[-1] if plain else ""
-    if (hedge := HEDGE.search(last)) and {hedge[1].upper(), hedge[2].upper()} <= texts.keys():
-        return None
-    begun = re.match(r"\W*([A-Za-z])\s*(?:[.)\]:,–—]|-\s)", plain)
-    if begun and begun[1].upper() in texts:                                                                     # 3
-        return begun[1].upper()
-    mentioned = sorted(texts_in(plain, texts))
-    begun = {letter for start, _, letter in mentioned if start == 0}
-    if len(begun) == 1 and not re.search(r"\b(?:or|and)\b", " ".join(plain.split())[mentioned[0][1]:mentioned[1][0]]
-                                         if len(mentioned) > 1 else ""):
-        return begun.pop()
-    named = {m[1] for m in letters_in(last, texts)}
-    if named:                                                                                                   # 4
-        return named.pop() if len(named) == 1 else None
-    named = {letter for _, _, letter in mentioned}
-    return named.pop() if len(named) == 1 else None                                                             # 5
+        return one(said[-1])
+    if begun := at(re.match(r"\W*", plain).end() if plain[0] != "-" else 0):                                    # 3
+        return one(begun)
+    last = plain.rfind("\n") + 1
+    yes_no = {name for name, _ in names} <= {"yes", "no"}
+    if named := {x for start, end, x in found if start >= last and (end - start == 1 or not yes_no)}:           # 4
+        return one(named)
+    return None if yes_no else one({x for *_, x in found})                                                      # 5
 
 
 def ends_on(think: str, options: Sequence[str]) -> str | None:
-    """The option that a think ends on: the one it mentions last, by its letter as a capital standing alone or by its
-    whole text; a letter just before a text, "C red T", counts for both. None if it mentions none, or ends on a text
-    that two options share."""
-    texts, flat = option_texts(options), " ".join(think.split())
-    letters = [(m.end(), m[1]) for m in letters_in(flat, texts)]
-    found = letters + [(end, x) for start, end, x in texts_in(flat, texts)
-                       if not any(at <= start and not flat[at:start].strip(" .:)(\"'") for at, _ in letters)]
-    last = {letter for end, letter in found if end == max(found)[0]}
+    """The option that a think ends on: the one it mentions last. In "C red T" the letter counts for both. None if it
+    mentions none, or ends on a text that two options share."""
+    plain = undressed(think)
+    found = mentions(plain, named_options(options))
+    last = {x for _, end, x in found if end == found[-1][1]}
+    if found and len(last) == 1 and len(found) > 1 and not plain[found[-2][1]:found[-1][0]].strip(" .:)(\"'"):
+        return found[-2][2]
     return last.pop() if len(last) == 1 else None
 
 
 def first_number(text: str) -> Fraction | None:
-    """The first number of an answer, in digits or as an English word up to twelve: "about 3.5 m", "four chairs"."""
+    """The first number of an answer, in digits or as an English word up to twelve: "about 3.5 m", "1,5", "four"."""
+    text = undressed(text)
     if (whole := number(text)) is not None:
         return whole
-    found = re.search(rf"-?\d[\d,]*\.?\d*|\b(?:{'|'.join(UNIT_WORDS)})\b", text, re.I)
+    found = re.search(rf"-?\d[\d,]*\.?\d*|(?<![\w-])(?:{'|'.join(NUMBER_WORDS)})(?![\w-])", text, re.I)
     if not found:
         return None
-    word = found[0].lower()
-    return Fraction(UNIT_WORDS.index(word)) if word in UNIT_WORDS else number(found[0].rstrip(",."))
+    digits = found[0].lower().rstrip(",.")
+    return Fraction(NUMBER_WORDS.index(digits)) if digits in NUMBER_WORDS else number(
+        re.sub(r"^(-?\d+),(\d{1,2})$", r"\1.\2", digits))  # a decimal comma
 
 
 def mean_relative_accuracy(predicted: Fraction, wanted: Fraction) -> float:
@@ -445,7 +474,8 @@ def open_answer(text: str, gold: str) -> float:
     """VideoMMMU's open questions, by MMMU's rule: a number is right if one behind the last "is", "answer", "=" or ":"
     is equal to two decimals, a text if the answer contains it, a letter if the answer names it."""
     wanted = [x.strip(" '\"") for x in gold.strip("[]").split(",")] if gold.startswith("[") else [gold]
-    behind = re.split(r"\bis\b|\banswer\b|=|:", text, flags=re.I)[-1]
+    text = undressed(text)
+    behind = re.split(r"\bis\b|\banswer\b|=|:(?!\d)", text, flags=re.I)[-1]
     said = [number(m) for m in re.findall(r"-?\d[\d,]*\.?\d*(?:/\d+)?", behind if re.search(r"\d", behind) else text)]
     for one in wanted:
         if re.fullmatch("[A-Z]", one):
@@ -475,9 +505,10 @@ def score(item: Item, response: str, answer: str | None, finished: bool) -> tupl
         return None, 0.0
     if item.metric == "open":
         return text.strip(), open_answer(text, r.reference)
-    value = first_number(text)
-    return (None, 0.0) if value is None else (
-        f"{float(value):g}", mean_relative_accuracy(value, Fraction(number(r.reference))))
+    if (value := first_number(text)) is None:
+        return None, 0.0
+    value = max(-10 ** 15, min(value, 10 ** 15))             # no float holds 1e400, and it is as wrong
+    return f"{float(value):g}", mean_relative_accuracy(value, number(r.reference))
 
 
 # ------------------------------------------------------------------------------------------------ 3. running
@@ -488,12 +519,24 @@ class Condition:
     name: str = ""
     blind: bool = False
     given: dict[str, str] | None = None                      # problem_id → observation
+    source: str = ""                                         # a hash of where they come from
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evaluation: a benchmark, a model, and how it is asked."""
+    bench: str
+    root: Path                                               # of the benchmark's files
+    model: Path
+    settings: Settings
+    args: argparse.Namespace
+    world: World
 
 
 def asked(item: Item, condition: Condition, args: argparse.Namespace) -> Record:
     """A question as it is put. A direct prompt has no template: there a given observation is part of the question."""
     r, given = item.record, condition.given and condition.given[item.record.problem_id]
-    if args.direct and item.direct:
+    if args.direct:
         r = replace(r, question=f"Observation: {given}\n{item.direct}" if given else item.direct, options=())
         given = None
     return replace(r, blind=condition.blind, given=given, bounds=r.bounds if args.clips else None)
@@ -515,38 +558,67 @@ def to_row(item: Item, e: Episode, settings: Settings, verdict) -> dict:
             "perception": verdict and verdict.sufficient, "judge": verdict and (verdict.lost or verdict.words)}
 
 
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a responses.jsonl, none if there is no file. Raises ValueError for what is no such row."""
+    rows, _ = whole_lines(file)
+    for n, row in enumerate(rows, start=1):
+        answered = isinstance(row.get("score"), (int, float)) and {"question", "response", "perception"} <= row.keys()
+        if not ({"id", "clip", "groups"} <= row.keys() and (answered or {"missing", "bytes"} <= row.keys())):
+            raise ValueError(f"{file}, line {n}: no response of an evaluation")
+    return rows
+
+
 def recorded(folder: Path) -> dict[str, dict]:
-    """What an evaluation has so far, on however many ranks: id → row. The ranks' own files are the newer ones."""
+    """What an evaluation has so far, on however many ranks: id → row. An answer counts before a missing medium, and
+    what ranks have just written before what stood there."""
     files = [folder / "responses.jsonl", *sorted(folder.glob("responses.*.jsonl"))]
-    return {row["id"]: row for file in files for row in whole_lines(file)[0]}
+    return {row["id"]: row for row in sorted((row for file in files for row in read_rows(file)),
+                                             key=lambda row: "missing" not in row)}
 
 
 def size_of(file: Path) -> int:
     return file.stat().st_size if file.is_file() else len(list(file.iterdir())) if file.is_dir() else -1
 
 
-def respond(items: list[Item], condition: Condition, root: Path, model: Qwen2_5_VL, vocabulary: Vocabulary,
-            device: str, judge: Judge | None, settings: Settings, args: argparse.Namespace, out: Journal,
-            world: World) -> None:
-    """Answers this rank's questions and writes each down at once."""
-    of = {i.record.problem_id: i for i in items}
-    examples = Examples([asked(i, condition, args) for i in items], root, vocabulary, model.config, settings,
-                        most_lost=1)
+def unanswered(items: list[Item], done: dict[str, dict], root: Path) -> list[Item]:
+    """Questions without an answer: never asked, worded anew since, or without a medium that has come or changed."""
+    def settled(r: Record, row: dict) -> bool:
+        if "missing" in row:
+            return [row["clip"], row["bytes"]] == [r.path, size_of(root / r.path)]
+        return [row["question"], row["options"], row["reference"]] == [r.question, list(r.options), r.reference]
+    return [i for i in items if i.record.problem_id not in done or not settled(i.record, done[i.record.problem_id])]
+
+
+loaded = lru_cache(maxsize=2)(load_local)                    # several benchmarks, one model
+
+
+def respond(job: Job, items: list[Item], condition: Condition, folder: Path) -> None:
+    """Answers this rank's questions and writes each down at once. Raises ValueError if the judge is lost."""
+    s, args, (vocabulary, model, device) = job.settings, job.args, loaded(job.model)
+    judge = None
+    if args.judge != "none" and condition.given is None:
+        blind = loaded(Path(s.judge_model) if s.judge == "reference" and s.judge_model else job.model)
+        judge = make_judge(s, folder / f"judge-{job.world.rank}.jsonl", lambda claims: blind_answers(
+            blind[1], blind[0], claims, s, s.max_response, args.batch, device), device)
+    out, of = Journal(folder / f"responses.{job.world.rank}.jsonl"), {i.record.problem_id: i for i in items}
+    examples = Examples([asked(i, condition, args) for i in items], job.root, vocabulary, model.config, s, most_lost=1)
     batches = [range(i, min(i + args.batch, len(items))) for i in range(0, len(items), args.batch)]
-    scores, bar = [], tqdm(total=len(items), desc=f"{args.bench} {condition.name}".strip(), unit="question",
-                           disable=not world.first)
+    scores, bar = [], tqdm(total=len(items), desc=f"{job.bench} {condition.name}".strip(), unit="question",
+                           disable=not job.world.first)
     for batch, part in zip(batches, examples.ahead(batches)):
-        for i in batch:
-            if i in examples.skipped:
-                r = items[i].record
-                out.add({"id": r.problem_id, "clip": r.path, "groups": items[i].groups, "metric": items[i].metric,
-                         "missing": examples.skipped[i], "bytes": size_of(root / r.path)})
-        groups = rollout(model, part, vocabulary, settings, 1, args.temperature, "evaluation", device,
-                         args.top_p) if part else []
+        for i in set(batch) & examples.skipped.keys():
+            r = items[i].record
+            out.add({"id": r.problem_id, "clip": r.path, "groups": items[i].groups, "missing": examples.skipped[i],
+                     "bytes": size_of(job.root / r.path)})
+        groups = rollout(model, part, vocabulary, s, 1, args.temperature, "evaluation", device, args.top_p
+                         ) if part else []
         episodes = [e for group in groups for e in group]
         verdicts = ask(episodes, judge)() if judge else [None] * len(episodes)
+        if len(lost := [v.lost for v in verdicts if v and v.lost]) > s.max_unknown * len(verdicts):
+            raise ValueError(f"{len(lost)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
+                             f"{s.max_unknown:g} allows: {lost[0]:.200}. The same command goes on from here.")
         for e, verdict in zip(episodes, verdicts):
-            row = to_row(of[e.example.record.problem_id], e, settings, verdict)
+            row = to_row(of[e.example.record.problem_id], e, s, verdict)
             scores.append(row["score"])
             out.add(row)
         bar.update(len(batch))
@@ -554,44 +626,36 @@ def respond(items: list[Item], condition: Condition, root: Path, model: Qwen2_5_
     bar.close()
 
 
-loaded = lru_cache(maxsize=2)(load_local)                    # several benchmarks, one model
+OWN = ("frames", "fps", "min_pixels", "max_pixels", "max_prompt", "max_response", "prompt", "template", "seed",
+       "refuse_leaks", "judge_model")                        # settings that decide an answer
 
 
-def run(items: list[Item], condition: Condition, root: Path, path: Path, settings: Settings, args: argparse.Namespace,
-        world: World) -> list[dict]:
+def run(job: Job, items: list[Item], condition: Condition = Condition()) -> list[dict]:
     """Runs or continues an evaluation. Returns its rows in the benchmark's order, on every rank."""
-    folder = args.out / f"{args.bench}{f' {condition.name}' * bool(condition.name)}".replace(" ", "-")
-    own = ("frames", "fps", "min_pixels", "max_pixels", "max_prompt", "max_response", "prompt", "template", "seed",
-           "refuse_leaks", "judge_model")
-    given = hashlib.sha256(json.dumps(condition.given, sort_keys=True).encode()).hexdigest()[:16]
+    args, world = job.args, job.world
+    folder = args.out / f"{job.bench} {condition.name}".strip().replace(" ", "-")
+    weights = [f"{f.stat().st_size} bytes of {int(f.stat().st_mtime)}" for f in sorted(job.model.glob("*.safetensors"))]
     if world.first:
-        same_settings(folder, {"bench": args.bench, "model": str(path), "temperature": args.temperature,
-                               "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
-                               "observations": given, **{name: getattr(settings, name) for name in own}}, free=())
-    world.wait()
-    done, wanted = recorded(folder), {i.record.problem_id for i in items}
+        same_settings(folder, {name: getattr(job.settings, name) for name in OWN} | {
+            "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
+            "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
+            "observations": condition.source}, free=())
+    todo = unanswered(items, recorded(folder), job.root)
     world.wait()                                             # all have read before any writes
-    stale = lambda row: "missing" in row and row["bytes"] != size_of(root / row["clip"])  # it has come, or changed
-    todo = [i for i in items if i.record.problem_id not in done or stale(done[i.record.problem_id])]
     if todo:
-        vocabulary, model, device = loaded(path)
-        judge = None
-        if args.judge != "none" and condition.given is None:
-            blind = loaded(settings.judge_model if settings.judge == "reference" and settings.judge_model else path)
-            judge = make_judge(settings, folder / f"judge-{world.rank}.jsonl", lambda claims: blind_answers(
-                blind[1], blind[0], claims, settings, settings.max_response, args.batch, device), device)
-        out = Journal(folder / f"responses.{world.rank}.jsonl")
-        respond(todo[world.rank::world.size], condition, root, model, vocabulary, device, judge, settings, args,
-                out, world)
+        with alone_in(folder) if world.first else nullcontext():
+            respond(job, todo[world.rank::world.size], condition, folder)
+            world.wait()
+            done = recorded(folder)
+            world.wait()
+            if world.first:                                  # in the benchmark's order, then what was asked before
+                order = {i.record.problem_id: done[i.record.problem_id] for i in items}
+                write_rows(folder / "responses.jsonl", (order | done).values())
+                for file in folder.glob("responses.*.jsonl"):
+                    file.unlink()
     world.wait()
-    rows = recorded(folder)
-    rows = [rows[i.record.problem_id] for i in items]
-    world.wait()
-    if world.first:
-        write_rows(folder / "responses.jsonl", rows if len(rows) == len(wanted) else [])
-        for file in folder.glob("responses.*.jsonl"):
-            file.unlink()
-    return rows
+    done = recorded(folder)
+    return [done[i.record.problem_id] for i in items]
 
 
 # ------------------------------------------------------------------------------------------------ 4. numbers
@@ -620,7 +684,7 @@ def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict],
     leaves = [(1 / len(there) / len(part), some) for part in there for some in part]
     n = sum(len(some) for _, some in leaves)
     if not n:
-        return {"value": math.nan, "low": math.nan, "high": math.nan, "chance": math.nan, "n": 0}
+        return {"value": None, "low": None, "high": None, "chance": None, "n": 0}
     weights = np.array([weight for weight, _ in leaves])
     clips = {clip: i for i, clip in enumerate(dict.fromkeys(r["clip"] for _, some in leaves for r in some))}
     sums, counts, guess = np.zeros((3, len(clips), len(leaves)))
@@ -671,6 +735,10 @@ def summarise(name: str, rows: list[dict]) -> dict:
             "readings": readings, "groups": groups, "paper": dict(zip(("Qwen2.5-VL-7B", "VideoP2R"), bench.paper))}
 
 
+def guess(x: dict) -> str:
+    return f"{x['chance']:.1f}" if x["n"] and x["chance"] else "–"
+
+
 def cell(x: dict) -> str:
     return f"{x['value']:.1f} ({x['low']:.1f}–{x['high']:.1f})" if x["n"] else "–"
 
@@ -683,7 +751,6 @@ def ruled(table: list[list[str]]) -> list[str]:
 def report(s: dict) -> str:
     """A summary as a table."""
     judged = s["perception"]["n"] > 0
-    guess = lambda x: f"{x['chance']:.1f}" if x["n"] and x["chance"] else "–"
     rows = [["percent, with 95 % intervals", "n", "answer"] + ["perception"] * judged + ["chance", *s["paper"]]]
     for i, (name, x) in enumerate(s["readings"].items()):
         paper = [f"{v:.1f}" if i == 0 else "" for v in s["paper"].values()]
@@ -697,8 +764,8 @@ def report(s: dict) -> str:
     empty = [label for labels in list(s["groups"].values())[:1] for label, x in labels.items() if not x["n"]]
     head = f"{s['bench']}: {s['scored']} questions scored"
     if lost > 0.01 * s["questions"]:
-        head += (f"; INCOMPLETE: the media of {lost} of {s['questions']} ({lost / s['questions']:.1%}) cannot be read, "
-                 f"and they are not in the score")
+        head += (f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) have no readable media or "
+                 f"too long a prompt, and are not in the score")
     if empty:
         (dimension, labels), *_ = s["groups"].items()
         head += f"; {len(labels) - len(empty)} of {len(labels)} {dimension}s (without {', '.join(empty)})"
@@ -727,24 +794,23 @@ def mismatch(rows: list[dict]) -> str:
                               f"… {' '.join(r['think'].split())[-70:]}" for r in off[:5]])
 
 
-def perception_from(items: list[Item], root: Path, path: Path, settings: Settings, args: argparse.Namespace,
-                    world: World) -> str:
+def perception_from(job: Job, items: list[Item]) -> str:
     """How much of an answer is in the observation (paper, Figure 4): the same questions with nothing, with another
     run's observation, with the video, with both."""
-    file = rows_file(args.perception_from)
-    theirs = {r["id"]: r.get("observation") for r in whole_lines(file)[0]}
-    items = [i for i in items if theirs.get(i.record.problem_id)]
+    file = rows_file(job.args.perception_from)
+    theirs = {r["id"]: r["observation"] for r in read_rows(file) if r.get("observation")}
+    items = [i for i in items if isinstance(theirs.get(i.record.problem_id), str)]
     if not items:
-        raise ValueError(f"{file} holds no observation on a question of {args.bench}")
-    seen = {i.record.problem_id: theirs[i.record.problem_id] for i in items}
-    conditions = [Condition("question", True), Condition("question and observation", True, seen), Condition(),
-                  Condition("video and observation", False, seen)]
-    bench, table = BENCHES[args.bench], [["what the model gets", "n", "answer", "chance"]]
+        raise ValueError(f"{file} holds no observation on a question of {job.bench}")
+    source = hashlib.sha256(json.dumps(theirs, sort_keys=True).encode()).hexdigest()[:16]
+    conditions = [Condition("question", True), Condition("question and observation", True, theirs, source),
+                  Condition(), Condition("video and observation", False, theirs, source)]
+    bench, table = BENCHES[job.bench], [["what the model gets", "n", "answer", "chance"]]
     for c in conditions:
-        rows = [r for r in run(items, c, root, path, settings, args, world) if "missing" not in r]
+        rows = [r for r in run(job, items, c) if "missing" not in r]
         x = mean(rows, next(iter(bench.readings.values())), right if bench.right else graded)
-        table.append([c.name or "video", str(x["n"]), cell(x), f"{x['chance']:.1f}"])
-    return "\n".join([f"{args.bench}: is the observation enough? Observations of {file}", *ruled(table),
+        table.append([c.name or "video", str(x["n"]), cell(x), guess(x)])
+    return "\n".join([f"{job.bench}: is the observation enough? Observations of {file}", *ruled(table),
                       "The question alone shows what can be guessed; a model that was never asked without a video may "
                       "do worse than that."])
 
@@ -765,7 +831,7 @@ def rows_file(place: str) -> Path:
 
 def matched(files: list[Path]) -> tuple[list[tuple[dict, dict]], list[str]]:
     """The questions that two evaluations share, and notes on what makes them unlike. Raises ValueError."""
-    a, b = ({r["id"]: r for r in whole_lines(file)[0] if "missing" not in r} for file in files)
+    a, b = ({r["id"]: r for r in read_rows(file) if "missing" not in r} for file in files)
     pairs, notes = [(a[key], b[key]) for key in a if key in b], []
     if not pairs:
         raise ValueError(f"{files[0]} and {files[1]} have no question in common")
@@ -848,10 +914,10 @@ def default_model() -> tuple[str, str]:
     for file in Path("runs").glob("*/*/settings.json"):
         try:
             newest = newest_checkpoint(file.parent)
-        except FileNotFoundError:
+            if dict(json.loads(file.read_text()))["steps"] == int(newest.name[5:]):
+                finished.append(((newest / "state.json").stat().st_mtime, str(file.parent)))
+        except (OSError, ValueError, TypeError, KeyError):   # another folder, or a damaged one
             continue
-        if json.loads(file.read_text()).get("steps") == int(newest.name[5:]):
-            finished.append(((newest / "state.json").stat().st_mtime, str(file.parent)))
     if finished:
         return max(finished)[1], "the newest finished run"
     base = next((QWEN.format(size) for size in ("7B", "3B") if Path(QWEN.format(size)).is_dir()), None)
@@ -866,8 +932,11 @@ def run_settings(model: Path, preset: str | None) -> Settings:
     for responses: the preset's fill them in."""
     for folder in (model, model.parent):
         if (folder / "settings.json").is_file():
-            saved = json.loads((folder / "settings.json").read_text())
-            row = PRESETS[preset or ("tiny" if saved["prompt"] == "short" else "7b")]
+            try:
+                saved = dict(json.loads((folder / "settings.json").read_text()))
+                row = PRESETS[preset or ("tiny" if saved["prompt"] == "short" else "7b")]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{folder / 'settings.json'} is damaged: {type(error).__name__}: {error}") from None
             same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
                     if k in Settings.__dataclass_fields__ and not k.startswith("judge")}
             return Settings(**row | same)
@@ -879,11 +948,11 @@ PROTOCOL = dict(frames=32, fps=0.0, max_pixels=256 * 28 * 28, max_response=1024)
 
 def evaluate(name: str, path: Path, settings: Settings, args: argparse.Namespace, world: World) -> dict | None:
     """One benchmark, from its files to its table. Returns its summary."""
-    args.bench, root = name, Path(args.data or f"data/{name}")
+    root = Path(args.data or f"data/{name}")
     if name == "toy":
         worlds = [p / "toy" for p in path.resolve().parents]                 # the run's own, if the model is of one
         root = root if args.data else next((w for w in worlds if (w / "heldout.json").is_file()), Path("runs/tiny/toy"))
-        if world.first and not (root / "heldout.json").is_file():
+        if not args.data and world.first and not (root / "heldout.json").is_file():
             make_toy(root, {"heldout": TOY_SPLITS["heldout"]})
         world.wait()
     items, notes = read_bench(name, root)
@@ -895,12 +964,14 @@ def evaluate(name: str, path: Path, settings: Settings, args: argparse.Namespace
               f"{'cut to the bounds of the annotations' if args.clips else 'whole videos'}; temperature "
               f"{args.temperature:g}, top-p {args.top_p:g},",
               f"at most {settings.max_response} tokens; {prompt}; judge of observations: {args.judge}.", sep="\n")
+    job = Job(name, root, path, settings, args, world)
     if args.perception_from:
-        return world.say(perception_from(items, root, path, settings, args, world))
-    rows = run(items, Condition(), root, path, settings, args, world)
+        return world.say(perception_from(job, items))
+    rows = run(job, items)
     summary = summarise(name, rows) | {"model": str(path)}
-    if world.first:
-        write_whole(args.out / name / "summary.json", json.dumps(summary, indent=1) + "\n")
+    file, text = args.out / name / "summary.json", json.dumps(summary, indent=1) + "\n"
+    if world.first and not (file.is_file() and file.read_text() == text):    # shown again: nothing is written
+        write_whole(file, text)
     world.say("\n" + report(summary))
     if args.mismatch:
         world.say(mismatch(rows))
@@ -914,8 +985,9 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
     for name in [name for name in BENCHES if name != "toy"]:
         try:
             results[name] = evaluate(name, path, settings, args, world)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             lacking.append(f"{error}")
+    results = {name: s for name, s in results.items() if s["scored"]}
     scores = {path.parent.name or path.name: [next(iter(s["readings"].values()))["value"] for s in results.values()]}
     for i, model in enumerate(("Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
         scores[model] = [BENCHES[name].paper[i] for name in results]
@@ -923,12 +995,13 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
         world.say("", *ruled([["percent", *results, "mean"]] + [
             [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]), sep="\n")
     if lacking:
-        raise FileNotFoundError(f"{len(lacking)} of 7 benchmarks are not there:\n" + "\n".join(lacking))
+        raise FileNotFoundError(f"{len(lacking)} of 7 benchmarks are not there, or broken:\n" + "\n".join(lacking))
 
 
 def answer_one(path: Path, args: argparse.Namespace, settings: Settings) -> None:
     """One question about one clip or picture: prints what the model sees, thinks and answers. Raises MediaError."""
     clip = Path(args.video).resolve()
+    "".join([args.question, *args.options]).encode()         # half a character is a ValueError
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
     record = Record("", args.question, tuple(args.options), kind, "", clip.name,
                     "image" if clip.suffix.lower() in IMAGES else "video")
@@ -973,6 +1046,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, kind, about in (("frames", int, "most frames [32; toy: the run's]"),
                               ("fps", float, "most frames a second; 0: as many as --frames [0; toy: the run's]"),
                               ("max-pixels", int, "of a frame [256·28·28 = 200704; toy: the run's]"),
+                              ("max-prompt", int, "tokens; a question with more is left out and counted [the run's]"),
                               ("max-response", int, "tokens after which a response is cut off [1024; toy: the run's]"),
                               ("seed", int, "of sampling [the run's]")):
         bench.add_argument(f"--{name}", type=kind, help=about)
@@ -984,8 +1058,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum(map(bool, (args.bench, args.compare, args.video))) != 1 or (args.video and not args.question):
         parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")
-    if args.bench == "all" and args.data:
-        parser.error("--data is the folder of one benchmark; --bench all looks under data/")
+    if args.bench == "all" and (args.data or args.perception_from):
+        parser.error("--bench all reads data/BENCH; --data and --perception-from belong to one benchmark")
+    if not (math.isfinite(args.temperature) and args.temperature >= 0 and 0 < args.top_p <= 1):
+        parser.error("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1")
+    if args.bench == "toy" and args.direct:
+        parser.error("the toy world has no official short-answer prompt")
+    if args.mismatch and args.perception_from:
+        parser.error("--mismatch belongs to a --bench without --perception-from")
     if (args.limit is not None and args.limit < 1) or args.batch < 0:
         parser.error("--limit and --batch count from 1")
     return args
@@ -998,11 +1078,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             return print(compare(*args.compare))
         chosen, why = (args.model, "chosen by flag") if args.model else default_model()
         path = newest_checkpoint(chosen)
-        world = start_world(timedelta(hours=12))             # ranks may be hours apart at a benchmark's end
+        world = start_world(patience=timedelta(hours=12))    # ranks may be hours apart at a benchmark's end
         world.say(f"Model {path} ({why})")
         args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
         settings = run_settings(Path(chosen), args.preset)
-        names = {f.name for f in fields(Settings)} & vars(args).keys() - {"model", "data", "out"}
+        names = {f.name for f in fields(Settings)} & vars(args).keys() - {"model", "data", "out", "temperature"}
         own = {k: v for k, v in given_flags(args).items() if k in names and (k, v) != ("judge", "none")}
         settings = replace(settings, **(PROTOCOL if args.bench not in (None, "toy") else {}) | own,
                            **({"prompt": "direct"} if args.direct and args.bench != "toy" else {}))
@@ -1011,12 +1091,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             args.batch = args.batch or (128 if args.bench == "toy" else 8)
             args.out = Path(args.out or (path.parent if path.name.startswith("step-") else path) / "eval")
-            args.mismatch and args.perception_from and sys.exit("--mismatch belongs to a plain --bench")
-            (evaluate_all if args.bench == "all" else lambda *a: evaluate(args.bench, *a))(path, settings, args, world)
+            if args.bench == "all":
+                evaluate_all(path, settings, args, world)
+            else:
+                evaluate(args.bench, path, settings, args, world)
         world.leave()
     except MediaError as error:
         sys.exit(f"{args.video}: {error}")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Interrupted. The same command goes on from here." if args.bench else "Interrupted.")

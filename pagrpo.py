@@ -58,7 +58,8 @@ class Settings(TrainSettings, JudgeSettings):
     transcript_every: int = flag(50, "steps between printed transcripts")
 
     def __post_init__(self):
-        super().__post_init__()
+        InputSettings.__post_init__(self)
+        JudgeSettings.__post_init__(self)
         at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, micro_batch=1, save_every=1,
                  transcript_every=1, steps=1)
         if not self.temperature > 0:

@@ -96,6 +96,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    apart: dist.ProcessGroup | None = None                   # for ranks that meet seldom
 
     @property
     def first(self) -> bool:
@@ -115,7 +116,7 @@ class World:
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.apart)
 
     def most(self, value: float) -> float:
         """The largest value of any rank."""
@@ -135,8 +136,9 @@ class World:
             os._exit(0)
 
 
-def start_world(patience: timedelta = timedelta(minutes=10)) -> World:
-    """Reads torchrun's environment and joins the ranks, which wait so long for each other. Otherwise: one rank."""
+def start_world(patience: timedelta | None = None) -> World:
+    """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait ten minutes for each
+    other; `patience` is how long `World.wait` may take where they work apart."""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if size > 1:  # threads of several ranks on the same cores spin against each other: ten times slower than one rank
@@ -147,8 +149,9 @@ def start_world(patience: timedelta = timedelta(minutes=10)) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (size > 1 or cuda):
         alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **alone)
-    return World(rank, size, device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), **alone)
+    apart = dist.new_group(backend="gloo", timeout=patience) if size > 1 and patience else None
+    return World(rank, size, device, apart)
 
 
 def shard(model: Qwen2_5_VL, world: World) -> Qwen2_5_VL:
@@ -388,6 +391,7 @@ class Settings(TrainSettings):
     heldout_count: int = flag(256, "without --heldout: so many records of --data are held out, a tenth at most")
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, batch=1, micro_batch=1, save_every=1, steps=0)
 
 

@@ -147,7 +147,7 @@ def videomme(root: Path, clip) -> None:
 
 
 #           builder, questions read, media missing or broken, what its table must say
-EXPECTED = {"vsibench": (vsibench, 4, 1, ["INCOMPLETE: the media of 1 of 4 (25.0%)", "no such file", "30.1", "36.8",
+EXPECTED = {"vsibench": (vsibench, 4, 1, ["INCOMPLETE: 1 of 4 (25.0%)", "no such file", "30.1", "36.8",
                                           "mean of multiple choice and MRA (paper)", "mean of eight tasks (official)"]),
             "videommmu": (videommmu, 5, 2, ["cannot be decoded", "Perception", "Adaptation", "Medicine"]),
             "mmvu": (mmvu, 2, 1, ["Computer Science", "without Art", "20.0"]),
@@ -206,10 +206,11 @@ def test_options_are_shown_once_with_their_letters(clip, tmp_path):
     assert "B. Candles.\nC. Berries." in prompt(items["001-1"]) and "B. B." not in prompt(items["001-1"])
     assert prompt(items["001-1"], direct=True).endswith("the same number.\nThe best answer is:")
     items, _, _ = read("tempcompass", tempcompass, clip, tmp_path)
-    assert prompt(items["multi-choice/1034419625_reverse/action/0"]).count("dunking") == 1
-    assert "A. yes\nB. no" in prompt(items["yes_no/1034419625_reverse/speed/0"])
-    assert prompt(items["yes_no/1034419625_reverse/speed/1"], direct=True) == "Is it slow?\nPlease answer yes or no:"
-    matching = next(i for key, i in items.items() if key.startswith("caption_matching/77"))
+    one = lambda start: next(i for key, i in items.items() if key.startswith(start))
+    assert prompt(one("multi-choice/1034419625_reverse/action")).count("dunking") == 1
+    assert "Is it fast?\nOptions:\nA. yes\nB. no" in prompt(one("yes_no/1034419625_reverse/speed"))
+    assert prompt(one("yes_no"), direct=True) == "Is it fast?\nPlease answer yes or no:"
+    matching = one("caption_matching/77")
     assert "A. A man is jumping.\nB. A man is falling." in prompt(matching) and "Option 1" not in prompt(matching)
     assert "Option 1: A man is jumping.\n" in prompt(matching, direct=True)
     assert matching.labels == ("Option 1", "Option 2")
@@ -310,6 +311,37 @@ def test_a_damaged_annotation_file_is_named_with_the_question(damage, complaint,
     assert complaint in str(ended.value)
 
 
+@pytest.mark.parametrize("wrong", [dict(ground_truth="several"), dict(ground_truth=None), dict(options=["A. one"]),
+                                   dict(question="half a \ud83d"), dict(scene_name="n" * 5000),
+                                   dict(question_type=None)])
+def test_a_question_that_could_not_be_scored_is_found_before_any_is_asked(wrong, clip, tmp_path):
+    vsibench(tmp_path, clip)
+    lines = (tmp_path / "test.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join([json.dumps(json.loads(lines[0]) | wrong), *lines[1:]]))
+    with pytest.raises(ValueError, match="test.jsonl, question 1: "):
+        read_bench("vsibench", tmp_path)
+
+
+def test_no_number_is_too_large_to_be_wrong(clip, tmp_path):
+    items, _, _ = read("vsibench", vsibench, clip, tmp_path)
+    for huge in ("1e400", "9" * 90, "-1e400"):
+        assert evaluation.score(items["0"], f"<answer>{huge}</answer>", None, True)[1] == 0
+
+
+def test_one_broken_benchmark_does_not_stop_the_others(clip, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, build in (("mmvu", mmvu), ("vsibench", vsibench)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        build(tmp_path / "data" / name, clip)
+    (tmp_path / "data" / "vsibench" / "test.jsonl").write_text("{")
+    with pytest.raises(SystemExit, match="(?s)6 of 7 benchmarks are not there, or broken.*test.jsonl cannot be read"):
+        evaluation.main(["--bench", "all", "--model", str(base), "--preset", "tiny", "--out", "out", "--max-pixels",
+                         "784", "--max-response", "4"])
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert table[0].split() == ["percent", "mmvu", "mean"]
+    assert table[-1].split() == ["VideoP2R", "(paper)", "65.4", "65.4"]
+
+
 def test_questions_that_offer_a_text_twice_are_named(clip, tmp_path):
     mmvu(tmp_path, clip)
     rows = json.loads((tmp_path / "validation.json").read_text())
@@ -317,6 +349,13 @@ def test_questions_that_offer_a_text_twice_are_named(clip, tmp_path):
     write_json(tmp_path / "validation.json", rows)
     assert "1 questions offer the same text twice, where only the letter decides: validation_1" in " ".join(
         read_bench("mmvu", tmp_path)[1])
+
+
+def test_a_question_that_stands_there_twice_counts_twice(clip, tmp_path):
+    mmvu(tmp_path, clip)
+    rows = json.loads((tmp_path / "validation.json").read_text())
+    write_json(tmp_path / "validation.json", [rows[0], rows[0]])
+    assert [i.record.problem_id for i in read_bench("mmvu", tmp_path)[0]] == ["validation_1", "validation_1 (2)"]
 
 
 def test_a_path_that_leaves_the_folder_is_refused(clip, base, tmp_path, capsys):

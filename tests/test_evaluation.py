@@ -2,7 +2,9 @@
 killed, and two of them can be held against each other question by question."""
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +81,7 @@ def test_what_was_not_read_counts_as_wrong_and_what_was_not_there_does_not_count
     s = summarise("mvbench", rows)
     assert s["readings"]["all questions"]["value"] == pytest.approx(100 / 3)
     assert (s["questions"], s["scored"], s["unread"], s["cut_off"]) == (4, 3, 1, 1)
-    assert "INCOMPLETE: the media of 1 of 4 (25.0%)" in evaluation.report(s)
+    assert "INCOMPLETE: 1 of 4 (25.0%)" in evaluation.report(s)
 
 
 def test_one_missing_clip_in_two_hundred_is_no_headline():
@@ -156,11 +158,10 @@ def test_two_ranks_score_the_same_questions_once_each(toy, base, tmp_path):
     one, two = answers(tmp_path / "one"), answers(tmp_path / "two")
     assert [(r["id"], r["response"], r["score"]) for r in one] == [(r["id"], r["response"], r["score"]) for r in two]
     assert sorted(p.name for p in (tmp_path / "two" / "toy").iterdir()) == [
-        "responses.jsonl", "settings.json", "summary.json"]
+        "lock", "responses.jsonl", "settings.json", "summary.json"]
 
 
 def test_media_that_come_later_are_asked_about_then(toy, base, tmp_path, capsys):
-    import shutil
     world = tmp_path / "world"
     shutil.copytree(toy, world)
     clips = sorted((world / "heldout").glob("*.avi"))
@@ -174,15 +175,84 @@ def test_media_that_come_later_are_asked_about_then(toy, base, tmp_path, capsys)
     assert not any("missing" in r for r in answers(tmp_path))
 
 
-def test_other_settings_do_not_mix_in_one_folder(toy, base, tmp_path):
-    evaluation.main(bench(toy, base, tmp_path))
+def test_other_settings_and_other_weights_do_not_mix_in_one_folder(toy, base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    evaluation.main(bench(toy, tmp_path / "model", tmp_path))
     with pytest.raises(SystemExit, match="temperature was 0.01, is now 1.0"):
-        evaluation.main(bench(toy, base, tmp_path, "--temperature", "1"))
+        evaluation.main(bench(toy, tmp_path / "model", tmp_path, "--temperature", "1"))
+    (tmp_path / "model" / "model.safetensors").touch()
+    os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+    with pytest.raises(SystemExit, match="weights was .* bytes of 1'"):
+        evaluation.main(bench(toy, tmp_path / "model", tmp_path))
+
+
+def test_a_part_of_the_questions_takes_nothing_from_the_rest(toy, base, tmp_path, capsys):
+    """A try with --limit and an examination with observations for few questions share a folder with the whole run."""
+    evaluation.main(bench(toy, base, tmp_path))
+    whole = answers(tmp_path)
+    evaluation.main(bench(toy, base, tmp_path, "--limit", "2"))
+    theirs = [row(0, 1.0, id=whole[3]["id"], observation="1 red O")]
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(theirs[0]) + "\n")
+    evaluation.main(bench(toy, base, tmp_path, "--perception-from", str(tmp_path / "theirs.jsonl")))
+    assert answers(tmp_path) == whole
+
+
+def test_a_question_that_is_worded_anew_is_asked_anew(toy, base, tmp_path, capsys):
+    shutil.copytree(toy, tmp_path / "world")
+    evaluation.main(bench(tmp_path / "world", base, tmp_path))
+    before, file = answers(tmp_path), tmp_path / "world" / "heldout.json"
+    rows = json.loads(file.read_text())
+    rows[0]["options"] = rows[0]["options"][::-1] or ["a", "b"]
+    rows[0]["options"] = [f"{letter}. {o[3:]}" for letter, o in zip("ABC", rows[0]["options"])]
+    file.write_text(json.dumps(rows))
+    evaluation.main(bench(tmp_path / "world", base, tmp_path))
+    assert [a != b for a, b in zip(before, answers(tmp_path))] == [True] + [False] * 19
+
+
+def test_two_at_once_in_one_folder_are_one_too_many(toy, base, tmp_path):
+    from data import alone_in
+    with alone_in(tmp_path / "toy"), pytest.raises(SystemExit, match="Another process works in"):
+        evaluation.main(bench(toy, base, tmp_path))
+
+
+def test_a_judge_that_is_lost_stops_the_evaluation_before_its_verdicts_are(toy, started, tmp_path):
+    flags = ["--bench", "toy", "--data", str(toy), "--model", str(started), "--out", str(tmp_path), "--limit", "4"]
+    with pytest.raises(SystemExit, match="verdicts stayed unknown.*goes on from here"):
+        evaluation.main([*flags, "--judge", "http://127.0.0.1:9/v1", "--judge-model", "m", "--retries", "0"])
+    assert not (tmp_path / "toy" / "responses.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--temperature", "nan"], "--temperature must be 0"), (["--top-p", "0"], "--top-p above 0"),
+    (["--limit", "0"], "from 1"),
+    (["--direct"], "no official short-answer prompt"), (["--frames", "1"], "--frames must be at least 2"),
+    (["--fps", "nan"], "--fps must be at least 0"), (["--max-pixels", "0"], "--max-pixels must be at least 784")])
+def test_senseless_flags_are_refused(flags, complaint, toy, base, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(bench(toy, base, tmp_path, *flags))
+    assert complaint in str(ended.value) + capsys.readouterr().err and not (tmp_path / "toy").exists()
+
+
+def test_zero_is_greedy(toy, base, tmp_path, capsys):
+    evaluation.main(bench(toy, base, tmp_path / "0", "--temperature", "0"))
+    evaluation.main(bench(toy, base, tmp_path / "1"))
+    assert [r["response"] for r in answers(tmp_path / "0")] == [r["response"] for r in answers(tmp_path / "1")]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[]", '{"id": "heldout-0"}', '{"id": "x", "missing": "y"}', "7",
+                                     '{"id": "x", "clip": "c", "groups": {}, "question": "q", "response": "r", '
+                                     '"perception": null, "score": null}'])
+def test_files_that_hold_no_responses_are_named(content, toy, base, tmp_path):
+    (tmp_path / "toy").mkdir()
+    file = tmp_path / "toy" / "responses.jsonl"
+    file.write_text(content + "\n")
+    for command in (bench(toy, base, tmp_path), ["--compare", str(file), str(file)],
+                    bench(toy, base, tmp_path / "x", "--perception-from", str(file))):
+        with pytest.raises(SystemExit, match="responses.jsonl, line 1: "):
+            evaluation.main(command)
 
 
 def test_without_a_model_the_newest_finished_run_is_taken(toy, started, tmp_path, monkeypatch, capsys):
-    import os
-    import shutil
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="python pagrpo.py"):
         evaluation.main(["--bench", "toy"])

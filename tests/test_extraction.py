@@ -11,6 +11,11 @@ LETTERED = ("A. dunking a basketball", "B. dribbling a basketball", "C. passing 
 TEN = tuple(f"{n} volts" for n in range(10))
 YES = ("yes", "no")
 BARE = ("3", "13", "30", "none")
+CELSIUS = ("20 °C", "25 °C", "30 °C", "35 °C")
+AMPERE = ("2 A", "5 A", "7 A", "9 A")
+NUMBERS = tuple(str(x) for x in (10, 25, 30, 40, 50, 60, 70, 80, 90, 100))
+SEEN = ("a red ball", "a blue box", "a green cone", "a yellow cup")
+WAYS = ("left", "right", "up", "down")
 
 
 @pytest.mark.parametrize("response, options, wanted", [
@@ -69,13 +74,47 @@ BARE = ("3", "13", "30", "none")
     ("<answer>A</answer>", YES, "A"), ("<answer>B. no</answer>", YES, "B"), ("yes and no", YES, None),
     ("maybe", YES, None),
     ("Yesterday", YES, None),
+    # units, doubts, corrections, contradictions
+    ("The temperature is 25 °C.", CELSIUS, "B"), ("The answer is 25 °C.", CELSIUS, "B"),
+    ("Therefore, the current is 5 A.", AMPERE, "B"), ("The result is 10 J", NUMBERS, "A"), ("E = 25", NUMBERS, "B"),
+    ("F = 25 N", NUMBERS, "B"), ("\\boxed{5\\,\\text{A}}", AMPERE, "B"),
+    ("The answer is C, a green cone.", SEEN, "C"), ("I choose B, I think.", SEEN, "B"),
+    ("Answer: B, a box that is blue", SEEN, "B"), ("The answer is A, I believe", SEEN, "A"),
+    ("I don't think the answer is B.", SEEN, None), ("It's unlikely that the answer is B.", SEEN, None),
+    ("The answer cannot be B.", SEEN, None), ("If he had moved left, the answer would be B.", SEEN, None),
+    ("My answer is C. I did not choose A because it is red.", SEEN, "C"),
+    ("Answer: C. The answer A would be wrong.", SEEN, "C"),
+    ("The answer is B. Wait, let me re-check. No, it is C.", SEEN, "C"),
+    ("At first I'd say the answer is B, but on reflection it is C.", SEEN, "C"), ("A) is wrong.", SEEN, None),
+    ("A) is wrong because it is red.\nB) fits, so B is right.", SEEN, "B"),
+    ("A. red: not present.\nB. blue: present.\nSo B.", SEEN, "B"),
+    ("I, as a model, cannot watch videos.", NUMBERS, None), ("B. a red ball", SEEN, None),
+    ("A: a blue box", SEEN, None), ("It is not a red ball.", SEEN, None), ("There is no way to tell", YES, None),
+    ("I can not tell; there is no information.", YES, None), ("Right, the answer is left.", WAYS, "A"),
+    ("The man moves right.", WAYS, "B"), ("-3", ("3", "4", "5"), None), ("-3", ("-3", "3", "5"), "A"),
+    ("1/2", ("1/2", "1/3", "1", "2"), "A"), ("−2", ("-2", "2", "4"), "A"), ("1000", ("1,000", "10", "100"), "A"),
+    ("2.24", ("2.24 m", "3 m"), "A"), ("The answer is Point A.", ("Point B", "Point A", "Point D"), "B"),
+    ("The answer is A minor.", ("C major", "A minor", "B flat"), "B"), ("I DON'T KNOW", NUMBERS, None),
+    ("See Figure B.", SEEN, None), ("Plan B would be to wait.", SEEN, None),
+    ("The answer is yes, because there is no doubt.", YES, "A"), ("No", YES, "B"), ("Yes, there is no man", YES, "A"),
+    ("答案不是B", SEEN, None), ("The correct answer is **B. a blue box**.", SEEN, "B"),
+    ("Based on the video, the correct answer is:\n\nC. a green cone", SEEN, "C"),
+    ("The object is a blue box, so the answer is B", SEEN, "B"),
+    ("It could be a red ball or a blue box.", SEEN, None), ("So the answer should be option D.", SEEN, "D"),
+    ("The answer is: (D) a yellow cup", SEEN, "D"), ("B\nExplanation: the box is blue, not A.", SEEN, "B"),
+    ("Only B and C fit.", SEEN, None), ("Both A and B", SEEN, None), ("Both A and B", (*SEEN, "Both A and B"), "E"),
+    ("The answer is not A, it is B", SEEN, "B"), ("Answer:B", SEEN, "B"), ("answer: b", SEEN, "B"),
+    ("The final answer is $\\boxed{C}$.", SEEN, "C"), ("a red ball, a blue box", SEEN, None),
+    ("The video shows a red ball first and then a blue box. Answer: A", SEEN, "A"),
 ])
 def test_what_models_write(response, options, wanted):
     assert read_choice(answer_text(response), options) == wanted
 
 
 @pytest.mark.parametrize("response, wanted", [
-    ("Option 2", "B"), ("Option 2: a dog barks", "B"), ("2", "B"), ("option 1.", "A"), ("The answer is Option 2", "B"),
+    ("Option 1 since Option 2 says it barks", "A"), ("The answer is 1", "A"), ("The best option is 2.", "B"),
+    ("Option 2 matches better than Option 1.", "B"), ("Option 2", "B"), ("Option 2: a dog barks", "B"), ("2", "B"),
+    ("option 1.", "A"), ("The answer is Option 2", "B"),
     ("a dog barks", "B"), ("B", "B"), ("Option 3", None), ("Option 1 or Option 2", None)])
 def test_options_may_have_names(response, wanted):
     assert read_choice(response, ("a cat sleeps", "a dog barks"), ("Option 1", "Option 2")) == wanted
@@ -101,7 +140,8 @@ def test_a_think_ends_on_the_option_it_mentions_last(think, options, wanted):
 @pytest.mark.parametrize("text, wanted", [
     ("4", 4), ("4.5", Fraction(9, 2)), ("about 3.5 meters", Fraction(7, 2)), ("There are four chairs.", 4),
     ("1,200 cm", 1200), ("-2", -2), ("two or three", 2), ("none that I can see", None), ("Zero", 0), ("3.", 3),
-    ("between 2 and 3", 2), ("someone", None), ("", None)])
+    ("twenty-one", None), ("around 1,5 m", Fraction(3, 2)), ("12,5", Fraction(25, 2)), ("between 2 and 3", 2),
+    ("someone", None), ("", None)])
 def test_the_first_number_is_the_answer(text, wanted):
     assert first_number(text) == wanted
 
