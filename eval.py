@@ -58,15 +58,19 @@ class Item:
 Find = Callable[..., str]                                    # the first of some paths that is on disk, else the first
 
 
-def item(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict, direct: str = "",
-         kind: str = "multiple choice", metric: str = "choice", labels: Sequence[str] = (), **more) -> Item:
+def item(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict, direct: str,
+         metric: str = "choice", labels: Sequence[str] = (), **more) -> Item:
+    """Checks a question and puts it into the words of training. `metric` is for a question without options. Raises
+    ValueError for one that could not be scored."""
     options, reference = tuple(map(str, options)), str(answer)
-    if (metric == "choice" and len(options) < 2) or (metric == "mra" and number(reference) is None):
-        raise ValueError(f"options {list(options)} and answer {answer!r} make no question")
-    if metric == "choice" and (reference := choice(reference, options)) is None:
+    metric = "choice" if options else metric
+    if metric == "choice" and (len(options) < 2 or (reference := choice(reference, options)) is None):
         raise ValueError(f"the answer {answer!r} is none of the options {list(options)}")
+    if metric == "mra" and number(reference) is None:
+        raise ValueError(f"the answer {answer!r} is no number")
     question, groups = str(question).strip(), {name: str(label) for name, label in groups.items()}
     (question + "".join(options) + direct).encode()          # half a character is a ValueError
+    kind = {"choice": "multiple choice", "mra": "regression", "open": "free-form"}[metric]
     return Item(Record(str(key), question, options, kind, reference, path, "video", **more), metric, groups, direct,
                 tuple(labels))
 
@@ -90,10 +94,9 @@ def vsibench(row: dict, part: str, keys: tuple, find: Find) -> Item:
     asked = ["These are frames of a video.", row["question"]] + (["Options:", *options] if options else []) + [
         "Answer with the option's letter from the given choices directly." if options else
         "Please answer the question using a single word or phrase."]
-    how = dict(kind="multiple choice", metric="choice") if options else dict(kind="regression", metric="mra")
-    return item(str(row["id"]), row["question"], options, row["ground_truth"],
+    return item(row["id"], row["question"], options, row["ground_truth"],
                 find(f"{row['dataset']}/{row['scene_name']}.mp4"), {"task": row["question_type"]}, "\n".join(asked),
-                **how)
+                metric="mra")
 
 
 DISCIPLINES = {subject: discipline for discipline, subjects in {
@@ -119,9 +122,8 @@ def videommmu(row: dict, part: str, keys: tuple, find: Find) -> Item:
         question = f"{row['question']}\n{IGNORE}"
     direct = f"{question}\n{lettered(options)}" if part == "Adaptation" else (
         f"{row['question']}\n{lettered(options)}\n{IGNORE}")
-    how = dict(kind="multiple choice", metric="choice") if options else dict(kind="free-form", metric="open")
     return item(f"{part}/{row['id']}", question, options, row["answer"], find(f"{discipline}/{row['id']}.mp4"),
-                {"track": part, "discipline": discipline}, direct.strip(), **how)
+                {"track": part, "discipline": discipline}, direct.strip(), metric="open")
 
 
 def mmvu(row: dict, part: str, keys: tuple, find: Find) -> Item | None:
@@ -141,7 +143,7 @@ def vcrbench(row: dict, part: str, keys: tuple, find: Find) -> Item | None:
     options, question = list(choices.values()), row["question"]
     inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(str(options[0])[:20]), question)
     seconds = float(row.get("duration") or 0)
-    return item(str(row["id"]), question[:inside.start()] if inside else question, options, row["answer"],
+    return item(row["id"], question[:inside.start()] if inside else question, options, row["answer"],
                 find(f"v1/videos/{row['video_path']}", row["video_path"]),
                 {"dimension": row["dimension"],
                  "duration": "up to 60 s" if seconds <= 60 else "up to 300 s" if seconds <= 300 else "over 300 s"},
@@ -209,6 +211,10 @@ ALL = ((None,),)
 VSI_NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
 VSI_DIRECTION = tuple(f"object_rel_direction_{level}" for level in ("easy", "medium", "hard"))
 VSI_CHOICE = ("object_rel_distance", "route_planning", "obj_appearance_order")
+
+
+class BenchError(ValueError):
+    """A benchmark that is not there, or broken."""
 
 
 class Bench(NamedTuple):
@@ -285,46 +291,47 @@ def annotation_rows(file: Path) -> Iterator[tuple[tuple, dict]]:
 
 
 def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
-    """A benchmark's questions as they lie on disk, and notes on what was found. Raises FileNotFoundError, with the
-    commands that fetch it, if there is nothing; ValueError, with file and number, for a question that is broken."""
-    bench, items, found, parts = BENCHES[name], [], [], set()
+    """A benchmark's questions as they lie on disk, and remarks on what was found. Raises BenchError: with the commands
+    that fetch it if there is nothing, with file and number for a question that is broken."""
+    bench, items, seen, found = BENCHES[name], [], Counter(), {}
     find = lambda *paths: next((p for p in paths if (root / p).exists()), paths[0])
     for part, places in bench.files.items():
-        files = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
-        for file in files:
-            found.append(file.relative_to(root).as_posix())
-            parts.add(part)
+        found[part] = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
+        for file in found[part]:
             try:
                 rows = list(annotation_rows(file))
             except (ValueError, OSError) as error:           # JSON, Unicode and Arrow errors are ValueErrors
-                raise ValueError(f"{file} cannot be read: {error}") from None
-            for n, (keys, row) in enumerate(rows):
+                raise BenchError(f"{file} cannot be read: {error}") from None
+            for n, (keys, row) in enumerate(rows, start=1):
                 try:
-                    items += filter(None, [bench.item(row, part, keys, find)])
+                    one = bench.item(row, part, keys, find)
                 except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
-                    raise ValueError(f"{file}, question {n + 1}: {type(error).__name__}: {error}") from None
-    there = sum((root / i.record.path).exists() for i in items)
-    if not there:
-        raise FileNotFoundError(
-            f"{name}: {f'{len(items)} questions, but none of their media lie' if items else 'no questions'} under "
-            f"{root}, for example {items[0].record.path if items else next(iter(bench.files.values()))[0]}.\n"
-            + how_to_fetch(name, root))
-    seen = Counter()
-    for i, one in enumerate(items):                          # what stands there twice is asked and counted twice
-        seen[key := one.record.problem_id] += 1
-        if seen[key] > 1:
-            items[i] = replace(one, record=replace(one.record, problem_id=f"{key} ({seen[key]})"))
-    notes = [f"{len(items)} questions from {', '.join(found[:3])}{f' and {len(found) - 3} more' * (len(found) > 3)}"]
+                    raise BenchError(f"{file}, question {n}: {type(error).__name__}: {error}") from None
+                if one:
+                    seen[key := one.record.problem_id] += 1  # what stands there twice is asked and counted twice
+                    twice = f" ({seen[key]})" * (seen[key] > 1)
+                    items.append(replace(one, record=replace(one.record, problem_id=key + twice)))
+    if not any((root / i.record.path).exists() for i in items):
+        what = f"{len(items)} questions, but none of their media lie" if items else "no questions"
+        example = items[0].record.path if items else next(iter(bench.files.values()))[0]
+        raise BenchError(f"{name}: {what} under {root}, for example {example}.\n{how_to_fetch(name, root)}")
+    return items, remarks(bench, items, found)
+
+
+def remarks(bench: Bench, items: list[Item], found: dict[str, list[Path]]) -> list[str]:
+    """What a reader of the score should know of the questions that were found."""
+    files = ["/".join(file.parts[-2:]) for some in found.values() for file in some]
+    said = [f"{len(items)} questions from {', '.join(files[:3])}{f' and {len(files) - 3} more' * (len(files) > 3)}"]
     if len(items) != bench.expected:
-        notes.append(f"NOT the benchmark's {bench.expected} questions")
-    if missing := [part for part in bench.files if part not in parts]:
-        notes.append(f"WITHOUT {', '.join(missing)}")
+        said.append(f"NOT the benchmark's {bench.expected} questions")
+    if missing := [part for part, some in found.items() if not some]:
+        said.append(f"WITHOUT {', '.join(missing)}")
     repeats = [i.record.problem_id for i in items
                if i.metric == "choice" and len(set(option_texts(i.record.options).values())) < len(i.record.options)]
     if repeats:
-        notes.append(f"{len(repeats)} questions offer the same text twice, where only the letter decides: "
-                     f"{', '.join(repeats[:4])}{' …' * (len(repeats) > 4)}")
-    return items, notes
+        said.append(f"{len(repeats)} questions offer the same text twice, where only the letter decides: "
+                    f"{', '.join(repeats[:4])}{' …' * (len(repeats) > 4)}")
+    return said
 
 
 def how_to_fetch(name: str, root: Path) -> str:
@@ -985,7 +992,7 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
     for name in [name for name in BENCHES if name != "toy"]:
         try:
             results[name] = evaluate(name, path, settings, args, world)
-        except (FileNotFoundError, ValueError) as error:
+        except BenchError as error:                          # anything else is one rank's trouble, and stops all
             lacking.append(f"{error}")
     results = {name: s for name, s in results.items() if s["scored"]}
     scores = {path.parent.name or path.name: [next(iter(s["readings"].values()))["value"] for s in results.values()]}
@@ -995,7 +1002,7 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
         world.say("", *ruled([["percent", *results, "mean"]] + [
             [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]), sep="\n")
     if lacking:
-        raise FileNotFoundError(f"{len(lacking)} of 7 benchmarks are not there, or broken:\n" + "\n".join(lacking))
+        raise BenchError(f"{len(lacking)} of 7 benchmarks are not there, or broken:\n" + "\n".join(lacking))
 
 
 def answer_one(path: Path, args: argparse.Namespace, settings: Settings) -> None:
