@@ -483,19 +483,26 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
             *newline, *start, *v.encode("assistant\n")]
 
 
+@lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
+def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
+    """Patches, grid and seconds per grid step of a record's medium, whatever is asked about it. Raises MediaError."""
+    frames, seconds, limit = read_media(medium, root, settings)
+    return (*patchify(frames, min(settings.min_pixels, limit), limit), seconds)
+
+
 def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings
                   ) -> Example:
     """Reads the medium and lays out the prompt as Qwen's chat template does, up to an observation that is given. Raises
     MediaError."""
-    v, medium, pixels, grids, times = vocabulary, [], None, [], []
+    v, shown, pixels, grids, times = vocabulary, [], None, [], []
     if not record.blind:
-        frames, seconds, limit = read_media(record, root, settings)
-        pixels, grid = patchify(frames, min(settings.min_pixels, limit), limit)
+        medium = Record("", "", (), "", "", record.path, record.data_type, bounds=record.bounds, rate=record.rate)
+        pixels, grid, seconds = media_patches(medium, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if record.data_type == "video" else config.image_token_id
-        medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
+        shown = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
     begun = [] if record.given is None else v.encode(seen_text(record.given))
-    ids = torch.tensor(chat(medium, instruction(record, settings), v, settings) + begun)
+    ids = torch.tensor(chat(shown, instruction(record, settings), v, settings) + begun)
     return Example(record, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]),
                    *(times or [0.0]))
 

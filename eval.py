@@ -651,7 +651,9 @@ def run(job: Job, items: list[Item], condition: Condition = Condition()) -> list
     world.wait()                                             # all have read before any writes
     if todo:
         with alone_in(folder) if world.first else nullcontext():
-            respond(job, todo[world.rank::world.size], condition, folder)
+            clips = {clip: n for n, clip in enumerate(dict.fromkeys(i.record.path for i in todo))}
+            mine = [i for i in todo if clips[i.record.path] % world.size == world.rank]    # a clip is read by one rank
+            respond(job, mine, condition, folder)
             world.wait()
             done = recorded(folder)
             world.wait()

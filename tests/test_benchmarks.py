@@ -273,6 +273,17 @@ def test_annotations_are_the_same_in_every_form(clip, tmp_path):
     assert {i.record.problem_id: i for i in read_bench("videommmu", root)[0]} == items
 
 
+def test_a_clip_is_not_read_again_for_every_question_about_it(clip, base, tmp_path, tiny_settings, monkeypatch):
+    real, reads = data.read_video, []
+    monkeypatch.setattr(data, "read_video", lambda path, *rest: (reads.append(path), real(path, *rest))[1])
+    clip(tmp_path / "a.mp4"), clip(tmp_path / "b.mp4")
+    vocabulary, config = data.Vocabulary(base), data.read_config(base)
+    records = [data.Record(str(i), f"What is {i}?", (), "numerical", "1", path, "video")
+               for path in ("a.mp4", "b.mp4") for i in range(9)]
+    examples = data.Examples(records, tmp_path, vocabulary, config, data.replace(tiny_settings, workers=1))
+    assert len([e for part in examples.ahead([range(18)]) for e in part]) == 18 and len(reads) == 2
+
+
 def test_the_last_frame_is_always_among_those_taken(tiny_settings):
     """VideoMMMU's question is a picture at the very end."""
     for total in (2, 5, 31, 32, 33, 1000, 100_001):
