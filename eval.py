@@ -10,8 +10,9 @@
 
 Protocol, unless flags say otherwise (the paper's): 32 frames spread over the whole video, always with the first and the
 last, at most 256·28·28 pixels each, temperature 0.01, top-p 0.001, the prompt that the model was trained with. The toy
-world keeps its own frames and pixels. An evaluation is a folder, by default MODEL/eval/BENCH: responses.jsonl (a record
-a question), summary.json, settings.json. It goes on where it was stopped, on any number of ranks.
+world and --video keep the run's own frames and pixels. An evaluation is a folder, by default MODEL/eval/BENCH:
+responses.jsonl (a record a question), summary.json, settings.json. It goes on where it was stopped, on any number of
+ranks.
 """
 import argparse
 import ast
@@ -344,29 +345,39 @@ def how_to_fetch(name: str, root: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------ 2. reading answers
 
-def answer_text(response: str) -> str | None:
+def answer_text(response: str, finished: bool = True) -> str | None:
     """Where a response's answer is looked for: in its last <answer>; without one, behind the last closed segment;
-    without tags, everywhere. None if it was cut off inside a segment: it did not come to an answer."""
+    without tags, everywhere. None if it was cut off before an <answer>: it did not come to one."""
     if "<answer>" in response:
         return response.rsplit("<answer>", 1)[1].split("</answer>")[0]
+    if not finished:
+        return None
     rest = re.split(r"</(?:observation|think)>", response)[-1]
     return None if re.search(r"<(?:observation|think)>", rest) else rest
 
 
-# A capital standing alone, or "b)" or a last "b": not the A of "5 A", "A = 5", "A man" or "I think".
-LETTER = re.compile(r"(?<![A-Za-z0-9°'’])(?<!\d )(?<!° )(?:[B-HJ-Z]|A(?! (?!or |and |because )[a-z])|I(?=\W*$|[.):])|"
-                    r"[a-z](?=\)|[.\]]?\s*$))(?![A-Za-z0-9'’]|\s*=)")
+# A capital standing alone, or "b)" or a last "b": not the A of "5 A", "A = 5", "A man", nor the I of "I think".
+VERBS = ("or|and|because|since|as|is|isn|was|which|but|in|seems|fits|matches|would|can|cannot|does|doesn|over|rather|"
+         "then")
+LETTER = re.compile(rf"(?<![A-Za-zÀ-ỹ0-9°'’])(?<!\d )(?<!° )(?:[B-HJ-Z]|A(?! (?!(?:{VERBS})\b)[a-z])|I(?=\W*$|[.):])|"
+                    r"[a-z](?=\)|[.\]]?\s*$))(?![A-Za-zÀ-ỹ0-9₀-₉'’]|\s*=)")
 CUE = re.compile(r"(?:answer|choose|select|pick|go with|(?:option|choice)(?=\s+is|\s*:)|respuesta|réponse|resposta|"
                  r"risposta|antwort|ответ|答案|选择|选|答え|正解|정답|답)"
                  r"(?:[\s:：*\"'`(\[-]|(?<![a-z])(?:is|would|should|must|be|to|final|correct|best|most|likely|thus|"
                  r"therefore|option|choice|letter|the|es|est|ist|lautet|é|è|la|le|die|opci[oó]n)(?![a-z])|"
                  r"是|为|选项|は|은|는)*(?:an? )?|"
                  r"\b(?:so|hence|thus|therefore|it is|it['’]s)[\s,:]+(?=\(?[A-Z]\)?\W*$)", re.I)
-DOUBT = re.compile(r"(?:n['’]t\b|\b(?:not|cannot|unlikely)\b|不)[^.!?;,\n]*$|"             # in this clause
-                   r"\bif\b[^.!?;\n]*$|"                                                      # in this sentence
-                   r"\b(?:figure|plan|frame|axis|point|vitamin|team|player|part) $", re.I)
-WRONG = re.compile(r"\W*(?:would be|is|are|was) (?:not|wrong|incorrect|false)\b", re.I)
-JOINED = re.compile(r"\W*(?:\b(?:or|and|oder|und|ou|et|o|y)\b)?\W*", re.I)
+DOUBT = re.compile(                                          # before a mention: in its clause, its sentence, at once
+    r"(?:n['’]t\b|\b(?:not|neither|cannot|unlikely|except|nicht|pas|no es|rul(?:e|ed|ing) out|eliminat\w+|"
+    r"exclud\w+)\b|不)(?:(?!\b(?:but|so|thus|hence|therefore)\b)[^.!?;,，\n])*$|\bif\b(?! (?:i|we)\b)[^.!?;\n]*$|"
+    r"\b(?:figure|table|section|plan|plot|frame|axis|point|line|vitamin|hepatitis|group|team|player|person|object|part|"
+    r"type|grade|letter|mr\.) $", re.I)
+WRONG = re.compile(                                          # behind it
+    r"\W*(?:(?:would be|is|are|was|seems) (?:not|less likely|never|wrong|incorrect|false|unlikely|excluded|eliminated|"
+    r"ruled out)\b|(?:is|does|did|was|can|could)(?:n['’]t| ?not)\b|can be (?:excluded|eliminated|ruled out)|是?(?:不|错))",
+    re.I)
+JOINED = re.compile(r"\W*(?:\b(?:or|and|as well as|oder|und|ou|et|o|y)\b)?"
+                    r"(?:\W*\b(?:also|maybe|perhaps|possibly|option|choice|an?|the)\b)*\W*", re.I)
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -391,15 +402,16 @@ def mentions(text: str, names: Sequence[tuple[str, str]]) -> list[tuple[int, int
     valid, flat = {letter for _, letter in names}, text.lower()
     found = [(m.start(), m.end(), m[0].upper()) for m in LETTER.finditer(text) if m[0].upper() in valid]
     found += [(m.start(), m.end(), letter) for name, letter in names if len(name) > 1 or name.isdigit()
-              for m in re.finditer(rf"(?<![\w-])(?<!\d[.,/]){re.escape(name)}(?!\w|[.,/]\d)", flat)]
+              for m in re.finditer(rf"(?<![\w-])(?<!\d[.,/]){re.escape(name)}(?!\w|-\w|[.,/]\d)", flat)]
     found = sorted(x for x in found if not DOUBT.search(text[max(0, x[0] - 200):x[0]]) and not WRONG.match(text, x[1]))
     return [x for x in found if not any(y[0] <= x[0] and x[1] <= y[1] and y[:2] != x[:2] for y in found)]
 
 
 def same_text(text: str, names: Sequence[tuple[str, str]]) -> set[str]:
     """The letters whose option is this text, with or without its letter: to the sign, else by its words, else by the
-    number it is ("1000" for "1,000 m")."""
-    for same in (squash, lambda x: re.findall(r"-?\w+", x.casefold()), lambda x: number(x) or x):
+    number it is ("1000" for "1,000 m"), else but for the article."""
+    for same in (squash, lambda x: re.findall(r"-?\w+", x.casefold()), lambda x: number(x) or x,
+                 lambda x: re.sub(r"^(?:an?|the) (?=\w)", "", squash(x))):
         found = {letter for name, letter in names if name
                  and same(text) in (same(name), same(f"{letter}. {name}"), same(f"{letter} {name}"))}
         if found:
@@ -413,10 +425,11 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
     1. it is a letter or an option's text, or both: "B", "(b)", "B. a cat", "a cat"
     2. it says so, the last time: "the answer is (B)", "I choose a cat", "答案是B", or at its end "so B."
     3. it begins with one: "B) because …", "Yes, he does"
-    4. its last line names one, by a capital standing alone or by a text
-    5. all of it names one; a yes or no only counts at the beginning
-    Dress is taken off first (`undressed`); what counts as a mention says `mentions`. `labels` such as "Option 2" are
-    other texts of the options.
+    4. its last line names one
+    5. all of it names one
+    Options that are gone through in turn, a line each, are not named by the marks of these lines; behind 3, a yes or no
+    counts at the very end only. Dress is taken off first (`undressed`); what counts as a mention says `mentions`.
+    `labels` such as "Option 2" are other texts of the options.
     """
     if text is None or not (plain := undressed(text)):
         return None
@@ -435,13 +448,18 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
     said = [at(m.end()) for m in CUE.finditer(plain) if any(start == m.end() for start, *_ in found)]
     if said:                                                                                                    # 2
         return one(said[-1])
-    if begun := at(re.match(r"\W*", plain).end() if plain[0] != "-" else 0):                                    # 3
+    line = lambda place: plain[plain.rfind("\n", 0, place) + 1:place]
+    marks = [x for x in found if re.fullmatch(r"[\W\d]*(?:option |choice )?", line(x[0]), re.I)]
+    if len({x for *_, x in marks}) > 1:
+        found = [x for x in found if x not in marks and not any(
+            end <= x[0] and JOINED.fullmatch(plain, end, x[0]) for _, end, _ in marks)]
+    begun = re.match(r"(?:(?!-)\W)*", plain), re.match(r"\W*(?:option|choice) |", plain, re.I)
+    if begun := at(begun[0].end()) or at(begun[1].end()):                                                       # 3
         return one(begun)
-    last = plain.rfind("\n") + 1
-    yes_no = {name for name, _ in names} <= {"yes", "no"}
-    if named := {x for start, end, x in found if start >= last and (end - start == 1 or not yes_no)}:           # 4
-        return one(named)
-    return None if yes_no else one({x for *_, x in found})                                                      # 5
+    found = [x for x in found if plain[x[0]:x[1]].lower() not in ("yes", "no") or x[1] == len(plain.rstrip(" .!"))
+             and re.search(r"(?:[,.:;\n]|\bso|\bsay) ?$", plain[:x[0]])]
+    last = {x for start, _, x in found if start > plain.rfind("\n")}
+    return one(last or {x for *_, x in found})                                                               # 4, 5
 
 
 def ends_on(think: str, options: Sequence[str]) -> str | None:
@@ -456,8 +474,10 @@ def ends_on(think: str, options: Sequence[str]) -> str | None:
 
 
 def first_number(text: str) -> Fraction | None:
-    """The first number of an answer, in digits or as an English word up to twelve: "about 3.5 m", "1,5", "four"."""
-    text = undressed(text)
+    """The first number of an answer, in digits or as an English word up to twelve: "about 3.5 m", "1,5", "four". Of a
+    calculation, "4 m × 5 m = 20", the one behind the last =; of "the answer is 5", the one behind that."""
+    behind = re.split(r"=|\banswer is\b", text := undressed(text), flags=re.I)[-1]
+    text = behind if re.search(r"\d", behind) else text
     if (whole := number(text)) is not None:
         return whole
     found = re.search(rf"-?\d[\d,]*\.?\d*|(?<![\w-])(?:{'|'.join(NUMBER_WORDS)})(?![\w-])", text, re.I)
@@ -478,8 +498,8 @@ def mean_relative_accuracy(predicted: Fraction, wanted: Fraction) -> float:
 
 
 def open_answer(text: str, gold: str) -> float:
-    """VideoMMMU's open questions, by MMMU's rule: a number is right if one behind the last "is", "answer", "=" or ":"
-    is equal to two decimals, a text if the answer contains it, a letter if the answer names it."""
+    """VideoMMMU's open questions, by MMMU's lenient rule: a number is right if any behind the last "is", "answer", "="
+    or ":" is equal to two decimals, a text if the answer contains it, a letter if the answer names it."""
     wanted = [x.strip(" '\"") for x in gold.strip("[]").split(",")] if gold.startswith("[") else [gold]
     text = undressed(text)
     behind = re.split(r"\bis\b|\banswer\b|=|:(?!\d)", text, flags=re.I)[-1]
@@ -504,7 +524,7 @@ def score(item: Item, response: str, answer: str | None, finished: bool) -> tupl
     r = item.record
     if item.metric == "task":
         return answer, task_metric(r.problem_type, answer, r.reference, r.options) * finished
-    text = answer_text(response)
+    text = answer_text(response, finished)
     if item.metric == "choice":
         letter = read_choice(text, r.options, item.labels)
         return letter, float(letter == r.reference)
@@ -965,12 +985,14 @@ def evaluate(name: str, path: Path, settings: Settings, args: argparse.Namespace
             make_toy(root, {"heldout": TOY_SPLITS["heldout"]})
         world.wait()
     items, notes = read_bench(name, root)
-    items = items[:args.limit]
-    world.say(f"\n{name}, {root}: " + "; ".join(notes + [f"only the first {len(items)}"] * bool(args.limit)))
+    if args.limit and args.limit < len(items):
+        notes.append(f"ONLY {args.limit} of them, evenly spread")
+        items = [items[i * len(items) // args.limit] for i in range(args.limit)]
+    world.say(f"\n{name}, {root}: " + "; ".join(notes))
     rate = f" ({settings.fps:g} a second)" * bool(settings.fps)
     prompt = "official short-answer prompt" if settings.prompt == "direct" else f"training prompt ({settings.prompt})"
     world.say(f"At most {settings.frames} frames{rate} of {settings.max_pixels} pixels, "
-              f"{'cut to the bounds of the annotations' if args.clips else 'whole videos'}; temperature "
+              f"{'cut to the bounds of the annotations' if args.clips else 'uncut'}; temperature "
               f"{args.temperature:g}, top-p {args.top_p:g},",
               f"at most {settings.max_response} tokens; {prompt}; judge of observations: {args.judge}.", sep="\n")
     job = Job(name, root, path, settings, args, world)
@@ -997,12 +1019,15 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
         except BenchError as error:                          # anything else is one rank's trouble, and stops all
             lacking.append(f"{error}")
     results = {name: s for name, s in results.items() if s["scored"]}
+    whole = {name: s["scored"] == BENCHES[name].expected for name, s in results.items()}
     scores = {path.parent.name or path.name: [next(iter(s["readings"].values()))["value"] for s in results.values()]}
     for i, model in enumerate(("Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
         scores[model] = [BENCHES[name].paper[i] for name in results]
     if results:
-        world.say("", *ruled([["percent", *results, "mean"]] + [
+        world.say("", *ruled([["percent", *(name + "*" * (not all_of) for name, all_of in whole.items()), "mean"]] + [
             [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]), sep="\n")
+    if not all(whole.values()):
+        world.say("* not the whole benchmark: see its headline")
     if lacking:
         raise BenchError(f"{len(lacking)} of 7 benchmarks are not there, or broken:\n" + "\n".join(lacking))
 
@@ -1037,33 +1062,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two evaluations (folders or files), question by "
                       "question")
     what.add_argument("--video", help="ask about this video, picture or folder of frames")
-    how = parser.add_argument_group("which model")
+    how = parser.add_argument_group("which model, and what it gets")
     how.add_argument("--model", help="model folder, or a stage's folder [the newest finished run, else the base model]")
     how.add_argument("--preset", choices=PRESETS, help="settings for a model that is no run of this project [7b]")
     how.add_argument("--temperature", type=float, default=0.01, help="0 is greedy [0.01]")
     how.add_argument("--top-p", type=float, default=0.001, help="only the likeliest tokens up to this share [0.001]")
+    for name, kind, about in (("frames", int, "most frames [32; toy and --video: the run's]"),
+                              ("fps", float, "most frames a second; 0: as many as --frames [0; likewise]"),
+                              ("max-pixels", int, "of a frame [256·28·28 = 200704; likewise]"),
+                              ("max-prompt", int, "tokens; a question with more is left out and counted [the run's]"),
+                              ("max-response", int, "tokens after which a response is cut off [1024; likewise]"),
+                              ("seed", int, "of sampling [the run's]")):
+        how.add_argument(f"--{name}", type=kind, help=about)
     bench = parser.add_argument_group("for --bench")
     bench.add_argument("--data", help="the benchmark's folder [data/BENCH; toy: beside the model, made when missing]")
     bench.add_argument("--out", help="folder of results [eval/ in the model's folder]")
     bench.add_argument("--direct", action="store_true", help="the official short-answer prompt, not the training one")
     bench.add_argument("--clips", action="store_true", help="cut videos to the bounds of the annotations (MVBench)")
     bench.add_argument("--mismatch", action="store_true", help="how often the answer is not what the think ends on")
-    bench.add_argument("--perception-from", metavar="RUN", help="another evaluation, whose observations this model "
-                       "gets: question alone, with observation, video, both")
-    bench.add_argument("--limit", type=int, help="only so many questions, for a try [all]")
+    bench.add_argument("--perception-from", metavar="RUN", help="ask four times: the question alone, with the "
+                       "observation of this evaluation, the video, both")
+    bench.add_argument("--limit", type=int, help="only so many questions, evenly spread: a try, no score [all]")
     bench.add_argument("--batch", type=int, default=0, help="questions answered together [toy 128, else 8]")
-    for name, kind, about in (("frames", int, "most frames [32; toy: the run's]"),
-                              ("fps", float, "most frames a second; 0: as many as --frames [0; toy: the run's]"),
-                              ("max-pixels", int, "of a frame [256·28·28 = 200704; toy: the run's]"),
-                              ("max-prompt", int, "tokens; a question with more is left out and counted [the run's]"),
-                              ("max-response", int, "tokens after which a response is cut off [1024; toy: the run's]"),
-                              ("seed", int, "of sampling [the run's]")):
-        bench.add_argument(f"--{name}", type=kind, help=about)
     one = parser.add_argument_group("for --video")
     one.add_argument("--question", help="the question")
     one.add_argument("--options", nargs="+", default=[], help="options of a multiple choice, without letters")
     one.add_argument("--problem-type", choices=PROBLEM_TYPES, help="[multiple choice with options, else free-form]")
-    add_flags(parser.add_argument_group("for judging observations [--judge: toy rule, else none]"), JudgeSettings)
+    add_flags(parser.add_argument_group(
+        "for judging observations: by rule in the toy world, elsewhere by nobody unless --judge is given; `reference` "
+        "without --judge-model is the model itself"), JudgeSettings)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.bench, args.compare, args.video))) != 1 or (args.video and not args.question):
         parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")

@@ -264,7 +264,7 @@ def test_without_a_model_the_newest_finished_run_is_taken(toy, started, tmp_path
     file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 9999}))
     evaluation.main(["--bench", "toy", "--data", str(toy), "--limit", "2", "--max-response", "4"])
     said = capsys.readouterr().out
-    assert "Model runs/new/sft/step-000040 (the newest finished run)" in said and "only the first 2" in said
+    assert "Model runs/new/sft/step-000040 (the newest finished run)" in said and "ONLY 2 of them" in said
 
 
 # ------------------------------------------------------------------------------------------------ analyses

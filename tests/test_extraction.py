@@ -74,6 +74,22 @@ WAYS = ("left", "right", "up", "down")
     ("<answer>A</answer>", YES, "A"), ("<answer>B. no</answer>", YES, "B"), ("yes and no", YES, None),
     ("maybe", YES, None),
     ("Yesterday", YES, None),
+    # rejected, gone through in turn, joined, doubted
+    ("A is correct because the ball is red. C shows a cone.", SEEN, "A"),
+    ("Option A is correct. B shows a box.", SEEN, "A"),
+    ("B doesn't fit.", SEEN, None), ("B can be ruled out.", SEEN, None), ("B是错误的", SEEN, None), ("A不正确，B正确", SEEN, "B"),
+    ("A. a red ball - not seen.\nB. a blue box - seen.\nC. a green cone - no\nD. a yellow cup - not seen.", SEEN, None),
+    ("A. a red ball\nB. a blue box\nC. a green cone\nD. a yellow cup", SEEN, None),
+    ("1. A - no\n2. B - yes\n3. C - no\nSo the answer is B.", SEEN, "B"),
+    ("The answer is neither A nor B.", SEEN, None), ("All except A", SEEN, None),
+    ("Die Antwort ist nicht B.", SEEN, None),
+    ("La réponse n'est pas B.", SEEN, None), ("La respuesta no es B.", SEEN, None), ("I rule out A.", SEEN, None),
+    ("If I had to guess, I'd say B.", SEEN, "B"), ("I don't see a ball so the answer is B", SEEN, "B"),
+    ("A, or maybe B.", SEEN, None), ("The answer is B or possibly C", SEEN, None), ("B as well as C", SEEN, None),
+    ("The lamp is back-left.", ("left", "right", "back"), None), ("Câu trả lời là B", SEEN, "B"),
+    ("blue box", SEEN, "B"),
+    ("Hepatitis B", SEEN, None), ("There are no metal objects.", ("yes", "no", "not sure"), None),
+    ("Based on the video, yes.", YES, "A"), ("I would say yes.", YES, "A"),
     # units, doubts, corrections, contradictions
     ("The temperature is 25 °C.", CELSIUS, "B"), ("The answer is 25 °C.", CELSIUS, "B"),
     ("Therefore, the current is 5 A.", AMPERE, "B"), ("The result is 10 J", NUMBERS, "A"), ("E = 25", NUMBERS, "B"),
@@ -111,6 +127,18 @@ def test_what_models_write(response, options, wanted):
     assert read_choice(answer_text(response), options) == wanted
 
 
+@pytest.mark.parametrize("sentence", ["{} is correct.", "Option {} is the correct answer.", "So {} fits best.", "({})",
+                                      "It is {} because of the colour.", "{} seems right", "I pick {}, then."])
+def test_all_letters_are_read_alike(sentence):
+    assert [read_choice(sentence.format(letter), SEEN) for letter in "ABCD"] == [*"ABCD"]
+
+
+def test_a_response_that_was_cut_off_has_no_answer_but_a_begun_one():
+    for prose in ("Option A: the ball is not seen.\nOption B: a blue", "We first consider B, which"):
+        assert answer_text(prose, finished=False) is None
+    assert read_choice(answer_text("<think>t</think> <answer>B or", finished=False), SEEN) == "B"
+
+
 @pytest.mark.parametrize("response, wanted", [
     ("Option 1 since Option 2 says it barks", "A"), ("The answer is 1", "A"), ("The best option is 2.", "B"),
     ("Option 2 matches better than Option 1.", "B"), ("Option 2", "B"), ("Option 2: a dog barks", "B"), ("2", "B"),
@@ -132,6 +160,7 @@ def test_a_text_that_two_options_share_needs_its_letter():
     ("red T? A red T no, B red O no, C red X yes", ("red T", "red O", "red X"), "C"),
     ("next red T: A red O no, C red T yes", ("red T", "red O", "red X"), "C"),  # the letter stands for both
     ("A man walks in.", ("a cat", "a dog"), None), ("It is not B", ("a cat", "a dog"), None),
+    ("It could be B, but A is right.", ("a cat", "a dog"), "A"),
     ("two cats and a dog", CATS, "D"), ("a cat", ("a cat", "a cat"), None)])
 def test_a_think_ends_on_the_option_it_mentions_last(think, options, wanted):
     assert ends_on(think, options) == wanted
@@ -140,7 +169,8 @@ def test_a_think_ends_on_the_option_it_mentions_last(think, options, wanted):
 @pytest.mark.parametrize("text, wanted", [
     ("4", 4), ("4.5", Fraction(9, 2)), ("about 3.5 meters", Fraction(7, 2)), ("There are four chairs.", 4),
     ("1,200 cm", 1200), ("-2", -2), ("two or three", 2), ("none that I can see", None), ("Zero", 0), ("3.", 3),
-    ("twenty-one", None), ("around 1,5 m", Fraction(3, 2)), ("12,5", Fraction(25, 2)), ("between 2 and 3", 2),
+    ("twenty-one", None), ("4 m × 5 m = 20 m²", 20), ("In frame 12 the answer is 4", 4),
+    ("around 1,5 m", Fraction(3, 2)), ("12,5", Fraction(25, 2)), ("between 2 and 3", 2),
     ("someone", None), ("", None)])
 def test_the_first_number_is_the_answer(text, wanted):
     assert first_number(text) == wanted
