@@ -293,8 +293,8 @@ def annotation_rows(file: Path) -> Iterator[tuple[tuple, dict]]:
 
 def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
     """A benchmark's questions as they lie on disk, and remarks on what was found. Raises BenchError: with the commands
-    that fetch it if there is nothing, with file and number for a question that is broken."""
-    bench, items, seen, found = BENCHES[name], [], Counter(), {}
+    that fetch it if there is nothing, with file and number if more than 1 % of the questions are broken."""
+    bench, items, seen, found, broken = BENCHES[name], [], Counter(), {}, []
     find = lambda *paths: next((p for p in paths if (root / p).exists()), paths[0])
     for part, places in bench.files.items():
         found[part] = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
@@ -307,16 +307,19 @@ def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
                 try:
                     one = bench.item(row, part, keys, find)
                 except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
-                    raise BenchError(f"{file}, question {n}: {type(error).__name__}: {error}") from None
+                    broken.append(f"{file}, question {n}: {type(error).__name__}: {error}")
+                    continue
                 if one:
                     seen[key := one.record.problem_id] += 1  # what stands there twice is asked and counted twice
                     twice = f" ({seen[key]})" * (seen[key] > 1)
                     items.append(replace(one, record=replace(one.record, problem_id=key + twice)))
+    if len(broken) > 0.01 * (len(items) + len(broken)):
+        raise BenchError(f"{broken[0]}{f' (and {len(broken) - 1} more)' * (len(broken) > 1)}")
     if not any((root / i.record.path).exists() for i in items):
         what = f"{len(items)} questions, but none of their media lie" if items else "no questions"
         example = items[0].record.path if items else next(iter(bench.files.values()))[0]
         raise BenchError(f"{name}: {what} under {root}, for example {example}.\n{how_to_fetch(name, root)}")
-    return items, remarks(bench, items, found)
+    return items, remarks(bench, items, found) + [f"LEFT OUT {len(broken)}: {broken[0]}" for _ in broken[:1]]
 
 
 def remarks(bench: Bench, items: list[Item], found: dict[str, list[Path]]) -> list[str]:

@@ -333,6 +333,15 @@ def test_a_question_that_could_not_be_scored_is_found_before_any_is_asked(wrong,
         read_bench("vsibench", tmp_path)
 
 
+def test_one_broken_question_in_two_hundred_is_left_out_and_named(clip, tmp_path):
+    mmvu(tmp_path, clip)
+    row = json.loads((tmp_path / "validation.json").read_text())[0]
+    rows = [row | {"id": f"validation_{i}"} for i in range(199)]
+    write_json(tmp_path / "validation.json", [*rows, row | {"answer": "F"}])
+    items, (*_, last) = read_bench("mmvu", tmp_path)
+    assert len(items) == 199 and "LEFT OUT 1: " in last and "question 200: ValueError: the answer 'F'" in last
+
+
 def test_no_number_is_too_large_to_be_wrong(clip, tmp_path):
     items, _, _ = read("vsibench", vsibench, clip, tmp_path)
     for huge in ("1e400", "9" * 90, "-1e400"):
