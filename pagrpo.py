@@ -582,6 +582,8 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
             bar.update()
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")
+            if not metrics["questions"]:
+                world.say(f"Step {step + 1}: the media of none of its questions can be read; nothing was learned.")
             stop = world.most(run.stopping)
             if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
                 run.save(policy, optimizer, start, step + 1)

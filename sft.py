@@ -245,6 +245,7 @@ def peak_memory_gb(world: World) -> float:
 
 # ------------------------------------------------------------------------------------------------ a run on disk
 
+MOST_BROKEN = 5                                              # steps in a row without a finite gradient
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # gathered from all ranks, on rank 0's host
 
 
@@ -258,7 +259,7 @@ class Run:
     def __init__(self, folder: Path, settings, steps: int, world: World):
         """Raises SystemExit if the folder holds a run with other settings."""
         self.folder, self.steps, self.world = folder, steps, world
-        self.step, self.stopping = 0, False
+        self.step, self.stopping, self.broken = 0, False, 0
         if world.first:
             same_settings(folder, asdict(settings) | {"steps": steps},
                           free=("save_every", "micro_batch", "save_memory", "transcript_every"))
@@ -279,8 +280,17 @@ class Run:
         return sorted(p for p in self.folder.glob("step-??????") if (p / "state.json").is_file())
 
     def log(self, metrics: dict) -> None:
+        """Writes a step's line. Raises ValueError, on all ranks alike, when the gradients of several steps in a row were
+        not finite: their updates were left out, and more of them would change nothing."""
         if self.world.first:
-            self.metrics.add({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()})
+            short = lambda v: v if not isinstance(v, float) else float(f"{v:.6g}") if math.isfinite(v) else None
+            self.metrics.add({k: short(v) for k, v in metrics.items()})
+        self.broken = self.broken + 1 if metrics["grad_norm"] is None else 0
+        if self.broken == MOST_BROKEN:
+            stands = self.checkpoints()[-1:] or ["none"]
+            raise ValueError(f"the gradients of {MOST_BROKEN} steps in a row were NaN or infinite, up to step "
+                             f"{metrics['step']}. The newest checkpoint is {stands[0]}; a lower --lr or --clip-norm may "
+                             f"help, in another --out")
 
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> Path:
         """Writes checkpoint `step` and removes the ones before it. `source`, the folder that the run started from,

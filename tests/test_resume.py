@@ -114,3 +114,29 @@ def test_a_finished_run_shows_its_table_and_trains_nothing(toy, base, tmp_path, 
     pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
     again = capsys.readouterr().out
     assert "is finished" in again and first[first.index("Percent of"):] == again[again.index("Percent of"):]
+
+
+def poison(monkeypatch, module, steps):
+    """Gradients of these updates (from 1) are not numbers."""
+    update, calls = module.update, []
+
+    def poisoned(model, *rest):
+        calls.append(1)
+        if len(calls) in steps:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+        return update(model, *rest)
+    monkeypatch.setattr(module, "update", poisoned)
+
+
+@pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
+def test_gradients_that_stay_broken_stop_the_run_and_some_do_not(module, flags, stage, toy, base, tmp_path, monkeypatch):
+    poison(monkeypatch, module, range(2, 6))                 # four in a row: left out, counted
+    module.main(flags(tmp_path / "some", toy, base, steps=7))
+    lines = metrics(tmp_path / "some" / stage)
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 1, 1, 0, 0] and lines[1]["grad_norm"] is None
+    monkeypatch.undo()
+    poison(monkeypatch, module, range(4, 99))
+    with pytest.raises(SystemExit, match="5 steps in a row were NaN or infinite, up to step 8.*step-00000[36]"):
+        module.main(flags(tmp_path / "all", toy, base, steps=20, save_every=3))
+    assert len(metrics(tmp_path / "all" / stage)) == 8
