@@ -102,11 +102,13 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(aside, file)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of a table: the first column to the left, the others to the right."""
+def ruled(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of a table, a rule below the first; the first column to the left, the others to the
+    right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
-            for row in rows]
+    head, *lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
+                    for row in rows]
+    return [head, "─" * max(map(len, (head, *lines))), *lines]
 
 
 def at_least(settings, **least: int) -> None:

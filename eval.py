@@ -34,8 +34,8 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, aligned, alone_in,
-                  blind_answers, build_example, given_flags, instruction, load_local, make_judge, make_toy,
+from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, alone_in, blind_answers,
+                  build_example, given_flags, instruction, load_local, make_judge, make_toy, ruled,
                   same_settings, to_record, write_rows, write_whole)
 from pagrpo import PRESETS, Episode, Settings, ask, rollout, wilson
 from rewards import PROBLEM_TYPES, Journal, choice, number, option_texts, squash, task_metric, whole_lines
@@ -773,11 +773,6 @@ def guess(x: dict) -> str:
 
 def cell(x: dict) -> str:
     return f"{x['value']:.1f} ({x['low']:.1f}–{x['high']:.1f})" if x["n"] else "–"
-
-
-def ruled(table: list[list[str]]) -> list[str]:
-    head, *lines = aligned(table)
-    return [head, "─" * max(map(len, (head, *lines))), *lines]
 
 
 def report(s: dict) -> str:

@@ -27,8 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, aligned, at_least, blind_answers,
-                  claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, step_indices)
+from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
+                  claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, ruled,
+                  step_indices)
 from model import Qwen2_5_VL, read_config
 from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
                      response_rewards, rule_judge, task_metric, whole_lines)
@@ -476,10 +477,9 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     cell = lambda v: f"{v['value']:5.1f} ({v['low']:.0f}–{v['high']:.0f})" if v else "–"
     rows = [["", *(k.removeprefix("answer: ") for k in kinds)]]
     rows += [[name, *(cell(result.get(k)) for k in kinds)] for name, result in results.items()]
-    lines = aligned(rows)
     n = max(v["n"] for r in results.values() for v in r.values())
     title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
-    return "\n".join([title, lines[0], "─" * len(lines[0]), *lines[1:]])
+    return "\n".join([title, *ruled(rows)])
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -280,8 +280,8 @@ class Run:
         return sorted(p for p in self.folder.glob("step-??????") if (p / "state.json").is_file())
 
     def log(self, metrics: dict) -> None:
-        """Writes a step's line. Raises ValueError, on all ranks alike, when the gradients of several steps in a row were
-        not finite: their updates were left out, and more of them would change nothing."""
+        """Writes a step's line. Raises ValueError, on all ranks alike, when the gradients of several steps in a row
+        were not finite: their updates were left out, and more of them would change nothing."""
         if self.world.first:
             short = lambda v: v if not isinstance(v, float) else float(f"{v:.6g}") if math.isfinite(v) else None
             self.metrics.add({k: short(v) for k, v in metrics.items()})
@@ -289,8 +289,8 @@ class Run:
         if self.broken == MOST_BROKEN:
             stands = self.checkpoints()[-1:] or ["none"]
             raise ValueError(f"the gradients of {MOST_BROKEN} steps in a row were NaN or infinite, up to step "
-                             f"{metrics['step']}. The newest checkpoint is {stands[0]}; a lower --lr or --clip-norm may "
-                             f"help, in another --out")
+                             f"{metrics['step']}. The newest checkpoint is {stands[0]}; a lower --lr or --clip-norm "
+                             f"may help, in another --out")
 
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> Path:
         """Writes checkpoint `step` and removes the ones before it. `source`, the folder that the run started from,

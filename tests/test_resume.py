@@ -130,7 +130,7 @@ def poison(monkeypatch, module, steps):
 
 
 @pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
-def test_gradients_that_stay_broken_stop_the_run_and_some_do_not(module, flags, stage, toy, base, tmp_path, monkeypatch):
+def test_gradients_that_stay_broken_stop_the_run_a_few_do_not(module, flags, stage, toy, base, tmp_path, monkeypatch):
     poison(monkeypatch, module, range(2, 6))                 # four in a row: left out, counted
     module.main(flags(tmp_path / "some", toy, base, steps=7))
     lines = metrics(tmp_path / "some" / stage)
