@@ -1168,7 +1168,7 @@ def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, 
         lines.append(line(name, [*counts, f"{counts[-1] / len(some):.1%}"]))
     for reason in dict.fromkeys(r for r in REASONS if r in why.values()):
         by_kind = Counter(names[key] for key, r in why.items() if r == reason)
-        told = ", ".join(f"{n} {kind}" for kind, n in by_kind.most_common())
+        told = ", ".join(f"{n} {kind}" for kind, n in sorted(by_kind.items(), key=lambda x: (-x[1], x[0])))
         lines.append(f"Dropped, {reason}: {by_kind.total()} ({told})")
 
     made = lambda *kinds: {key for key, some in mistakes.items() if set(kinds) & set(some)}
