@@ -84,15 +84,20 @@ def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
         before = dict(json.loads(file.read_text())) if file.is_file() else now
     except (ValueError, TypeError):
         raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
+    refuse_others(folder, before, now, free)
+    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(now, indent=2) + "\n")
+
+
+def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) -> None:
+    """SystemExit with the difference, where settings differ that may not."""
     same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
     other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
     if other:
         raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
             f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
             + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
-    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(now, indent=2) + "\n")
 
 
 def write_whole(file: Path, text: str) -> None:

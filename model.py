@@ -13,16 +13,18 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}.")
+import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -96,7 +98,10 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
-    raw = json.loads(path.read_text())
+    try:
+        raw = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: not a JSON object") from None
     nested = {k: v for k, v in raw.get("text_config", {}).items() if v is not None}
     text = raw | nested                                      # nested values win over flat ones
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
@@ -493,6 +498,7 @@ class Qwen2_5_VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.banned = torch.empty(0, dtype=torch.long, device="cpu")   # ids that no distribution of this model contains
+        self.sharded = False                                 # are the weights parted among ranks?
         self.save_memory = False                             # activation checkpointing: recompute blocks in backward
 
     # Everything that leaves the model as a probability passes here, so sampling, scoring and the KL reference agree.
@@ -517,7 +523,11 @@ class Qwen2_5_VL(nn.Module):
     def prefill(self, prompts: Prompts) -> tuple[Tensor, list[Past]]:
         """Reads the prompts. Returns hidden states (B, P, D) and every layer's keys and values, in the graph."""
         x = self.model.embed_tokens(prompts.ids)                                               # (B, P, D)
-        if prompts.pixels is not None:
+        if prompts.pixels is None and self.sharded:          # other ranks may have media: they must meet in the tower
+            c = self.config.vision
+            side, blank = c.spatial_merge_size, 3 * c.temporal_patch_size * c.patch_size ** 2
+            x = x + 0 * self.visual(x.new_zeros(side ** 2, blank), [(1, side, side)], self.save_memory).sum()
+        elif prompts.pixels is not None:
             features = self.visual(prompts.pixels.to(x.dtype), prompts.grid, self.save_memory)
             here = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
             x = x.masked_scatter(here[..., None], features.to(x.dtype))
@@ -617,19 +627,28 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
     return model
 
 
-INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 2 ** 30                                    # of one safetensors file
+SUMS = "SHA256SUMS"                                          # written last: the mark of a whole checkpoint
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     """Which file holds which tensor, from the index or from the single file."""
-    index = folder / INDEX
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
+    single = folder / f"{stem}.safetensors"
     if not single.is_file():
-        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
-    with safe_open(single, "pt") as file:
+        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
+    with opened(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def opened(path: Path) -> safe_open:
+    """A file of tensors. Raises ValueError if it is none, or cut short."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch.dtype = torch.float32, device="cpu"
@@ -646,7 +665,7 @@ def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch
     for path in sorted(set(where.values())):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in the index but is not there")
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for name in (n for n, p in where.items() if p == path):
                 shape = torch.Size(file.get_slice(name).get_shape())
                 if shape != wanted[name]:
@@ -664,42 +683,114 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
     return model
 
 
-def newest_checkpoint(folder: str | Path) -> Path:
-    """A model folder itself, or the newest checkpoint of a stage's folder. Raises FileNotFoundError."""
+def checksums(files: list[Path]) -> list[str]:
+    """SHA-256 of each file. Threads hash several at once: Python is not needed for it, so training goes on beside it."""
+    def digest(path: Path) -> str:
+        total = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2 ** 22):
+                total.update(block)
+        return total.hexdigest()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(digest, files))
+
+
+def damage(folder: Path, optimizer: bool = True) -> str:
+    """What is wrong with a checkpoint, "" for nothing: every file must be as SHA256SUMS says (`sha256sum -c SHA256SUMS`
+    asks the same), and nothing else may be there that a loader would read. The optimizer's files matter only to a run
+    that goes on."""
+    if not (folder / SUMS).is_file():
+        return f"it has no {SUMS}, so it was never finished"
+    lines = [line.partition("  ") for line in (folder / SUMS).read_text(errors="replace").splitlines()]
+    sums = {name: value for value, _, name in lines}
+    there = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".jinja", ".safetensors")}
+    if odd := sorted(sums.keys() ^ there.keys()):
+        return f"{odd[0] or 'a file without a name'} is " + ("missing" if odd[0] in sums else f"not listed in {SUMS}")
+    checked = [p for name, p in sorted(there.items()) if optimizer or not name.startswith("optimizer")]
+    broken = [p.name for p, value in zip(checked, checksums(checked)) if value != sums[p.name]]
+    return f"{', '.join(broken)} changed since it was written" if broken else ""
+
+
+def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
+    """A model folder itself, or the newest whole checkpoint of a stage's folder. One that is damaged is refused by name,
+    and the one before it taken. Raises FileNotFoundError, or ValueError if the folder itself is a damaged checkpoint."""
     folder = Path(folder)
     if (folder / "config.json").is_file():
+        if (folder / SUMS).is_file() and (wrong := damage(folder, optimizer)):            # models from elsewhere: none
+            raise ValueError(f"{folder} is refused: {wrong}")
         return folder
-    found = sorted(p.parent for p in folder.glob("step-??????/state.json"))
-    if not found:
-        raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
-    return found[-1]
+    for found in sorted(folder.glob("step-??????"), reverse=True):
+        if not (wrong := damage(found, optimizer)):
+            return found
+        print(f"{found} is refused: {wrong}", file=sys.stderr, flush=True)
+    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
 
 
-def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
-               beside: Callable[[Path], None] | None = None, shard_bytes: int = 5 * 2 ** 30) -> None:
-    """Writes tensors as (sharded) safetensors, with the configuration and tokenizer files of `source` beside them, and
-    whatever `beside(folder)` adds. The folder appears under its name only when it is whole: it is written aside and
-    renamed."""
-    folder = Path(folder)
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for file in Path(source).iterdir() if source else ():
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in (INDEX, "state.json"):
-            shutil.copy(file, aside)
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk itself: a power cut then takes nothing back."""
+    if path.is_dir() and os.name != "posix":
+        return                                               # Windows keeps no folder open
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int) -> None:
+    """Writes stem.safetensors, or several files and their index where there is more than `shard_bytes`."""
     shards, size = [{}], 0
     for name, x in tensors.items():
         if size + x.nbytes > shard_bytes and shards[-1]:
             shards, size = shards + [{}], 0
         shards[-1][name], size = x.detach().cpu().contiguous(), size + x.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(names if len(shards) > 1 else ["model.safetensors"], shards):
-        save_file(shard, aside / file, metadata={"format": "pt"})
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names if len(shards) > 1 else [f"{stem}.safetensors"], shards):
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:                     # a full disk, in the words of another language
+            raise OSError(f"{folder / file} cannot be written: {error}") from None
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
                  "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    if beside:
-        beside(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def exchange(folder: Path, new: Path | None = None) -> None:
+    """Puts `new` (or nothing) in a folder's place by renaming: half a checkpoint never stands under its name."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    if new:
+        os.replace(new, folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
+               beside: Callable[[Path], None] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors as (sharded) safetensors, with the configuration and tokenizer files of `source` beside them, and
+    whatever `beside(folder)` adds. The folder appears under its name only when it is whole: it is written aside, flushed
+    to the disk, sealed with SHA256SUMS, and renamed. Raises OSError, and then leaves nothing aside."""
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for file in Path(source).iterdir() if source else ():
+            if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith((".index.json", "state.json")):
+                shutil.copy(file, aside)
+        write_tensors(tensors, aside, "model", shard_bytes)
+        if beside:
+            beside(aside)
+        files = sorted(aside.iterdir())
+        for file in files:
+            flush(file)
+        (aside / SUMS).write_text("".join(f"{x}  {file.name}\n" for x, file in zip(checksums(files), files)))
+        flush(aside / SUMS)
+        flush(aside)
+    except OSError:                                          # most often a full disk: what is left has its uses
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    exchange(folder, aside)

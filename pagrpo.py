@@ -30,11 +30,11 @@ import sft
 from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
                   claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, ruled,
                   step_indices)
-from model import Qwen2_5_VL, read_config
+from model import Qwen2_5_VL, newest_checkpoint, read_config
 from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
                      response_rewards, rule_judge, task_metric, whole_lines)
 from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
-                 micro_batches, need_files, newest_checkpoint, norms, peak_memory_gb, prepare_toy, update)
+                 micro_batches, need_files, norms, peak_memory_gb, prepare_toy, update)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Settings(TrainSettings, JudgeSettings):
     clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
     updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
     transcript_every: int = flag(50, "steps between printed transcripts")
+    offload_reference: bool = flag(False, "keep the KL reference in host memory: saves its share of a GPU, costs copies")
 
     def __post_init__(self):
         InputSettings.__post_init__(self)
@@ -494,41 +495,45 @@ def train(settings: Settings, world: World) -> None:
         made = prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin))
         settings = replace(settings, **made)
     settings = need_files(settings)
-    start, folder = newest_checkpoint(settings.model), Path(settings.out) / STAGES[settings.advantage]
+    start = world.once(lambda: newest_checkpoint(settings.model))
+    folder = Path(settings.out) / STAGES[settings.advantage]
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
     records = read_records(settings.data)
     if settings.judge == "rule" and not is_toy(records):
         raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
-    run, report = Run(folder, settings, settings.steps, world), folder / "results.json"
+    if settings.eval_every and not settings.heldout:
+        raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
+    run, report = Run(folder, settings, settings.steps, settings.questions, world), folder / "results.json"
     if run.finished and report.is_file():
         return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
     if run.finished and not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py --bench.")
+        return world.say(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
     vocabulary = Vocabulary(start)
-    reference = build_model(start, vocabulary, world).requires_grad_(False) if (
+    reference = build_model(start, vocabulary, world, shards=settings.shards, frozen=True,
+                            offload=settings.offload_reference) if (
         settings.kl_beta or settings.judge == "reference") else None          # the SFT model, also after a resume
     judge = make_judge(settings, folder / f"judge-{world.rank}.jsonl", reference and reference_judge(
         reference, vocabulary, settings, world), str(world.device))
     exact = Judge(rule_judge, settings.refuse_leaks) if settings.judge != "rule" and is_toy(records) else None
     if settings.judge == "reference":
         world.say(ABOUT_REFERENCE)
+    held = Examples(read_records(settings.heldout) if settings.heldout else [], settings.media, vocabulary,
+                    read_config(start), settings, folder / "skipped.log")
+    examiner = Judge(rule_judge, settings.refuse_leaks) if is_toy(held.records) else judge   # exact where there is such
+    look = lambda model, temperature=0.0: evaluate(model, held, examiner, settings, temperature, world)
     if not run.finished:
-        reinforce(records, start, reference, run, vocabulary, judge, exact, settings, world)
+        reinforce(records, start, reference, run, vocabulary, judge, exact, look, settings, world)
     if exact and world.first:
         print(agreement(run, settings.judge))
     if not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {newest_checkpoint(folder)}. Evaluate it with eval.py --bench.")
-    held = Examples(read_records(settings.heldout), settings.media, vocabulary, read_config(start), settings,
-                    folder / "skipped.log")
-    judge = Judge(rule_judge, settings.refuse_leaks) if is_toy(held.records) else judge   # exact where there is such
+        return world.say(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
     models = {"base": Path(settings.out) / "base"} if toy else {}
-    models |= {"SFT": start, folder.name: newest_checkpoint(folder)}
+    models |= {"SFT": start, folder.name: run.newest}
     results = {}
     for name, path in models.items():
-        model = build_model(path, vocabulary, world)
+        model = build_model(path, vocabulary, world, shards=settings.shards, frozen=True)
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rows = evaluate(model, held, judge, settings, temperature, world)
-            results[f"{name}, {how}"] = summary(rows, world)
+            results[f"{name}, {how}"] = summary(look(model, temperature), world)
     if world.first:
         report.write_text(json.dumps(results, indent=1) + "\n")
     world.say(table(results))
@@ -550,9 +555,10 @@ def agreement(run: Run, name: str) -> str:
 
 
 def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary,
-              judge: Judge, exact: Judge | None, settings: Settings, world: World) -> None:
-    """The loop: act, show, learn, log, save."""
-    policy = build_model(newest_checkpoint(run.folder) if run.step else start, vocabulary, world, settings.save_memory)
+              judge: Judge, exact: Judge | None, look: Callable[[Qwen2_5_VL], list[dict]], settings: Settings, world: World
+              ) -> None:
+    """The loop: act, show, learn, log, save. `look` answers the held-out questions greedily."""
+    policy = build_model(run.newest or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
@@ -560,7 +566,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
     examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
     todo = range(run.step, run.steps)
     mine = (step_indices(len(records), settings.questions, s, settings.seed)[world.rank::world.size] for s in todo)
-    with run.stoppable(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
+    with run.guard(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
                                disable=not world.first) as bar:
         for step, batch in zip(todo, examples.ahead(mine)):
             try:
@@ -568,27 +574,28 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
             except JudgeDown as error:
                 if step > run.step:
                     run.save(policy, optimizer, start, step)
-                raise JudgeDown(f"{error}. Stopped after step {step} of {run.steps}; the same command goes on from "
-                                f"there.") from None
+                run.settle()
+                raise JudgeDown(f"{error}. Stopped after step {step} of {run.steps}.") from None
+            run.boundary(step, policy, optimizer, start)     # a signal: rather the last step whole than this one late
             if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n"
                            + transcript(groups[0][0]))
             lr = learning_rate(step, run.steps, settings)
             metrics = times | learn(groups, parts, policy, optimizer, lr, settings, world)
             total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
+            found, score = {}, {}
+            if settings.eval_every and (step + 1) % settings.eval_every == 0:
+                found = {f"heldout/{k}": v["value"] for k, v in summary(look(policy), world).items()}
+                score = {"score": found["heldout/answer"]}
             run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
                      "judge/share": metrics["seconds_judging"] / total,
-                     "skipped": int(world.sum({"skipped": len(examples.skipped)})["skipped"])})
+                     "skipped": settings.questions - metrics["questions"], **found})
             bar.update()
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")
             if not metrics["questions"]:
                 world.say(f"Step {step + 1}: the media of none of its questions can be read; nothing was learned.")
-            stop = world.most(run.stopping)
-            if stop or step + 1 == run.steps or (step + 1) % settings.save_every == 0:
-                run.save(policy, optimizer, start, step + 1)
-            if stop:
-                raise SystemExit(f"Stopped after step {step + 1} of {run.steps}; the same command continues it.")
+            run.boundary(step + 1, policy, optimizer, start, **score)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,6 +10,8 @@ What both training scripts share stands here, in the first one that needs it: se
 the optimizer and its schedule, the metrics log, checkpoints. Then comes SFT itself, in a page.
 """
 import argparse
+import errno
+import faulthandler
 import glob
 import json
 import math
@@ -19,29 +21,32 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 # Before torch: model.py checks the versions of Python and torch.
-from model import Qwen2_5_VL, load_model, load_weights, newest_checkpoint, read_config, save_model
+from model import (SHARD_BYTES, SUMS, Qwen2_5_VL, exchange, load_model, load_weights, newest_checkpoint, read_config,
+                   save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from tqdm import tqdm
 
 from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, at_least,
-                  blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records, same_settings,
-                  step_indices, trace_text, write_rows)
+                  alone_in, blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records,
+                  refuse_others, same_settings, step_indices, trace_text, write_whole)
 from rewards import Journal, whole_lines
 
 
@@ -62,9 +67,19 @@ class TrainSettings(InputSettings):
     micro_batch: int = flag(1, "questions in one forward and backward pass; changes memory and speed, never gradients")
     save_memory: bool = flag(True, "activation checkpointing: recompute blocks in the backward pass")
     save_every: int = flag(100, "steps between checkpoints")
+    keep: int = flag(2, "newest checkpoints that stay on disk; with --eval-every the best one stays as well")
+    eval_every: int = flag(0, "steps between held-out evaluations on the way, each with a checkpoint; 0: none")
+    resume: bool = flag(True, "continue what the folder holds from its newest whole checkpoint (after a restart by "
+                        "torchrun always); --no-resume refuses a folder in use")
+    shards: int = flag(0, "ranks that share one copy of the weights; further ranks hold replicas; 0: those of a machine")
+    patience: float = flag(5.0, "minutes that a rank waits for the others within a step before the run ends")
+    dry_run: bool = flag(False, "print the memory that a step needs on each GPU, and stop")
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
 
 
+# What may change when a run is continued: it decides where and how fast the numbers are computed, not which.
+ON_THE_WAY = ("save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume", "shards",
+              "patience", "dry_run", "offload_reference")
 TINY = TOY_INPUT | dict(save_memory=False, clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
 
@@ -96,7 +111,10 @@ class World:
     rank: int
     size: int
     device: torch.device
-    apart: dist.ProcessGroup | None = None                   # for ranks that meet seldom
+    apart: dist.ProcessGroup | None = None                   # for waits in which one rank works alone
+    local: int = 1                                           # ranks on this machine
+    store: dist.Store | None = None                          # torchrun's own: it outlives a rank
+    minutes: float = 5.0                                     # of waiting for each other within a step
 
     @property
     def first(self) -> bool:
@@ -125,9 +143,38 @@ class World:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return float(most)
 
+    def once(self, work: Callable):
+        """Does work on the first rank, while the others wait. Its result, or its error, is everybody's."""
+        result = error = None
+        if self.first:
+            try:
+                result = work()
+            except (Exception, SystemExit) as e:
+                error = e
+        if self.size > 1:
+            box = [result, error]
+            dist.broadcast_object_list(box, group=self.apart)
+            result, error = box
+        if error is not None:
+            raise error
+        return result
+
+    def mesh(self, shards: int):
+        """The ranks as a grid (replicas, shards): weights are parted along a row and equal in a column. By default a
+        row is a machine, so that weights travel inside it and only gradients between machines."""
+        shards = shards or self.local
+        if self.size % shards:
+            raise SystemExit(f"--shards {shards}: the {self.size} ranks are no multiple of it")
+        if shards == self.size:
+            return init_device_mesh(self.device.type, (shards,))
+        grid = init_device_mesh(self.device.type, (self.size // shards, shards), mesh_dim_names=("replicas", "shards"))
+        for group in grid.get_all_groups():                  # new groups would wait for half an hour
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=self.minutes), group)
+        return grid
+
     def leave(self) -> None:
-        """Ends a program that went well, when all ranks arrive; after an error a rank just ends. Several ranks skip
-        Python's own shutdown: a thread of gloo may still hold a tensor then, and would abort (on busy machines)."""
+        """Ends a program that went well, when all ranks arrive. Several ranks skip Python's own shutdown: a thread of
+        gloo may still hold a tensor then, and would abort (on busy machines)."""
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.size > 1:
@@ -135,53 +182,85 @@ class World:
             sys.stderr.flush()
             os._exit(0)
 
+    def fail(self, message: str, where: str = "", alike: bool = True) -> None:
+        """Ends a rank after an error. What several ranks say `alike` is said once; one that only lost the others says so
+        if none of them has said why."""
+        if self.size == 1:
+            sys.exit(f"{message}{where}")
+        if message == LOST:
+            time.sleep(1)
+        try:
+            said = self.store.add(f"said {message if alike else self.rank}", 1) > 1
+            reason = self.store.add("reason", int(alike and message != LOST and not said))
+        except RuntimeError:                                 # the store is gone, and torchrun with it
+            said = reason = False
+        if not said and not (message == LOST and reason):
+            print(f"Rank {self.rank}: {message}{where}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
 
-def start_world(patience: timedelta | None = None) -> World:
-    """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait ten minutes for each
-    other; `patience` is how long `World.wait` may take where they work apart."""
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+LOST = "lost the connection to another rank, which has ended."
+
+
+def start_world(minutes: float = 5.0, patience: timedelta = timedelta(hours=1)) -> World:
+    """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait `minutes` for each other
+    within a step, and `patience` where one of them works alone (`World.once`, `World.wait`): a rank that dies is noticed
+    at once in both, since its connections close."""
+    rank, size, local, place = (int(os.environ.get(k, d)) for k, d in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if size > 1:  # threads of several ranks on the same cores spin against each other: ten times slower than one rank
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if local > 1:  # threads of several ranks on the same cores spin against each other: ten times slower than one rank
+        torch.set_num_threads(max(1, cores // local))
+    cuda, store = torch.cuda.is_available(), None
+    device = torch.device("cuda", place) if cuda else torch.device("cpu")
+    if size > 1:
+        faulthandler.enable()                                # NCCL aborts a rank that waited too long: show where it was
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (size > 1 or cuda):
-        alone = {} if size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), **alone)
-    apart = dist.new_group(backend="gloo", timeout=patience) if size > 1 and patience else None
-    return World(rank, size, device, apart)
+        store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("ranks", store),
+                                rank=rank, world_size=size, timeout=timedelta(minutes=minutes))
+    apart = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
+    return World(rank, size, device, apart, local, store, minutes)
 
 
-def shard(model: Qwen2_5_VL, world: World) -> Qwen2_5_VL:
+def shard(model: Qwen2_5_VL, world: World, shards: int = 0, offload: bool = False) -> Qwen2_5_VL:
     """FSDP2: every rank keeps its part of each weight in fp32; a block's weights are gathered (in bf16 on CUDA) when it
-    runs. Each block is a group, the rest of the vision tower another, the root holds embedding, last norm and head."""
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)))
-    if world.device.type == "cuda":
-        how["mp_policy"] = half                              # rotary tables stay fp32: inputs are not cast
+    runs. Each block is a group, the rest of the vision tower another, the root holds embedding, last norm and head.
+    `offload` keeps the parts in host memory, for a model that does not learn."""
+    how, cuda = dict(mesh=world.mesh(shards)), world.device.type == "cuda"
+    if cuda:                                                 # rotary tables stay fp32: inputs are not cast
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
     for block in (*model.visual.blocks, *model.model.layers, model.visual):
         fully_shard(block, **how)
     fully_shard(model, **how)
     for entry in ("generate", "logprobs"):                   # ways into the model other than forward
         register_fsdp_forward_method(model, entry)
+    model.sharded = True
     return model
 
 
-def build_model(folder: str | Path, vocabulary: Vocabulary, world: World, save_memory: bool = False) -> Qwen2_5_VL:
-    """Loads a checkpoint, sharded where there are several ranks or a GPU. Rank 0 reads it and sends the parts."""
+def build_model(folder: str | Path, vocabulary: Vocabulary, world: World, save_memory: bool = False, shards: int = 0,
+                frozen: bool = False, offload: bool = False) -> Qwen2_5_VL:
+    """Loads a checkpoint, sharded where there are several ranks or a GPU: built without memory, read by the first rank
+    alone, sent in parts. A frozen model on a GPU is kept in bf16, in which it computes anyway, `offload`ed or not."""
     if world.size == 1 and world.device.type == "cpu":
         model = load_model(folder)
     else:
+        dtype = torch.bfloat16 if frozen and world.device.type == "cuda" else torch.float32
         with torch.device("meta"):
-            model = shard(Qwen2_5_VL(read_config(folder)), world)
+            model = shard(Qwen2_5_VL(read_config(folder)).to(dtype), world, shards, offload)
         wanted = {name: p.shape for name, p in model.named_parameters()}
-        model.to_empty(device=world.device)
-        tensors = {k: x.float() for k, x in load_weights(folder, wanted).items()} if world.first else {}
+        model.to_empty(device="cpu" if offload else world.device)
+        tensors = load_weights(folder, wanted, dtype) if world.first else {}
+        world.wait()                                         # a large model takes minutes to read
         set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     model.save_memory = save_memory
-    return vocabulary.restrict(model)
+    return vocabulary.restrict(model.requires_grad_(not frozen))
 
 
 @contextmanager
@@ -250,34 +329,76 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # gathered fr
 
 
 class Run:
-    """A stage's folder: settings.json, metrics.jsonl, skipped.log, and complete checkpoints step-NNNNNN.
+    """A stage's folder: settings.json, metrics.jsonl, skipped.log, and whole checkpoints step-NNNNNN.
 
-    A checkpoint is a model folder in Hugging Face format with optimizer.safetensors and state.json beside it. It is
-    written aside and renamed, so it is there whole or not at all.
+    A checkpoint is a model folder in Hugging Face format with the optimizer's moments and state.json beside it. Learning
+    rate, data order and random numbers are functions of seed and step (`learning_rate`, `step_indices`,
+    `question_uniforms`), so there is no scheduler, sampler or generator whose state could be lost.
     """
 
-    def __init__(self, folder: Path, settings, steps: int, world: World):
-        """Raises SystemExit if the folder holds a run with other settings."""
-        self.folder, self.steps, self.world = folder, steps, world
-        self.step, self.stopping, self.broken = 0, False, 0
-        if world.first:
-            same_settings(folder, asdict(settings) | {"steps": steps},
-                          free=("save_every", "micro_batch", "save_memory", "transcript_every"))
-        checkpoints = self.checkpoints()
-        self.step = int(checkpoints[-1].name[5:]) if checkpoints else 0
-        if world.first:                                      # steps after the checkpoint are taken again: log them once
-            file = folder / "metrics.jsonl"
-            kept = [line for line in whole_lines(file)[0] if line["step"] <= self.step]
-            write_rows(file, kept)
-            self.metrics = Journal(file)
-        world.wait()
+    def __init__(self, folder: Path, settings: TrainSettings, steps: int, per_step: int, world: World):
+        """Finds out how far the folder's run has come. Raises SystemExit if it is a run with other settings."""
+        self.folder, self.settings, self.steps, self.per_step, self.world = folder, settings, steps, per_step, world
+        self.stopping, self.broken, self.writer, self.lost = False, 0, None, None
+        self.newest = world.once(self.find)                  # the checkpoint that stands
+        self.step = int(self.newest.name[5:]) if self.newest else 0
+
+    @property
+    def configuration(self) -> dict:
+        return json.loads(json.dumps(asdict(self.settings) | {"steps": self.steps}))
 
     @property
     def finished(self) -> bool:
         return self.step >= self.steps
 
-    def checkpoints(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step-??????") if (p / "state.json").is_file())
+    def find(self) -> Path | None:
+        begun = any(self.folder.glob("step-??????")) or (self.folder / "metrics.jsonl").exists()
+        if begun and not self.settings.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or choose another --out")
+        same_settings(self.folder, self.configuration, ON_THE_WAY)
+        try:
+            newest = newest_checkpoint(self.folder, optimizer=True)
+        except FileNotFoundError:
+            return None
+        refuse_others(newest, read_state(newest)["settings"], self.configuration, ON_THE_WAY)
+        return newest
+
+    def stands(self) -> str:
+        return f"Checkpoint {self.newest} stands; the same command continues from it." if self.newest else \
+            "There is no checkpoint yet; the same command begins anew."
+
+    @contextmanager
+    def guard(self):
+        """Around the steps. Ctrl-C or SIGTERM ends the run at the next boundary of a step, with a checkpoint, a second
+        one at once; whatever ends it, a checkpoint being written is finished, and the one that stands is named."""
+        def ask(number, frame):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            if self.world.first:                             # print may be at work below this very handler
+                os.write(1, f"\nStopping after this step, with a checkpoint (once more: at once). {self.stands()}\n"
+                         .encode())
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with alone_in(self.folder) if self.world.first else nullcontext():
+                if self.world.first:                         # steps after the checkpoint are taken again: log them once
+                    for left in (*self.folder.glob("step-*.old"), *self.folder.glob("step-*.writing")):
+                        shutil.rmtree(left)
+                    file = self.folder / "metrics.jsonl"
+                    rows = [row for row in whole_lines(file)[0] if row["step"] <= self.step]
+                    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+                    self.metrics = Journal(file)
+                try:
+                    yield
+                finally:
+                    self.settle(alone=True)
+            self.settle()
+        except BaseException as error:
+            error.stands = self.stands()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def log(self, metrics: dict) -> None:
         """Writes a step's line. Raises ValueError, on all ranks alike, when the gradients of several steps in a row
@@ -287,58 +408,85 @@ class Run:
             self.metrics.add({k: short(v) for k, v in metrics.items()})
         self.broken = self.broken + 1 if metrics["grad_norm"] is None else 0
         if self.broken == MOST_BROKEN:
-            stands = self.checkpoints()[-1:] or ["none"]
+            self.settle()
             raise ValueError(f"the gradients of {MOST_BROKEN} steps in a row were NaN or infinite, up to step "
-                             f"{metrics['step']}. The newest checkpoint is {stands[0]}; a lower --lr or --clip-norm "
-                             f"may help, in another --out")
+                             f"{metrics['step']}. A lower --lr or --clip-norm may help, in another --out.")
 
-    def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> Path:
-        """Writes checkpoint `step` and removes the ones before it. `source`, the folder that the run started from,
-        gives configuration and tokenizer files."""
-        weights = get_model_state_dict(model, options=WHOLE)
+    def boundary(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state) -> None:
+        """Between two steps, when `done` of them are whole: saves if that is due, and ends the run (SystemExit) if a
+        signal asked for it. `state` goes into state.json; its "score" says how good the checkpoint is."""
+        asked = self.world.most(2 if self.lost else self.stopping)
+        due = done == self.steps or "score" in state or done % self.settings.save_every == 0
+        if done > self.step and (due or asked == 1):
+            self.save(model, optimizer, source, done, **state)
+        if asked:
+            self.settle()
+            raise SystemExit(f"Stopped after step {done} of {self.steps}. {self.stands()}")
+
+    def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> None:
+        """Copies everything to the first rank's host memory; a thread writes it while training goes on. `source`, the
+        folder that the run started from, gives configuration and tokenizer files, and is the KL reference of RL."""
+        self.settle()
+        copy = lambda x: x.clone() if x.device == self.world.device else x    # on a CPU these are the weights themselves
+        weights = {k: copy(x) for k, x in get_model_state_dict(model, options=WHOLE).items()}
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-
-        def beside(folder: Path) -> None:
-            save_file({f"{name} {kind}": x.contiguous() for name, kinds in moments["state"].items()
-                       for kind, x in kinds.items()}, folder / "optimizer.safetensors")
-            (folder / "state.json").write_text(json.dumps({"step": step} | state, indent=2) + "\n")
-
-        target, old = self.folder / f"step-{step:06d}", self.checkpoints()
+        moments = {f"{name} {kind}": copy(x) for name, kinds in moments.get("state", {}).items()
+                   for kind, x in kinds.items()}
+        state = {"step": step, "steps": self.steps, "records_taken": step * self.per_step, "source": str(source),
+                 "next_learning_rate": learning_rate(step, self.steps, self.settings),
+                 "settings": self.configuration} | state
+        self.step, target = step, self.folder / f"step-{step:06d}"
         if self.world.first:
+            self.writer = threading.Thread(target=self.write, args=(weights, moments, state, target, source))
+            self.writer.start()
+
+    def write(self, weights: dict, moments: dict, state: dict, target: Path, source: Path) -> None:
+        """A thread's work. Then all but the newest checkpoints and the best one may go."""
+        def beside(folder: Path) -> None:
+            write_tensors(moments, folder, "optimizer", SHARD_BYTES)
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        try:
             save_model(weights, target, source, beside)
-            for folder in old:
-                if folder != target:
-                    shutil.rmtree(folder)
-        self.world.wait()                                    # no rank looks for, or outlives, a half-written checkpoint
-        self.step = step
-        return target
+            self.newest = target
+            whole = [p for p in sorted(self.folder.glob("step-??????")) if (p / SUMS).is_file()]
+            for old in set(whole[:-self.settings.keep]) - {best_of(whole)}:
+                exchange(old)
+        except OSError as error:
+            self.lost = f"Checkpoint {target} could not be written: {error}."
+
+    def settle(self, alone: bool = False) -> None:
+        """Until the checkpoint under way is on disk. Raises OSError, on all ranks alike, if it could not be written; the
+        first rank `alone` only waits."""
+        if self.writer:
+            self.writer.join()
+        if not alone:
+            lost, self.newest = self.world.once(lambda: (self.lost, self.newest))
+            if lost:
+                raise OSError(lost)
 
     def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
-        """Loads the optimizer's moments from the newest checkpoint; the model was built from it. Returns state.json."""
-        newest = self.checkpoints()[-1]
+        """Loads the optimizer's moments from the checkpoint that stands; the model was built from it. Returns state.json.
+        """
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)    # its form, filled with zeros
         if self.world.first:
-            for key, x in load_file(newest / "optimizer.safetensors").items():
-                name, kind = key.split(" ")
-                moments["state"][name][kind] = x
+            for file in sorted(set(tensor_files(self.newest, "optimizer").values())):
+                for key, x in load_file(file).items():
+                    name, kind = key.split(" ")
+                    moments["state"][name][kind] = x
+        self.world.wait()
         spread = replace(WHOLE, broadcast_from_rank0=self.world.size > 1)
         set_optimizer_state_dict(model, optimizer, moments, options=spread)
-        return json.loads((newest / "state.json").read_text())
+        return read_state(self.newest)
 
-    @contextmanager
-    def stoppable(self):
-        """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once."""
-        def ask(number, frame):
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            self.world.say("\nStopping after this step, with a checkpoint (once more: at once, without) …")
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+def read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the highest held-out score, the newest of equals; None where nothing was evaluated."""
+    scores = [(read_state(p).get("score"), p) for p in checkpoints]
+    return max(((score, p) for score, p in scores if score is not None), default=(0, None))[1]
 
 
 def need_files(settings: TrainSettings) -> TrainSettings:
@@ -377,13 +525,14 @@ def prepare_toy(settings: TrainSettings, world: World) -> dict[str, str]:
     """Makes the toy world, its traces and a random tiny model in the run's folder. Returns the settings that point
     there."""
     out = Path(settings.out)
-    if world.first:
+
+    def make() -> None:
         make_toy(out / "toy")
         if not (out / "cot" / "traces.jsonl").is_file():
             cot(CotSettings(**TOY_INPUT, out=str(out / "cot"), data=str(out / "toy" / "sft.json")))
         if not (out / "base" / "config.json").is_file():
             make_toy_model(out / "base", settings.seed)
-    world.wait()
+    world.once(make)
     return dict(model=settings.model or str(out / "base"), media=str(out / "toy"),
                 heldout=str(out / "toy" / "heldout.json"))
 
@@ -471,18 +620,17 @@ def train(settings: Settings, world: World) -> Path:
     chance = random.Random(settings.seed)
     records = [replace(r, blind=True, given=r.observation) if chance.random() < settings.blind else r for r in records]
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
-    run = Run(folder, settings, steps, world)
+    run = Run(folder, settings, steps, settings.batch, world)
     report = folder / "results.json"
     if run.finished:
         losses = json.loads(report.read_text()) if report.is_file() else {}
         shown = "".join(f"  {name} {loss:.3f}" for name, loss in losses.items())
-        world.say(f"SFT is finished: {newest_checkpoint(folder)}{shown}")
-        return newest_checkpoint(folder)
+        world.say(f"SFT is finished: {run.newest}{shown}")
+        return run.newest
 
-    start = newest_checkpoint(settings.model)
-    source = newest_checkpoint(folder) if run.step else start
+    start = world.once(lambda: newest_checkpoint(settings.model))
     vocabulary = Vocabulary(start)
-    model = build_model(source, vocabulary, world, settings.save_memory)
+    model = build_model(run.newest or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(model, settings)
     examples, held = (Examples(some, settings.media, vocabulary, model.config, settings, folder / "skipped.log")
                       for some in (records, heldout))
@@ -493,43 +641,79 @@ def train(settings: Settings, world: World) -> Path:
         before = heldout_loss(model, held, settings, world)
     todo = range(run.step, steps)
     mine = (step_indices(len(records), settings.batch, s, settings.seed)[world.rank::world.size] for s in todo)
-    with run.stoppable(), tqdm(total=steps, initial=run.step, desc="SFT", unit="step", disable=not world.first) as bar:
+    with run.guard(), tqdm(total=steps, initial=run.step, desc="SFT", unit="step", disable=not world.first) as bar:
         for step, batch in zip(todo, examples.ahead(mine)):
             began, lr = time.perf_counter(), learning_rate(step, steps, settings)
             metrics = one_step(model, batch, optimizer, lr, vocabulary, settings, world)
             seconds = time.perf_counter() - began
+            taken = world.sum({"records": len(batch)})["records"]
+            held_out = {}
+            if settings.eval_every and (step + 1) % settings.eval_every == 0:
+                held_out = {"heldout_loss": heldout_loss(model, held, settings, world)}
             run.log({"step": step + 1, **metrics, "lr": lr, "tokens_per_second": metrics["tokens"] / seconds,
-                     "seconds": seconds, "skipped": int(world.sum({"skipped": len(examples.skipped)})["skipped"]),
-                     "peak_memory_gb": world.most(peak_memory_gb(world))})
+                     "seconds": seconds, "skipped": settings.batch - int(taken),
+                     "peak_memory_gb": world.most(peak_memory_gb(world)), **held_out})
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
-            stop = world.most(run.stopping)
-            if stop or step + 1 == steps or (step + 1) % settings.save_every == 0:
-                run.save(model, optimizer, start, step + 1, heldout_before=before)
-            if stop:
-                raise SystemExit(f"SFT stopped after step {step + 1} of {steps}; the same command continues it.")
+            score = {"score": -loss for loss in held_out.values()}            # a score is better if it is higher
+            run.boundary(step + 1, model, optimizer, start, heldout_before=before, **score)
     after = heldout_loss(model, held, settings, world)
     if world.first:
         report.write_text(json.dumps({"heldout_loss_before": before, "heldout_loss_after": after}) + "\n")
     world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
-              f"{len(examples.skipped)} records skipped. Checkpoint: {newest_checkpoint(folder)}")
-    return newest_checkpoint(folder)
+              f"{len(examples.skipped)} records skipped. Checkpoint: {run.newest}")
+    return run.newest
+
+
+def project_frames(error: BaseException) -> list[str]:
+    """Where an error came through our own files, the innermost last: "pagrpo.py:319 in train_on"."""
+    here = Path(__file__).parent
+    return [f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in traceback.extract_tb(error.__traceback__)
+            if Path(f.filename).parent == here]
+
+
+def explain(error: BaseException, settings: TrainSettings, world: World) -> str | None:
+    """A fault that a user meets in a sentence that helps; None for one that only a traceback explains."""
+    text = str(error)
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        return text if isinstance(error, SystemExit) else "Interrupted."
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+        return f"Out of memory after {peak_memory_gb(world):.1f} GB. {advice(settings, world)}"
+    if isinstance(error, dist.DistError) or "gloo" in text or "ProcessGroup" in text or "pair closure" in text:
+        late = "imed out" in text or "timeout" in text
+        return f"waited {settings.patience:g} minutes for the other ranks (--patience)." if late else LOST
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: {text}."
+    return f"{type(error).__name__}: {text}" if isinstance(error, (ValueError, OSError)) else None
+
+
+def plan(settings, preset): return ""
+
+
+def advice(settings, world): return ""
 
 
 def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, description: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do: flags, ranks, one line about the preset, and the run. Errors that
     a user can mend end in their message, not in a traceback."""
     settings, preset, reason = parse_flags(settings_class, presets, argv, description)
-    world = start_world()
+    if settings.dry_run:
+        return print(plan(settings, preset))
+    world = start_world(settings.patience)
     world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
     try:
         train(settings, world)
         world.leave()
-    except (ValueError, OSError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        sys.exit(f"{type(error).__name__}: {error}  ({Path(place.filename).name}:{place.lineno})")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command continues from the last checkpoint.")
+    except BaseException as error:
+        message, frames = explain(error, settings, world), project_frames(error)
+        if message is None:                                  # a fault of ours, perhaps: all of it, please
+            print(getattr(error, "stands", ""), file=sys.stderr, flush=True)
+            raise
+        where = f"  (at {', from '.join(frames[:-3:-1])})" if frames and not isinstance(error, SystemExit) else ""
+        stands = "" if isinstance(error, SystemExit) else getattr(error, "stands", "")
+        if message == LOST or " waited " in f" {message}":
+            world.fail(message, f" {stands}{where}", alike=message == LOST)
+        world.fail(f"{message} {stands}".strip(), where)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
