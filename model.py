@@ -376,7 +376,7 @@ class Attention(nn.Module):
         n, t, _ = x.shape
         q = rope.turn(self.q_proj(x).view(n, t, self.heads, -1).transpose(1, 2))               # (N, H, T, E)
         k = rope.turn(self.k_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2))            # (N, K, T, E)
-        v = self.v_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2)
+        v = self.v_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2).contiguous()          # FSDP wants no views
         if past is None:       # a prompt: padding stands at its end, so causality alone hides it from every real token
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         elif cache is None:
@@ -594,10 +594,10 @@ class Qwen2_5_VL(nn.Module):
             for layer, before in zip(self.model.layers, past):
                 x, _, _ = self.run(layer, x, rope, before)
             hidden = torch.cat([hidden, self.model.norm(x)], dim=1)                            # (B·G, T, D)
-        real = torch.arange(t, device=device) < lengths.flatten()[:, None]                     # (B·G, T)
-        logprobs, entropies = self.score(hidden[real], tokens.flatten(0, 1)[real], temperature)
-        empty = torch.zeros(b * g, t, device=device)
-        return tuple(empty.masked_scatter(real, x).view(b, g, t) for x in (logprobs, entropies))
+        real = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
+        logprobs, entropies = self.score(hidden.view(b, g, t, -1)[real], tokens[real], temperature)
+        empty = torch.zeros(b, g, t, device=device)
+        return tuple(empty.masked_scatter(real, x) for x in (logprobs, entropies))
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""

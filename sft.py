@@ -299,6 +299,9 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
 
 def update(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
     """One clipped optimizer step. Returns the gradient norm before clipping; if it is not finite, nothing changes."""
+    if any(p.grad is not None for p in model.parameters()):
+        for p in model.parameters():                         # a step of text alone: sharded towers have zeros, not None
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(norm):
@@ -378,7 +381,7 @@ class Run:
             if self.world.first:                             # print may be at work below this very handler
                 os.write(1, f"\nStopping after this step, with a checkpoint (once more: at once). {self.stands()}\n"
                          .encode())
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        after = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with alone_in(self.folder) if self.world.first else nullcontext():
                 if self.world.first:                         # steps after the checkpoint are taken again: log them once
@@ -395,9 +398,11 @@ class Run:
             self.settle()
         except BaseException as error:
             error.stands = self.stands()
+            if self.world.size > 1:                          # torchrun ends us already: there is something to say first
+                after = dict.fromkeys(after, signal.SIG_IGN)
             raise
         finally:
-            for number, handler in before.items():
+            for number, handler in after.items():
                 signal.signal(number, handler)
 
     def log(self, metrics: dict) -> None:

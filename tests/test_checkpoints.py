@@ -271,7 +271,7 @@ def test_configuration_and_tokenizer_travel_along_and_nothing_else(tmp_path):
     for name in travels + stays:
         (source / name).write_text(f"{{}} of {name}")
     save_model(tensors, tmp_path / "a", source)
-    assert set(contents(tmp_path / "a")) == {*travels, "config.json", SINGLE}
+    assert set(contents(tmp_path / "a")) == {*travels, "config.json", SINGLE, "SHA256SUMS"}
     assert all(contents(tmp_path / "a")[name] == contents(source)[name] for name in [*travels, "config.json"])
     assert_same(load_model(tmp_path / "a").state_dict(), tensors)
 
@@ -284,7 +284,7 @@ def test_what_stands_beside_the_weights_appears_with_them(tmp_path):
         (aside / "state.json").write_text("{}")
 
     save_model({"x": torch.ones(2)}, folder, beside=beside)
-    assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json"}
+    assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json", "SHA256SUMS"}
     assert [f.name for f in folder.parent.iterdir()] == ["a"], "nothing is left aside"
 
 
@@ -314,7 +314,7 @@ def test_the_next_write_clears_away_what_an_interrupted_one_left(tmp_path):
         save_model(tensors, folder, source=folder, beside=interrupt, shard_bytes=2 ** 20)
     later = {name: x + 1 for name, x in tensors.items()}
     save_model(later, folder, source=folder)
-    assert set(contents(folder)) == {"config.json", SINGLE} and [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert set(contents(folder)) == {"config.json", SINGLE, "SHA256SUMS"} and [f.name for f in tmp_path.iterdir()] == ["a"]
     assert_same(load_model(folder).state_dict(), later)
 
 

@@ -1,0 +1,66 @@
+"""One PA-GRPO step in several situations, on however many ranks torchrun starts: test_ranks.py compares what it writes.
+
+    torchrun --nproc_per_node=2 tests/one_step.py MODEL REFERENCE TOY OUT
+"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pagrpo  # noqa: E402
+from data import Vocabulary, build_example, read_records  # noqa: E402
+from rewards import Judge, rule_judge  # noqa: E402
+from sft import TINY, build_model, start_world  # noqa: E402
+
+
+def situations(toy: Path) -> dict[str, list]:
+    """Questions of a step. Whole ones go to ranks in turn: question 0 to rank 0, 1 to 1, …"""
+    records = read_records(toy / "rl.json")
+    image = toy / "picture.png"
+    Image.new("RGB", (28, 28), "red").save(image)
+    picture = replace(records[3], path=image.name, data_type="image")
+    text = [replace(r, blind=True, given="1 red X, 2 blue O, 3 red T") for r in records]
+    return {"uneven": records[:5], "one question": records[:1], "none": [], "video and picture": [records[0], picture] * 2,
+            "video and text": [records[0], text[1], records[2], text[3]], "text alone": text[:3],
+            "zero variance": records[:4]}
+
+
+def main(model: str, reference: str, toy: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    world = start_world(minutes=0.5)
+    settings = pagrpo.Settings(**TINY | dict(max_response=16, group_size=4, micro_batch=1, seed=5))
+    vocabulary = Vocabulary(model)
+    policy, frozen = (build_model(folder, vocabulary, world, frozen=i == 1) for i, folder in enumerate((model, reference)))
+    judge = Judge(rule_judge, True)
+
+    def keep(model, optimizer, lr, clip_norm):
+        """In the place of the update: the gradients, whole."""
+        full = {n: getattr(p.grad, "full_tensor", lambda: p.grad)() for n, p in model.named_parameters()
+                if p.grad is not None}
+        if world.first:
+            save_file({n: g.clone() for n, g in full.items()}, out / f"{name}.safetensors")
+        return update(model, optimizer, 0.0, clip_norm)
+
+    update, pagrpo.update = pagrpo.update, keep
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    for name, records in world.once(lambda: situations(toy)).items():
+        mine = [build_example(r, toy, vocabulary, policy.config, settings) for r in records[world.rank::world.size]]
+        groups, parts, times = pagrpo.act(3, mine, policy, frozen, vocabulary, judge, None, settings, world)
+        if name == "zero variance":
+            for group in groups:
+                for e in group:
+                    e.advantages = (0.0, 0.0)
+        metrics = times | pagrpo.learn(groups, parts, policy, optimizer, 0.0, settings, world)
+        tokens = {e.example.record.problem_id: [e.tokens for e in group] for group in groups for e in group[:1]}
+        (out / f"{name}.{world.rank}.json").write_text(json.dumps(
+            {"tokens": tokens, "metrics": {k: v for k, v in metrics.items() if "seconds" not in k and "memory" not in k}}))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
