@@ -703,9 +703,11 @@ def damage(folder: Path, optimizer: bool = True) -> str:
         return f"it has no {SUMS}, so it was never finished"
     lines = [line.partition("  ") for line in (folder / SUMS).read_text(errors="replace").splitlines()]
     sums = {name: value for value, _, name in lines}
+    if not all(len(value) == 64 and name for value, _, name in lines):
+        return f"its {SUMS} is damaged"
     there = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".jinja", ".safetensors")}
     if odd := sorted(sums.keys() ^ there.keys()):
-        return f"{odd[0] or 'a file without a name'} is " + ("missing" if odd[0] in sums else f"not listed in {SUMS}")
+        return f"{odd[0]} is " + ("missing" if odd[0] in sums else f"not listed in {SUMS}")
     checked = [p for name, p in sorted(there.items()) if optimizer or not name.startswith("optimizer")]
     broken = [p.name for p, value in zip(checked, checksums(checked)) if value != sums[p.name]]
     return f"{', '.join(broken)} changed since it was written" if broken else ""
