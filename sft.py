@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 # Before torch: model.py checks the versions of Python and torch.
-from model import (SHARD_BYTES, SUMS, Qwen2_5_VL, exchange, load_model, load_weights, newest_checkpoint, read_config,
-                   save_model, tensor_files, write_tensors)
+from model import (CONFIGS, LOGITS_AT_ONCE, SHARD_BYTES, SUMS, Config, Qwen2_5_VL, exchange, load_model, load_weights,
+                   newest_checkpoint, read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, at_least,
                   alone_in, blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records,
-                  refuse_others, same_settings, step_indices, trace_text, write_whole)
+                  refuse_others, ruled, same_settings, step_indices, trace_text, write_whole)
 from rewards import Journal, whole_lines
 
 
@@ -277,6 +277,109 @@ def gathered(model: Qwen2_5_VL):
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)  # the root stays whole until its backward
             part.reshard()
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> dict[str, float]:
+    """Bytes that one step takes on each rank, by part, and their peak. Nothing is allocated to find out.
+
+    Weights, gradients and AdamW's two moments are fp32 and parted among the ranks. What is gathered or computed has `c`
+    bytes a number: 2 on CUDA, where one process is sharded too, 4 on a CPU. A rank first samples for all its questions
+    at once, then learns from one micro-batch after the other: the largest moment of these counts.
+    """
+    with torch.device("meta"):                               # counted, not remembered: no shape has a second home
+        model = Qwen2_5_VL(config)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    whole, layer, layers = count(model), count(model.model.layers[0]), config.num_hidden_layers
+    root = whole - count(model.visual) - layers * layer      # embedding, last norm, head
+    c, shards, v = 2 if cuda else 4, s.shards or min(ranks, MACHINE), config.vision
+    sharded = cuda or ranks > 1
+    group, response = getattr(s, "group_size", 1), getattr(s, "max_response", TRACE_TOKENS)
+    questions = -(-getattr(s, "questions", s.micro_batch * ranks) // ranks)
+    media = s.frames // 2 * s.max_pixels // 28 ** 2
+    prompt = min(s.max_prompt, media + (400 if s.prompt == "full" else 40))
+    d, f, e = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    pixels = questions * 4 * media * 1176 * 4                # four patches a token, three colours, two frames, fp32
+
+    # Sampling: the whole model gathered, the cache, and the widest moment of prefill or of choosing a token.
+    cache = 2 * layers * keys * e * c * questions * (prompt + group * response)
+    cache += max(questions * prompt * (3 * f + 4 * d) * c,                    # a layer's gate, up and their product
+                 questions * 4 * media * v.hidden_size * (8 * c + 16),        # the tower turns queries and keys in fp32
+                 questions * group * config.vocab_size * 24)                  # logits, probabilities and sums in fp64
+
+    # Learning: what a block remembers of a token, where checkpointing keeps only its input, …
+    micro = min(s.micro_batch, questions)
+    asked, written, patches = micro * prompt, micro * group * response, 4 * micro * media
+    token = 2 * (4 + 2 * c) * d + 3 * c * heads * e + 4 * c * f               # two norms, q and its result, the MLP
+    spread = 2 * c * (heads if cuda else keys) * e * (prompt + response) * micro * group   # keys, values a response sees
+    patch = (2 * (4 + 2 * c) + 5 * c) * v.hidden_size + 4 * c * v.intermediate_size
+    reading, writing = asked * token, written * token + spread
+    kept = c * d * asked + 2 * c * keys * e * asked, c * d * written          # a layer's inputs, the prompt's K and V
+    tower = v.depth * patches * (c * v.hidden_size if s.save_memory else patch)
+    past, own = (layers * kept[0], layers * kept[1]) if s.save_memory else (layers * reading, layers * writing)
+    block = lambda tokens, remembered: remembered * s.save_memory + 3 * c * f * tokens      # recomputed, and backward
+    logits = min(LOGITS_AT_ONCE, written * config.vocab_size) * (12 + c)
+    # … and weights: two blocks gathered, a third on its way, the gradients of one; the root's own are sent at the end.
+    gathered = c * (root + 3 * layer) * sharded
+    sent = (4 + c) * sharded
+    # A weight serves prompt and responses. Its gradients from the responses wait, whole, for those from the prompt.
+    waiting = c * layers * layer
+    gradients = 4 * whole / shards
+    earlier = gradients if micro < questions else 0          # of the micro-batches before
+    learning = pixels + gathered + max(
+        earlier + tower + past + own + max(logits, block(written, writing)) + c * root * sharded,
+        earlier + tower + past + waiting + block(asked, reading) + sent * layer,
+        gradients + tower + patches * patch * s.save_memory + sent * root)
+    reference = c * whole / shards * (needs_reference(s) and not getattr(s, "offload_reference", False))
+    sampling, cache = (pixels + c * whole * sharded + cache, cache) if hasattr(s, "group_size") else (0, 0)
+    standing = {"weights": 4 * whole / shards, "moments": 8 * whole / shards, "reference": reference}
+    return standing | {"cache": cache, "sampling": sampling, "gradients": gradients, "activations": tower + past + own,
+                       "learning": learning, "peak": sum(standing.values()) + max(sampling, learning)}
+
+
+MACHINE = 8                                                  # GPUs in a usual machine
+TRACE_TOKENS = 768                                           # of a long SFT trace
+GB = 2 ** 30
+
+
+def needs_reference(s: TrainSettings) -> bool:
+    """RL keeps the SFT model in memory where the KL term or the judge asks for it."""
+    return bool(getattr(s, "kl_beta", 0)) or getattr(s, "judge", "") == "reference"
+
+
+def plan(config: Config, s: TrainSettings, name: str, cuda: bool = True) -> str:
+    """What `--dry-run` prints: the parts of a step's memory by number of ranks, and the peak for other lengths."""
+    cell = lambda x: f"{x / GB:.{1 if cuda else 3}f}"
+    parts = {ranks: memory(config, s, ranks, cuda) for ranks in (1, 2, 4, 8, 16)}
+    rows = [["ranks", *parts[1]]] + [[str(ranks), *map(cell, row.values())] for ranks, row in parts.items()]
+    if not hasattr(s, "max_response"):
+        return "\n".join([f"{name}: GB on each rank with {s.frames} frames", *ruled(rows)])
+    lengths = [(frames, tokens) for frames in (8, 16, 32) for tokens in (256, 768, 1536)] if cuda else []
+    peak = lambda n, frames, tokens: memory(config, replace(s, frames=frames, max_response=tokens), n)["peak"]
+    other = [["ranks", *(f"{frames}, {tokens}" for frames, tokens in lengths)]]
+    other += [[str(ranks), *(cell(peak(ranks, *length)) for length in lengths)] for ranks in parts]
+    return "\n".join([
+        f"{name}: GB on each rank with {s.frames} frames and responses of {s.max_response} tokens, micro-batches of "
+        f"{s.micro_batch}", *ruled(rows), 
+        "Sampling: the gathered weights and the cache. Learning: gradients, activations, and what stands gathered. "
+        "The peak is\nweights, moments, reference and the larger of the two.",
+        *(["", "Peak with other frames, tokens of a response:", *ruled(other)] if cuda else [])])
+
+
+def relief(config: Config, s: TrainSettings, ranks: int, cuda: bool) -> list[tuple[str, float]]:
+    """Which flags would lower the peak, and by how many bytes, the best one first."""
+    changes = {"--save-memory": dict(save_memory=True), "--micro-batch 1": dict(micro_batch=1),
+               f"--frames {s.frames // 2}": dict(frames=max(2, s.frames // 2))}
+    if hasattr(s, "max_response"):
+        changes |= {f"--max-response {s.max_response // 2}": dict(max_response=max(1, s.max_response // 2)),
+                    "--kl-beta 0": dict(kl_beta=0.0)}
+        changes |= {"--offload-reference": dict(offload_reference=True)} if cuda else {}
+    now = memory(config, s, ranks, cuda)["peak"]
+    saved = {flag: now - memory(config, replace(s, **change), ranks, cuda)["peak"] for flag, change in changes.items()}
+    saved[f"{2 * ranks} ranks"] = now - memory(config, s, 2 * ranks, cuda)["peak"] if cuda else 0.0
+    return sorted(((flag, x) for flag, x in saved.items() if x > 0.01 * now), key=lambda pair: -pair[1])
 
 
 # ------------------------------------------------------------------------------------------------ optimizer and log
@@ -677,6 +780,19 @@ def project_frames(error: BaseException) -> list[str]:
             if Path(f.filename).parent == here]
 
 
+def shape_of(settings: TrainSettings, preset: str = "tiny") -> Config:
+    """The network that a run is about, even before its checkpoint is there."""
+    try:
+        return read_config(newest_checkpoint(settings.model))
+    except (OSError, ValueError):
+        return CONFIGS[preset]
+
+
+def advice(settings: TrainSettings, world: World) -> str:
+    saved = relief(shape_of(settings), settings, world.size, world.device.type == "cuda")
+    return "What would help: " + ", ".join(f"{flag} ({x / GB:.2g} GB less)" for flag, x in saved) + ". See --dry-run."
+
+
 def explain(error: BaseException, settings: TrainSettings, world: World) -> str | None:
     """A fault that a user meets in a sentence that helps; None for one that only a traceback explains."""
     text = str(error)
@@ -692,18 +808,14 @@ def explain(error: BaseException, settings: TrainSettings, world: World) -> str 
     return f"{type(error).__name__}: {text}" if isinstance(error, (ValueError, OSError)) else None
 
 
-def plan(settings, preset): return ""
-
-
-def advice(settings, world): return ""
-
-
 def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, description: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do: flags, ranks, one line about the preset, and the run. Errors that
     a user can mend end in their message, not in a traceback."""
     settings, preset, reason = parse_flags(settings_class, presets, argv, description)
     if settings.dry_run:
-        return print(plan(settings, preset))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan(shape_of(settings, preset), settings, f"Preset {preset} ({reason})", preset != "tiny"))
+        return
     world = start_world(settings.patience)
     world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
     try:

@@ -2,6 +2,7 @@
 
     python tests/bench.py learning            base / SFT / PA-GRPO / GRPO on the toy world, averaged over seeds 0, 1, 2
     python tests/bench.py prefix              what computing a prompt once for its group saves, in training and sampling
+    python tests/bench.py memory              the peak of a step beside what --dry-run says; on a GPU five steps of 3b
     python tests/bench.py judge               what a judge behind http costs a step: a loopback server that takes 2 s
 
 Run them with nothing else on the machine.
@@ -99,6 +100,78 @@ def prefix() -> None:
         print(f"{f'{group} × ({p}, {t})':<28}{training:>11.1f}×{sampling:>11.1f}×", flush=True)
 
 
+def on_cpu() -> None:
+    """Bytes of tensors at their most, counted while two steps of a small model run."""
+    import tempfile
+
+    from data import make_toy, make_toy_model
+    from sft import memory as said
+    from test_memory import SHAPES, WIDE, counted, shaped
+    with tempfile.TemporaryDirectory() as folder:
+        toy = make_toy(Path(folder) / "toy", {"rl": 20})
+        make_toy_model(Path(folder) / "base", seed=0)
+        print(f"{'counted':>12}{'said':>12}{'ratio':>8}   settings")
+        for shape in SHAPES:
+            real = counted(shaped(shape), toy, Path(folder) / "base", WIDE) / 2 ** 20
+            told = said(WIDE, shaped(shape), 1, cuda=False)["peak"] / 2 ** 20
+            print(f"{real:>8.1f} MiB{told:>8.1f} MiB{told / real:>8.2f}   {shape}", flush=True)
+
+
+def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
+    """Random weights in the preset's shape, clips of random frames, five PA-GRPO steps at the paper's frames and
+    lengths, stopped by SIGTERM after the second and continued. Every visible GPU is a rank."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import pagrpo
+    from data import make_toy, make_toy_model
+    from model import CONFIGS, Qwen2_5_VL, save_model, write_config
+    from sft import memory as said
+    gpus, clips = torch.cuda.device_count(), 64
+    if not (out / "model").is_dir():
+        make_toy_model(out / "base", seed=0)
+        with torch.device("cuda"):
+            torch.set_default_dtype(torch.bfloat16)
+            model = Qwen2_5_VL(CONFIGS[preset])
+            torch.set_default_dtype(torch.float32)
+            for p in model.parameters():
+                torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
+        save_model(dict(model.named_parameters()), out / "model", out / "base",
+                   beside=lambda folder: write_config(CONFIGS[preset], folder, [2, 0], "bfloat16"))
+        del model
+        torch.cuda.empty_cache()
+    toy, rng = make_toy(out / "toy", {"rl": clips}), np.random.default_rng(0)
+    records = json.loads((toy / "rl.json").read_text())
+    for i, record in enumerate(records):                     # folders of frames: they need no video decoder
+        record["path"] = f"frames/{i}"
+        (toy / record["path"]).mkdir(parents=True, exist_ok=True)
+        for n in range(16):
+            Image.fromarray(rng.integers(0, 255, (308, 320, 3), np.uint8)).save(toy / f"frames/{i}/{n:02d}.jpg")
+    (out / "records.json").write_text(json.dumps(records))
+    shutil.rmtree(out / "pagrpo", ignore_errors=True)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}",
+             str(ROOT / "pagrpo.py"), "--preset", preset, "--model", out / "model", "--data", out / "records.json",
+             "--media", toy, "--judge", "rule", "--steps", 5, "--questions", 8, "--out", out, *flags]
+    words = [str(word) for word in words]
+    print("$ " + " ".join(words[1:]), flush=True)
+    first = subprocess.Popen(words)
+    log = out / "pagrpo" / "metrics.jsonl"
+    while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 2):
+        time.sleep(0.5)
+    first.terminate()
+    first.wait()
+    subprocess.run(words, check=True)
+    settings, _, _ = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
+    told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
+    print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
+    for row in map(json.loads, log.read_text().splitlines()):
+        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB measured, said / measured "
+              f"{told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, reference "
+              f"{row['seconds_scoring']:.1f} s, learning {row['seconds_training']:.1f} s, "
+              f"{row['tokens_per_second']:.0f} tokens/s, gap {row['logprob_gap_max']:.3f}")
+
+
 def judge(out: Path, delay: float, flags: list[str]) -> None:
     """64 responses a step, judged by a server on loopback that answers every request after `delay` seconds. The frames
     are far larger than the toy world needs, so that a step has some length; SFT gets used to them first."""
@@ -131,6 +204,10 @@ def main() -> None:
                                                  "further flags go to pagrpo.py")
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    measured = commands.add_parser("memory", help="half a minute on a CPU; on GPUs some minutes, with further flags for "
+                                                  "pagrpo.py")
+    measured.add_argument("--out", type=Path, default=Path("runs/bench-memory"), help="folder, on GPUs [%(default)s]")
+    measured.add_argument("--preset", choices=["3b", "7b"], default="3b", help="shape, on GPUs [%(default)s]")
     commands.add_parser("prefix", help="speed-up of the shared prompt, half a minute")
     judged = commands.add_parser("judge", help="what a slow judge costs a step, five minutes; further flags go to "
                                                "pagrpo.py")
@@ -140,6 +217,9 @@ def main() -> None:
     if args.bench == "prefix":
         parser.parse_args()                                  # no further flags here
         prefix()
+    elif args.bench == "memory":
+        import torch
+        on_gpu(args.out, args.preset, flags) if torch.cuda.is_available() else on_cpu()
     elif args.bench == "judge":
         judge(args.out, args.delay, flags)
     else:
