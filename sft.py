@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -203,6 +204,29 @@ class World:
 LOST = "lost the connection to another rank, which has ended."
 
 
+def meeting(rank: int, size: int, patience: timedelta) -> dist.Store:
+    """A store that only the ranks of this start share. torchrun's own lives on when it restarts them, and still holds
+    the addresses of those that are gone: whoever read these would wait for the dead. So the first rank gives this start
+    a name, the others greet it under that name, and only who lives can answer."""
+    store, me = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
+    store.set_timeout(patience)
+    if rank == 0:
+        store.set("start", me)
+        for other in range(1, size):
+            store.set(f"welcome {store.get(f'{me} {other}').decode()}", me)
+        return dist.PrefixStore(me, store)
+    end = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < end:
+        name = store.get("start").decode()
+        store.set(f"{name} {rank}", me)
+        try:
+            store.wait([f"welcome {me}"], timedelta(seconds=0.5))
+            return dist.PrefixStore(store.get(f"welcome {me}").decode(), store)
+        except dist.DistStoreError:                          # a name from before a restart: nobody is there
+            continue
+    raise dist.DistStoreError(f"rank {rank} waited for rank 0 to start: timeout")
+
+
 def start_world(minutes: float = 5.0, patience: timedelta = timedelta(hours=1)) -> World:
     """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait `minutes` for each other
     within a step, and `patience` where one of them works alone (`World.once`, `World.wait`): a rank that dies is noticed
@@ -219,9 +243,9 @@ def start_world(minutes: float = 5.0, patience: timedelta = timedelta(hours=1)) 
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (size > 1 or cuda):
-        store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("ranks", store),
-                                rank=rank, world_size=size, timeout=timedelta(minutes=minutes))
+        store = dist.HashStore() if size == 1 else meeting(rank, size, timedelta(minutes=minutes))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=timedelta(minutes=minutes))
     apart = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
     return World(rank, size, device, apart, local, store, minutes)
 
@@ -816,7 +840,10 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
         if int(os.environ.get("RANK", 0)) == 0:
             print(plan(shape_of(settings, preset), settings, f"Preset {preset} ({reason})", preset != "tiny"))
         return
-    world = start_world(settings.patience)
+    try:
+        world = start_world(settings.patience)
+    except RuntimeError as error:
+        sys.exit(f"Rank {os.environ.get('RANK', 0)} could not join the others: {str(error).splitlines()[0]}")
     world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
     try:
         train(settings, world)

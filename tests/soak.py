@@ -1,0 +1,213 @@
+"""Everything that may happen to a run, in numbers that a test suite has no time for: `python tests/soak.py`.
+
+    kills         SIGKILL at random moments; the run must end bit for bit as one that was never killed
+    rank          one of two ranks is killed; the run must end everywhere, and torchrun must go on from the checkpoint
+    checkpoints   damaged ones must be refused by name, and the one before taken
+    records       damaged record files must be refused by name, or be read as if nothing had happened
+    videos        damaged video files likewise
+
+Promise: no crash without a message, no hang, no silent acceptance. Exits with 1 where one of them is broken.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+PATIENCE = 10                                                # seconds after which something hangs
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class Broken(Exception):
+    """A promise that was not kept."""
+
+
+def flags_of(out: Path, world: Path, **changes) -> list[str]:
+    flags = dict(preset="tiny", out=out, model=world / "base", data=world / "toy/rl.json", media=world / "toy",
+                 questions=4, group_size=4, max_response=24, steps=40, save_every=3, keep=3) | changes
+    return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
+def run(command: list[str], timeout: float = 300) -> str:
+    """What a command prints. Broken if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, timeout=timeout)
+    if done.returncode:
+        raise Broken(f"{' '.join(command[1:3])} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def steps_logged(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def equal(a: Path, b: Path) -> None:
+    """Broken unless two finished runs are equal bit for bit: weights, moments, metrics but for times and memory."""
+    from model import newest_checkpoint
+    from test_resume import metrics
+    if metrics(a) != metrics(b):
+        raise Broken(f"metrics of {a} and {b} differ")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, two = (newest_checkpoint(folder) / file for folder in (a, b))
+        if one.read_bytes() != two.read_bytes():
+            raise Broken(f"{one} and {two} differ")
+
+
+def kills(count: int, rng: random.Random, world: Path) -> Counter:
+    """Kills while it loads, between steps, while a checkpoint is written: wherever a random moment falls."""
+    program, done, whole = [sys.executable, str(ROOT / "pagrpo.py")], Counter(), world / "whole"
+    run([*program, *flags_of(whole, world)])
+    attempt = 0
+    while done["killed"] < count:
+        out, attempt = world / f"cut{attempt}", attempt + 1
+        while True:                                          # until it gets through before it is killed
+            process = subprocess.Popen([*program, *flags_of(out, world)], stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True, env=ENV)
+            at = steps_logged(out / "pagrpo")
+            wait = rng.choice([rng.uniform(0, 3), rng.uniform(3, 7)])
+            try:
+                said = process.communicate(timeout=wait if done["killed"] < count else None)[0]
+                if process.returncode:
+                    raise Broken(f"it ended by itself:\n{said[-3000:]}")
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                left = [p.name for p in (out / "pagrpo").glob("step-*.writing")]
+                done["killed"] += 1
+                done["killed while a checkpoint was written"] += bool(left)
+                done["killed before a step"] += steps_logged(out / "pagrpo") <= at
+        equal(whole / "pagrpo", out / "pagrpo")
+        done["runs that ended bit for bit as the one without kills"] += 1
+    return done
+
+
+def rank(count: int, rng: random.Random, world: Path) -> Counter:
+    """Kills one of two ranks: first for good, then with a restart by torchrun."""
+    from test_ranks import ranks_of
+    done = Counter()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run([*torchrun, str(ROOT / "pagrpo.py"), *flags_of(world / "two", world, steps=24)])
+    for i in range(count):
+        out = world / f"rank{i}"
+        for restarts in (0, 1):
+            process = subprocess.Popen([*torchrun, f"--max-restarts={restarts}", str(ROOT / "pagrpo.py"),
+                                        *flags_of(out, world, steps=24)], stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True, env=ENV)
+            at = steps_logged(out / "pagrpo") + rng.randint(2, 6)
+            while steps_logged(out / "pagrpo") < at and process.poll() is None:
+                time.sleep(0.02)
+            os.kill(ranks_of(process)[rng.randrange(2)], signal.SIGKILL)
+            began = time.monotonic()
+            said = process.communicate(timeout=120)[0]
+            if not restarts:
+                took = time.monotonic() - began
+                if took > 60 or process.returncode == 0:
+                    raise Broken(f"after a rank's death it took {took:.0f} s to end with {process.returncode}")
+                if "lost the connection to another rank" not in said:
+                    raise Broken(f"the other rank said nothing:\n{said[-3000:]}")
+                done["ranks killed: the run ended everywhere"] += 1
+                done["seconds it took at most"] = max(done["seconds it took at most"], round(took))
+            elif process.returncode:
+                raise Broken(f"torchrun did not go on:\n{said[-3000:]}")
+        equal(world / "two/pagrpo", out / "pagrpo")
+        done["ranks killed: torchrun went on, and it ended bit for bit"] += 1
+    return done
+
+
+def harm(folder: Path, rng: random.Random) -> str:
+    """Damages a checkpoint folder somehow. Returns the name of the file, or what was done."""
+    file = rng.choice(sorted(folder.iterdir()))
+    raw = bytearray(file.read_bytes())
+    how = rng.choice(["bit", "byte", "cut", "empty", "grown", "gone", "block", "added"])
+    if how in ("bit", "byte"):
+        place = rng.randrange(len(raw))
+        raw[place] ^= 1 << rng.randrange(8) if how == "bit" else rng.randrange(1, 256)
+    elif how == "block":
+        place, size = rng.randrange(len(raw)), rng.randrange(16, 512)
+        raw[place:place + size] = bytes(b ^ 0x55 for b in raw[place:place + size])
+    raw = raw[:rng.randrange(len(raw))] if how == "cut" else b"" if how == "empty" else raw
+    raw = raw + b"\n{}" if how == "grown" else raw
+    if how == "gone":
+        file.unlink()
+    elif how == "added":
+        (folder / rng.choice(["model.safetensors.index.json", "optimizer.safetensors.index.json", "extra.safetensors"])
+         ).write_text("{}")
+    else:
+        file.write_bytes(raw)
+    return f"{how} {file.name}"
+
+
+def checkpoints(count: int, rng: random.Random, world: Path) -> Counter:
+    """Each in a copy of a run with checkpoints of steps 3 and 6. All are looked at as a start looks at them; every
+    tenth is really continued, and must end as if nothing had happened."""
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    from model import newest_checkpoint
+    program = [sys.executable, str(ROOT / "pagrpo.py")]
+    out, done = world / "saved", Counter()
+    run([*program, *flags_of(out, world, steps=8)])
+    shutil.copytree(out, world / "kept")
+    shutil.rmtree(out / "pagrpo/step-000008")
+    for number in range(count):
+        shutil.rmtree(out)
+        shutil.copytree(world / "kept", out)
+        shutil.rmtree(out / "pagrpo/step-000008")            # as after a kill in step 7 or 8
+        what = harm(out / "pagrpo/step-000006", rng)
+        told, began = StringIO(), time.monotonic()
+        with redirect_stderr(told):
+            found = newest_checkpoint(out / "pagrpo", optimizer=True)
+        if time.monotonic() - began > PATIENCE:
+            raise Broken(f"{what}: it hung")
+        if found.name != "step-000003" or "step-000006 is refused: " not in told.getvalue():
+            raise Broken(f"{what}: {found} was taken. {told.getvalue()}")
+        done[f"refused by name: {what.split()[0]}"] += 1
+        if number % 10 == 0:
+            said = run([*program, *flags_of(out, world, steps=8)])
+            if "continues after step 3" not in said:
+                raise Broken(f"{what}: not continued from step 3:\n{said[-2000:]}")
+            equal(world / "kept/pagrpo", out / "pagrpo")
+            done["continued from the one before, and ended bit for bit"] += 1
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"kills": 20, "rank": 3, "checkpoints": 100, "records": 500, "videos": 200}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"how many [{size}]; 0 leaves it out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from data import make_toy, make_toy_model
+    broken = False
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder)
+        make_toy(world / "toy", {"sft": 20, "rl": 30, "heldout": 20})
+        make_toy_model(world / "base", seed=0)
+        for name in sizes:
+            if (count := getattr(args, name)) < 1:
+                continue
+            began = time.monotonic()
+            try:
+                done = globals()[name](count, random.Random(f"{args.seed}/{name}"), world)
+            except Broken as error:
+                broken, done = True, {f"BROKEN: {error}": 1}
+            print(f"{name}, in {time.monotonic() - began:.0f} s", flush=True)
+            for what, n in done.items():
+                print(f"  {n:>5}  {what}", flush=True)
+    sys.exit("A promise is broken." if broken else None)
+
+
+if __name__ == "__main__":
+    main()
