@@ -24,6 +24,7 @@ import random
 import struct
 import sys
 import threading
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Responses, init_weights
                    newest_checkpoint, read_config, save_model, write_config)
 from rewards import (COLOURS, JUDGEMENT, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
                      Client, Journal, Judge, Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge,
-                     only, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
+                     obeys, only, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -152,6 +153,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official p
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PATCH, STEP, MERGE = 14, 2, 2                                # pixels, frames in a grid step, patches merged per side
 FEWEST_FRAMES = 4
+SEAL = 84                                                    # where write_avi puts a checksum: AVI leaves it free
 MOST_LOST = 0.2                                              # share of unreadable media at which a run stops
 
 
@@ -213,16 +215,54 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
         import decord  # opened, read and dropped inside this function: a reader shared between threads hangs
     except ImportError:
         raise SystemExit("decord is missing: pip install -r requirements.txt (no wheel for ARM Linux: build it there)")
+    check_whole(path)
+    opened = lambda: decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)  # no stand-ins
     try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        reader = opened()
         total, fps = len(reader), float(reader.get_avg_fps())
-        if total < 1 or not fps > 0:
-            raise MediaError(f"it claims {total} frames at {fps} a second")
-        first, total = within(total, fps, bounds)
+        times = reader.get_frame_timestamp(range(total))[:, 0]
+        hidden = int(((-1e6 < times) & (times < 0)).sum())   # frames that a cut has left before the start; none: -9e17
+        if total <= hidden or not 0 < fps < math.inf:
+            raise MediaError(f"it claims {total - hidden} frames at {fps} a second")
+        first, total = within(total - hidden, fps, bounds)
         chosen = frame_indices(total, fps, settings)
-        return reader.get_batch([first + i for i in chosen]).asnumpy(), STEP * total / (fps * len(chosen))
-    except (RuntimeError, decord.DECORDError) as error:
-        raise MediaError(f"cannot be decoded: {(str(error).strip() or repr(error)).splitlines()[-1][:200]}") from None
+        wanted = [first + i for i in chosen]
+        try:                                                 # decord seeks by time and by key frame, and gets lost
+            if hidden or (np.diff(times) <= 0).any() or list(reader.get_key_indices()[:1]) != [0]:
+                raise decord.DECORDLimitReachedError         # where frames have no times, or were cut off
+            frames = reader.get_batch([*wanted, len(reader) - 1]).asnumpy()[:-1]    # what a seek lost, misses there
+        except decord.DECORDLimitReachedError:               # from front to back it is slower and never gets lost
+            reader, shown = opened(), {}
+            for i in range(wanted[-1] + 1):
+                frame = reader.next()
+                if i in wanted:
+                    shown[i] = frame.asnumpy()
+            frames = np.stack([shown[i] for i in wanted])
+        return frames, STEP * total / (fps * len(chosen))
+    except (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        said = str(error).strip() or "it ends early"
+        raise MediaError(f"cannot be decoded: {said.splitlines()[-1][:200]}") from None
+
+
+def check_whole(path: Path) -> None:
+    """Raises MediaError for a file that is shorter than it says (a download that broke off would play, and end early)
+    and for a clip of the toy world that is not as it was written."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise MediaError(f"cannot be read: {error}") from None
+    with file:
+        head, size = file.read(300), path.stat().st_size
+        says, kind = 0, head[:4]
+        if kind == b"RIFF":
+            says = int.from_bytes(head[4:8], "little") % 0xFFFFFFFF           # some writers count these 8 bytes, too
+        elif kind == b"\x1a\x45\xdf\xa3" and 0 <= (at := head.find(b"\x18\x53\x80\x67")) < 280:   # Matroska, WebM
+            bits = 7 * (length := 9 - head[at + 4].bit_length())
+            says = int.from_bytes(head[at + 4:at + 4 + length], "big") & (1 << bits) - 1
+            says = 0 if says == (1 << bits) - 1 else says    # all ones: recorded live, nobody knew
+        seal = int.from_bytes(head[SEAL:SEAL + 4], "little") if b"MPNG" in head else 0
+        if says > size or seal and seal != zlib.crc32(head[:SEAL] + head[SEAL + 4:] + file.read()):
+            raise MediaError(f"damaged: it is {'shorter than it says' if says > size else 'not as it was written'}")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -295,17 +335,18 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as error:
         raise ValueError(f"{file}: neither text nor whole gzip: {error}") from None
+    once = lambda pairs: found if len(found := dict(pairs)) == len(pairs) else pairs      # which of two would count?
     if text.lstrip().startswith("["):
         try:
-            rows = list(enumerate(json.loads(text), start=1))
-        except (json.JSONDecodeError, RecursionError) as error:
+            rows = list(enumerate(json.loads(text, object_pairs_hook=once), start=1))
+        except (ValueError, RecursionError) as error:        # a number of 5,000 digits is a bare ValueError
             raise ValueError(f"{file}: not JSON: {error}") from None
     else:
         rows = []
         for n, line in enumerate(text.split("\n"), start=1):       # splitlines also cuts at U+2028, inside a text
             try:
-                rows += [(n, json.loads(line))] if line.strip() else []
-            except (json.JSONDecodeError, RecursionError) as error:
+                rows += [(n, json.loads(line, object_pairs_hook=once))] if line.strip() else []
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {n}: not JSON: {error}") from None
     if not rows:
         raise ValueError(f"{file}: holds no records")
@@ -313,40 +354,44 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
     for n, row in rows:
         try:
             records.append(to_record(row, traces))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}, record {n}: {error}") from None
     return records
 
 
 def to_record(row: dict, traces: bool) -> Record:
     if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__}, not an object")
+        raise ValueError(f"is a {type(row).__name__}, not an object with each key once")
     json.dumps(row, ensure_ascii=False).encode()             # half a character (ValueError) could not be written
     needed = ["problem", "problem_type", "solution", "path", "data_type"] + ["observation", "process"] * traces
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
-    if wrong := [name for name in ("problem", "path") if not isinstance(row[name], str)]:
+    if wrong := [name for name in ("problem", "path", "observation", "process")
+                 if not isinstance(row.get(name), str | None)]:
         raise ValueError(f"{' and '.join(wrong)}: not a text")
     if row["problem_type"] not in PROBLEM_TYPES:
         raise ValueError(f"unknown problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
     if row["data_type"] not in ("image", "video"):
         raise ValueError(f"data_type is {row['data_type']!r}, not image or video")
-    options = row.get("options") or []
+    options = [] if row.get("options") in (None, "") else row["options"]
     if isinstance(options, str):                             # the RL file of the release holds every value as a string
         try:
             options = ast.literal_eval(options)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             options = None
     if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) for o in options):
         raise ValueError(f"options are no list of texts: {row['options']!r:.80}")
+    kind = type(row["solution"])
+    if kind not in (str, int, float) or kind is float and not math.isfinite(row["solution"]):   # Python's JSON has NaN
+        raise ValueError(f"solution is neither a text nor a number: {row['solution']!r:.80}")
     reference = only("answer", str(row["solution"]))
     if reference is None:
         reference = str(row["solution"]).strip()
-    if not reference or "<answer>" in reference:
+    if not reference or "<answer>" in reference or "</answer>" in reference:
         raise ValueError(f"solution holds no answer, or several: {row['solution']!r:.80}")
     if row["problem_type"] == "multiple choice" and options and len(options) < 2:
         raise ValueError("a multiple choice with one option")
-    bare = lambda tag, text: only(tag, text) or text.strip()
+    bare = lambda tag, text: only(tag, text) if obeys(text, tag) else text.strip()
     return Record(str(row.get("problem_id", "")), row["problem"], tuple(options), row["problem_type"], reference,
                   row["path"], row["data_type"], bare("observation", str(row.get("observation") or "")),
                   bare("think", str(row.get("process") or "")), str(row.get("data_source") or ""))
@@ -367,7 +412,7 @@ def media_path(root: Path, path: str) -> Path:
     """Where a record's file lies under the media root. A path that would leave the root is refused."""
     try:
         full = (root / path).resolve()
-        inside, there = full.is_relative_to(root.resolve()), full.exists()
+        inside, there = full.is_relative_to(root.resolve()), full.is_file() or full.is_dir()      # a pipe never ends
     except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
     if not inside:
@@ -522,13 +567,23 @@ def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
     return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
+def unfit(r: Record) -> str:
+    """Why nobody can learn from a record: even its own solution would not be right, or its trace breaks the rules."""
+    if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
+        return f"solution: {r.reference!r:.60} would itself score no full mark, as an option or a number would"
+    taught = r.observation and r.think and r.given is None
+    return "trace: it breaks the template" if taught and not all(parse(trace_text(r, "p2r"))[3:]) else ""
+
+
 class Examples:
     """Records that turn into examples when asked for; what cannot is None, counted, and named in a log file."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
-                 settings: InputSettings, log: Path | None = None, most_lost: float = MOST_LOST):
+                 settings: InputSettings, log: Path | None = None, most_lost: float = MOST_LOST, teaching: bool = True):
+        """`teaching`: leave out what nobody could learn from. An evaluation asks whatever it is given."""
         self.records, self.root, self.vocabulary = records, Path(root), vocabulary
         self.config, self.settings, self.log, self.most_lost = config, settings, log, most_lost
+        self.teaching = teaching
         self.asked, self.skipped = set(), {}                 # indices; index → reason
         self.kept, self.room = {}, settings.cache_gb * 2 ** 30                # index → example; bytes left for more
         self.lock = threading.Lock()                         # for what follows a read: the threads of `ahead` share it
@@ -540,6 +595,8 @@ class Examples:
         if i in self.kept or i in self.skipped:
             return self.kept.get(i)
         self.asked.add(i)
+        if self.teaching and (reason := unfit(self.records[i])):
+            return self.skip(i, reason)
         try:
             example = build_example(self.records[i], self.root, self.vocabulary, self.config, self.settings)
         except MediaError as error:
@@ -651,7 +708,8 @@ def write_avi(path: Path, frames: np.ndarray, fps: int) -> None:
         at += 8 + len(picture) + len(picture) % 2
     body = listed(b"hdrl", chunk(b"avih", header) + listed(b"strl", chunk(b"strh", stream) + chunk(b"strf", bitmap)))
     body += listed(b"movi", b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
-    path.write_bytes(chunk(b"RIFF", b"AVI " + body))
+    raw = chunk(b"RIFF", b"AVI " + body)
+    path.write_bytes(raw[:SEAL] + struct.pack("<I", zlib.crc32(raw[:SEAL] + raw[SEAL + 4:])) + raw[SEAL + 4:])
 
 
 def toy_observation(shown: list[str]) -> str:

@@ -631,7 +631,8 @@ def respond(job: Job, items: list[Item], condition: Condition, folder: Path) -> 
         judge = make_judge(s, folder / f"judge-{job.world.rank}.jsonl", lambda claims: blind_answers(
             blind[1], blind[0], claims, s, s.max_response, args.batch, device), device)
     out, of = Journal(folder / f"responses.{job.world.rank}.jsonl"), {i.record.problem_id: i for i in items}
-    examples = Examples([asked(i, condition, args) for i in items], job.root, vocabulary, model.config, s, most_lost=1)
+    examples = Examples([asked(i, condition, args) for i in items], job.root, vocabulary, model.config, s, most_lost=1,
+                        teaching=False)
     batches = [range(i, min(i + args.batch, len(items))) for i in range(0, len(items), args.batch)]
     scores, bar = [], tqdm(total=len(items), desc=f"{job.bench} {condition.name}".strip(), unit="question",
                            disable=not job.world.first)

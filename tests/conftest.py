@@ -1,5 +1,6 @@
 """What the lessons share: a small toy world and a tiny random model, made once. Tests read these folders and never
 write into them."""
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)                                     # tiny matrices: threads would only wait for each other
 
 import data  # noqa: E402  (found through the line above)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run that is stopped in a lesson leaves the process as it was."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

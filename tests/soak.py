@@ -9,10 +9,8 @@
 Promise: no crash without a message, no hang, no silent acceptance. Exits with 1 where one of them is broken.
 """
 import argparse
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -191,11 +189,18 @@ def main() -> None:
     args = parser.parse_args()
     from data import make_toy, make_toy_model
     broken = False
+    import soak_data
+    for name in ("records", "videos"):
+        if count := getattr(args, name):
+            began = time.monotonic()
+            lost = getattr(soak_data, name)(count, args.seed)
+            broken = broken or lost > 0
+            print(f"{name}: {lost} promises broken, in {time.monotonic() - began:.0f} s\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
         make_toy(world / "toy", {"sft": 20, "rl": 30, "heldout": 20})
         make_toy_model(world / "base", seed=0)
-        for name in sizes:
+        for name in ("rank", "checkpoints", "kills"):
             if (count := getattr(args, name)) < 1:
                 continue
             began = time.monotonic()

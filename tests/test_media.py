@@ -45,6 +45,12 @@ def media(tmp_path_factory):
     return root
 
 
+def unsealed(clip) -> bytes:
+    """A clip as others write it: without the checksum."""
+    raw = clip.read_bytes()
+    return raw[:data.SEAL] + bytes(4) + raw[data.SEAL + 4:]
+
+
 class TestFrames:
     @pytest.mark.parametrize("fps", [0.5, 1, 24, 29.97, 60])
     @pytest.mark.parametrize("frames", [2, 4, 6, 16, 32])
@@ -205,9 +211,56 @@ class TestBrokenMedia:
         with pytest.raises(MediaError, match="narrow"):
             patchify(noise(1, height, width, 3), 784, 100 * 784)
 
-    def test_random_damage_is_never_another_error(self, media, tmp_path):
-        """Whether decord notices damage between two chosen frames is a matter of timing: both ends are borne."""
+    def test_a_clip_of_the_toy_world_is_as_it_was_written_or_refused(self, media, tmp_path):
         good, rng = (media / "good.avi").read_bytes(), np.random.default_rng(0)
+        for at in [*range(0, 260, 7), *rng.integers(0, len(good), 40)]:
+            damaged = good[:at] + bytes([good[at] ^ rng.integers(1, 256)]) + good[at + 1:]
+            for content in (damaged, good[:at], good[:at] + good[at + 100:]):
+                (tmp_path / "x.avi").write_bytes(content)
+                with pytest.raises(MediaError):
+                    read_video(tmp_path / "x.avi", InputSettings(frames=4))
+
+    def test_a_clip_without_a_checksum_is_read_as_well(self, media, tmp_path):
+        (tmp_path / "x.avi").write_bytes(unsealed(media / "good.avi"))
+        assert np.array_equal(read_video(tmp_path / "x.avi", InputSettings())[0],
+                              read_video(media / "good.avi", InputSettings())[0])
+
+    @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+    def test_a_file_that_is_shorter_than_it_says(self, media, tmp_path, share):
+        """Without its index an AVI file would be read up to where the download broke off."""
+        raw = unsealed(media / "good.avi")
+        (tmp_path / "x.avi").write_bytes(raw[:int(share * len(raw))])
+        with pytest.raises(MediaError, match="shorter than it says"):
+            read_video(tmp_path / "x.avi", InputSettings())
+
+    @pytest.mark.parametrize("says, whole", [
+        (b"\x9e", True), (b"\x9f", False), (b"\x01" + bytes(6) + b"\x1e", True), (b"\x01" + bytes(6) + b"\xff", False),
+        (b"\xff", True), (b"\x01" + b"\xff" * 7, True)],
+        ids=["right", "too long", "right in 8 bytes", "too long in 8 bytes", "live", "live in 8 bytes"])
+    def test_matroska_and_webm_say_how_long_they_are(self, tmp_path, says, whole):
+        head = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67" + says
+        (tmp_path / "x.webm").write_bytes(head.ljust(30, b"\0"))
+        if whole:
+            data.check_whole(tmp_path / "x.webm")
+        else:
+            with pytest.raises(MediaError, match="shorter than it says"):
+                data.check_whole(tmp_path / "x.webm")
+
+    @pytest.mark.parametrize("bounds", [None, (1.0, 3.0)])
+    @pytest.mark.parametrize("name, found", [
+        ("get_key_indices", [7]), ("get_frame_timestamp", np.full((20, 2), -9e17))],
+                             ids=["first key frame missing", "no times"])
+    def test_where_decord_cannot_seek_frames_are_read_from_the_front(self, media, monkeypatch, name, found, bounds):
+        import decord
+        sought = read_video(media / "good.avi", InputSettings(frames=6), bounds)
+        monkeypatch.setattr(decord.VideoReader, name, lambda *_: found)
+        monkeypatch.setattr(decord.VideoReader, "get_batch", None)
+        frames, seconds = read_video(media / "good.avi", InputSettings(frames=6), bounds)
+        assert np.array_equal(frames, sought[0]) and seconds == sought[1]
+
+    def test_random_damage_is_never_another_error(self, media, tmp_path):
+        """In other people's files, which have no checksum: damage that decord does not notice is borne."""
+        good, rng = unsealed(media / "good.avi"), np.random.default_rng(0)
         for i in range(25):
             damaged = np.frombuffer(good, np.uint8).copy()
             damaged[rng.integers(0, 2000 if i % 2 else len(good), 20)] = rng.integers(0, 256, 20)
@@ -246,6 +299,11 @@ class TestPaths:
         os.symlink("loop", tmp_path / "loop")
         with pytest.raises(MediaError):
             media_path(tmp_path, path)
+
+    def test_a_pipe_is_no_file(self, tmp_path):
+        os.mkfifo(tmp_path / "endless.avi")
+        with pytest.raises(MediaError, match="no such file"):
+            media_path(tmp_path, "endless.avi")
 
     def test_a_neighbour_whose_name_begins_alike_is_outside(self, tmp_path):
         (tmp_path / "root").mkdir()

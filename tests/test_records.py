@@ -103,6 +103,15 @@ class TestRefusing:
         ({"path": ["./clips/1.mp4"]}, "path: not a text"),
         ({"solution": "<answer> </answer>"}, "solution holds no answer"),
         ({"solution": "<answer>A</answer><answer>B</answer>"}, "or several"),
+        ({"solution": "A</answer>"}, "or several"),
+        ({"solution": ["B"]}, "neither a text nor a number"),
+        ({"solution": True}, "neither a text nor a number"),
+        ({"solution": float("nan")}, "neither a text nor a number"),
+        ({"observation": ["a dog"]}, "observation: not a text"),
+        ({"process": {}}, "process: not a text"),
+        ({"options": False}, "options are no list"),
+        ({"options": "{[]: 1}"}, "options are no list"),
+        ({"options": "-" * 99_999}, "options are no list"),
     ])
     @pytest.mark.parametrize("write", [lambda rows: json.dumps(rows), lambda rows: lines(*rows)], ids=["list", "lines"])
     def test_a_wrong_record_is_named_by_file_and_number(self, write, changes, reason, tmp_path):
@@ -120,6 +129,21 @@ class TestRefusing:
     def test_what_is_no_object_is_no_record(self, row, tmp_path):
         (tmp_path / "train.json").write_text(json.dumps([ROW, row]))
         with pytest.raises(ValueError, match="train.json, record 2: is a .*, not an object"):
+            read_records(tmp_path / "train.json")
+
+    @pytest.mark.parametrize("lines_of", [False, True], ids=["list", "lines"])
+    def test_a_key_that_stands_twice_is_not_chosen_from(self, lines_of, tmp_path):
+        twice = json.dumps(ROW)[:-1] + ', "solution": "<answer>A</answer>"}'
+        rows = [json.dumps(ROW), twice]
+        (tmp_path / "train.json").write_text("\n".join(rows) if lines_of else f"[{', '.join(rows)}]")
+        with pytest.raises(ValueError, match="train.json, record 2: .*each key once"):
+            read_records(tmp_path / "train.json")
+
+    @pytest.mark.parametrize("value", ["1" + "0" * 5000, "[" * 100_000], ids=["5,001 digits", "deep nesting"])
+    @pytest.mark.parametrize("row", ["[{}]", "{}"], ids=["list", "lines"])
+    def test_what_python_will_not_read_is_named(self, value, row, tmp_path):
+        (tmp_path / "train.json").write_text(row.replace("{}", f'{{"x": {value}}}'))
+        with pytest.raises(ValueError, match="train.json.*not JSON"):
             read_records(tmp_path / "train.json")
 
     def test_a_broken_line_is_named_by_its_number(self, tmp_path):
@@ -178,6 +202,22 @@ class TestSkipping:
         logged = (tmp_path / "skipped.txt").read_text().splitlines()
         assert [line.split("\t")[0] for line in logged] == ["./sft/gone2.avi", "./sft/gone5.avi"]
         assert all("no such file" in line for line in logged)
+
+    @pytest.mark.parametrize("changes, reason", [
+        (dict(problem_type="multiple choice", options=("A. a cat", "B. a dog"), reference="C"), "solution: 'C'"),
+        (dict(problem_type="multiple choice", options=("A. dog", "B. dog"), reference="dog"), "solution: 'dog'"),
+        (dict(problem_type="regression", reference="many"), "solution: 'many'"),
+        (dict(think="so it is</think> a dog"), "trace: "),
+        (dict(observation="a dog <answer>B</answer>"), "trace: ")],
+        ids=["no option", "two options", "no number", "a tag in the reasoning", "a tag in the observation"])
+    def test_a_record_from_which_nobody_can_learn_is_skipped(self, records, load, changes, reason, tmp_path):
+        examples = load([replace(records[0], **changes), records[1]])
+        assert examples[0] is None and examples.skipped[0].startswith(reason) and examples[1] is not None
+        assert (tmp_path / "skipped.txt").read_text().startswith(f"{records[0].path}\t{reason}")
+
+    def test_a_trace_is_taken_out_of_its_tags_only_if_nothing_stands_beside_them(self, tmp_path):
+        (tmp_path / "a.json").write_text(json.dumps([ROW | {"process": "so <think>it is</think> a dog"}]))
+        assert read_records(tmp_path / "a.json")[0].think == "so <think>it is</think> a dog"
 
     def test_a_record_that_is_asked_for_again_is_not_counted_again(self, records, load, tmp_path):
         examples = load(without_media(records, {0}))

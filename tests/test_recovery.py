@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import pagrpo
 import sft
 from model import newest_checkpoint
-from test_resume import handlers, interrupt_in_step, metrics, rl_flags, sft_flags  # noqa: F401  (a fixture)
+from test_resume import metrics, rl_flags, sft_flags
 
 ROOT = Path(__file__).parent.parent
 

@@ -45,14 +45,6 @@ def interrupt_in_step(monkeypatch, module, number):
     monkeypatch.setattr(module, "update", interrupted)
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
 def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, flags, stage, toy, base,
                                                                      tmp_path, monkeypatch):
