@@ -684,7 +684,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
 
 
 def checksums(files: list[Path]) -> list[str]:
-    """SHA-256 of each file. Threads hash several at once: Python is not needed for it, so training goes on beside it."""
+    """SHA-256 of each file. Threads hash several at once, without holding up Python: training goes on beside it."""
     def digest(path: Path) -> str:
         total = hashlib.sha256()
         with path.open("rb") as file:
@@ -714,8 +714,8 @@ def damage(folder: Path, optimizer: bool = True) -> str:
 
 
 def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
-    """A model folder itself, or the newest whole checkpoint of a stage's folder. One that is damaged is refused by name,
-    and the one before it taken. Raises FileNotFoundError, or ValueError if the folder itself is a damaged checkpoint."""
+    """A model folder itself, or the newest whole checkpoint of a stage's folder: a damaged one is refused by name, and
+    the one before it taken. Raises FileNotFoundError, or ValueError if the folder itself is a damaged checkpoint."""
     folder = Path(folder)
     if (folder / "config.json").is_file():
         if (folder / SUMS).is_file() and (wrong := damage(folder, optimizer)):            # models from elsewhere: none
@@ -773,8 +773,8 @@ def exchange(folder: Path, new: Path | None = None) -> None:
 def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
                beside: Callable[[Path], None] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes tensors as (sharded) safetensors, with the configuration and tokenizer files of `source` beside them, and
-    whatever `beside(folder)` adds. The folder appears under its name only when it is whole: it is written aside, flushed
-    to the disk, sealed with SHA256SUMS, and renamed. Raises OSError, and then leaves nothing aside."""
+    whatever `beside(folder)` adds. The folder appears under its name only when it is whole: it is written aside,
+    flushed to the disk, sealed with SHA256SUMS, and renamed. Raises OSError, and then leaves nothing aside."""
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)

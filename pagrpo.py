@@ -57,7 +57,7 @@ class Settings(TrainSettings, JudgeSettings):
     clip_eps: float = flag(0.2, "the ratio counts between 1 - this and 1 + this; bites with several updates only")
     updates_per_rollout: int = flag(1, "optimizer steps on one batch of rollouts")
     transcript_every: int = flag(50, "steps between printed transcripts")
-    offload_reference: bool = flag(False, "keep the KL reference in host memory: saves its share of a GPU, costs copies")
+    offload_reference: bool = flag(False, "keep the KL reference in host memory: less on the GPU, more copying")
 
     def __post_init__(self):
         InputSettings.__post_init__(self)
@@ -555,8 +555,8 @@ def agreement(run: Run, name: str) -> str:
 
 
 def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, run: Run, vocabulary: Vocabulary,
-              judge: Judge, exact: Judge | None, look: Callable[[Qwen2_5_VL], list[dict]], settings: Settings, world: World
-              ) -> None:
+              judge: Judge, exact: Judge | None, look: Callable[[Qwen2_5_VL], list[dict]], settings: Settings,
+              world: World) -> None:
     """The loop: act, show, learn, log, save. `look` answers the held-out questions greedily."""
     policy = build_model(run.newest or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(policy, settings)

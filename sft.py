@@ -72,7 +72,7 @@ class TrainSettings(InputSettings):
     eval_every: int = flag(0, "steps between held-out evaluations on the way, each with a checkpoint; 0: none")
     resume: bool = flag(True, "continue what the folder holds from its newest whole checkpoint (after a restart by "
                         "torchrun always); --no-resume refuses a folder in use")
-    shards: int = flag(0, "ranks that share one copy of the weights; further ranks hold replicas; 0: those of a machine")
+    shards: int = flag(0, "ranks that share a copy of the weights; further ranks hold replicas; 0: those of a machine")
     patience: float = flag(5.0, "minutes that a rank waits for the others within a step before the run ends")
     dry_run: bool = flag(False, "print the memory that a step needs on each GPU, and stop")
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
@@ -184,8 +184,8 @@ class World:
             os._exit(0)
 
     def fail(self, message: str, where: str = "", alike: bool = True) -> None:
-        """Ends a rank after an error. What several ranks say `alike` is said once; one that only lost the others says so
-        if none of them has said why."""
+        """Ends a rank after an error. What several ranks say `alike` is said once; one that only lost the others says
+        so if none of them has said why."""
         if self.size == 1:
             sys.exit(f"{message}{where}")
         if message == LOST:
@@ -229,8 +229,8 @@ def meeting(rank: int, size: int, patience: timedelta) -> dist.Store:
 
 def start_world(minutes: float = 5.0, patience: timedelta = timedelta(hours=1)) -> World:
     """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait `minutes` for each other
-    within a step, and `patience` where one of them works alone (`World.once`, `World.wait`): a rank that dies is noticed
-    at once in both, since its connections close."""
+    within a step, and `patience` where one of them works alone (`World.once`, `World.wait`). A rank that dies is
+    noticed at once in both, since its connections close."""
     rank, size, local, place = (int(os.environ.get(k, d)) for k, d in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -239,7 +239,7 @@ def start_world(minutes: float = 5.0, patience: timedelta = timedelta(hours=1)) 
     cuda, store = torch.cuda.is_available(), None
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
     if size > 1:
-        faulthandler.enable()                                # NCCL aborts a rank that waited too long: show where it was
+        faulthandler.enable()                                # NCCL aborts who waited too long: show where that was
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (size > 1 or cuda):
@@ -337,7 +337,7 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
     micro = min(s.micro_batch, questions)
     asked, written, patches = micro * prompt, micro * group * response, 4 * micro * media
     token = 2 * (4 + 2 * c) * d + 3 * c * heads * e + 4 * c * f               # two norms, q and its result, the MLP
-    spread = 2 * c * (heads if cuda else keys) * e * (prompt + response) * micro * group   # keys, values a response sees
+    spread = 2 * c * (heads if cuda else keys) * e * (prompt + response) * micro * group   # K, V a response sees
     patch = (2 * (4 + 2 * c) + 5 * c) * v.hidden_size + 4 * c * v.intermediate_size
     reading, writing = asked * token, written * token + spread
     kept = c * d * asked + 2 * c * keys * e * asked, c * d * written          # a layer's inputs, the prompt's K and V
@@ -461,9 +461,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # gathered fr
 class Run:
     """A stage's folder: settings.json, metrics.jsonl, skipped.log, and whole checkpoints step-NNNNNN.
 
-    A checkpoint is a model folder in Hugging Face format with the optimizer's moments and state.json beside it. Learning
-    rate, data order and random numbers are functions of seed and step (`learning_rate`, `step_indices`,
-    `question_uniforms`), so there is no scheduler, sampler or generator whose state could be lost.
+    A checkpoint is a model folder in Hugging Face format with the optimizer's moments and state.json beside it.
+    Learning rate, data order and random numbers are functions of seed and step (`learning_rate`, `step_indices`,
+    `question_uniforms`): there is no scheduler, sampler or generator whose state could be lost.
     """
 
     def __init__(self, folder: Path, settings: TrainSettings, steps: int, per_step: int, world: World):
@@ -484,7 +484,7 @@ class Run:
     def find(self) -> Path | None:
         begun = any(self.folder.glob("step-??????")) or (self.folder / "metrics.jsonl").exists()
         if begun and not self.settings.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or choose another --out")
+            raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
         same_settings(self.folder, self.configuration, ON_THE_WAY)
         try:
             newest = newest_checkpoint(self.folder, optimizer=True)
@@ -559,7 +559,7 @@ class Run:
         """Copies everything to the first rank's host memory; a thread writes it while training goes on. `source`, the
         folder that the run started from, gives configuration and tokenizer files, and is the KL reference of RL."""
         self.settle()
-        copy = lambda x: x.clone() if x.device == self.world.device else x    # on a CPU these are the weights themselves
+        copy = lambda x: x.clone() if x.device == self.world.device else x    # on a CPU: the weights themselves
         weights = {k: copy(x) for k, x in get_model_state_dict(model, options=WHOLE).items()}
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
         moments = {f"{name} {kind}": copy(x) for name, kinds in moments.get("state", {}).items()
@@ -587,8 +587,8 @@ class Run:
             self.lost = f"Checkpoint {target} could not be written: {error}."
 
     def settle(self, alone: bool = False) -> None:
-        """Until the checkpoint under way is on disk. Raises OSError, on all ranks alike, if it could not be written; the
-        first rank `alone` only waits."""
+        """Until the checkpoint under way is on disk. Raises OSError, on all ranks alike, if it could not be written;
+        the first rank `alone` only waits."""
         if self.writer:
             self.writer.join()
         if not alone:
@@ -597,8 +597,8 @@ class Run:
                 raise OSError(lost)
 
     def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
-        """Loads the optimizer's moments from the checkpoint that stands; the model was built from it. Returns state.json.
-        """
+        """Loads the optimizer's moments from the checkpoint that stands (the model was built from it) and returns
+        state.json."""
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)    # its form, filled with zeros
         if self.world.first:
             for file in sorted(set(tensor_files(self.newest, "optimizer").values())):

@@ -204,8 +204,8 @@ def main() -> None:
                                                  "further flags go to pagrpo.py")
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    measured = commands.add_parser("memory", help="half a minute on a CPU; on GPUs some minutes, with further flags for "
-                                                  "pagrpo.py")
+    measured = commands.add_parser("memory", help="half a minute on a CPU; some minutes on GPUs, with further "
+                                                  "flags for pagrpo.py")
     measured.add_argument("--out", type=Path, default=Path("runs/bench-memory"), help="folder, on GPUs [%(default)s]")
     measured.add_argument("--preset", choices=["3b", "7b"], default="3b", help="shape, on GPUs [%(default)s]")
     commands.add_parser("prefix", help="speed-up of the shared prompt, half a minute")

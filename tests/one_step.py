@@ -25,8 +25,8 @@ def situations(toy: Path) -> dict[str, list]:
     Image.new("RGB", (28, 28), "red").save(image)
     picture = replace(records[3], path=image.name, data_type="image")
     text = [replace(r, blind=True, given="1 red X, 2 blue O, 3 red T") for r in records]
-    return {"uneven": records[:5], "one question": records[:1], "none": [], "video and picture": [records[0], picture] * 2,
-            "video and text": [records[0], text[1], records[2], text[3]], "text alone": text[:3],
+    return {"uneven": records[:5], "one question": records[:1], "none": [],
+            "video and picture": [records[0], picture] * 2, "video and text": [records[0], text[1], records[2], text[3]], "text alone": text[:3],
             "zero variance": records[:4]}
 
 
@@ -35,7 +35,8 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
     world = start_world(minutes=0.5)
     settings = pagrpo.Settings(**TINY | dict(max_response=16, group_size=4, micro_batch=1, seed=5))
     vocabulary = Vocabulary(model)
-    policy, frozen = (build_model(folder, vocabulary, world, frozen=i == 1) for i, folder in enumerate((model, reference)))
+    policy = build_model(model, vocabulary, world)
+    frozen = build_model(reference, vocabulary, world, frozen=True)
     judge = Judge(rule_judge, True)
 
     def keep(model, optimizer, lr, clip_norm):
@@ -57,8 +58,8 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
                     e.advantages = (0.0, 0.0)
         metrics = times | pagrpo.learn(groups, parts, policy, optimizer, 0.0, settings, world)
         tokens = {e.example.record.problem_id: [e.tokens for e in group] for group in groups for e in group[:1]}
-        (out / f"{name}.{world.rank}.json").write_text(json.dumps(
-            {"tokens": tokens, "metrics": {k: v for k, v in metrics.items() if "seconds" not in k and "memory" not in k}}))
+        metrics = {k: v for k, v in metrics.items() if "seconds" not in k and "memory" not in k}
+        (out / f"{name}.{world.rank}.json").write_text(json.dumps({"tokens": tokens, "metrics": metrics}))
     world.leave()
 
 

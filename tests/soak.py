@@ -38,7 +38,8 @@ def flags_of(out: Path, world: Path, **changes) -> list[str]:
 
 def run(command: list[str], timeout: float = 300) -> str:
     """What a command prints. Broken if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, timeout=timeout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV,
+                          timeout=timeout)
     if done.returncode:
         raise Broken(f"{' '.join(command[1:3])} ended with {done.returncode}:\n{done.stdout[-3000:]}")
     return done.stdout

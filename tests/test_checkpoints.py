@@ -314,7 +314,8 @@ def test_the_next_write_clears_away_what_an_interrupted_one_left(tmp_path):
         save_model(tensors, folder, source=folder, beside=interrupt, shard_bytes=2 ** 20)
     later = {name: x + 1 for name, x in tensors.items()}
     save_model(later, folder, source=folder)
-    assert set(contents(folder)) == {"config.json", SINGLE, "SHA256SUMS"} and [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert set(contents(folder)) == {"config.json", SINGLE, "SHA256SUMS"}
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
     assert_same(load_model(folder).state_dict(), later)
 
 

@@ -1,4 +1,5 @@
-"""Promise: what --dry-run says is what a step takes, before anything is allocated; and who runs out is told what helps."""
+"""Promise: what --dry-run says is what a step takes, before anything is allocated, and who runs out
+is told what helps."""
 from dataclasses import replace
 
 import pytest
@@ -76,7 +77,8 @@ def test_relief_names_what_helps_and_by_how_much():
     assert {"--save-memory", "--micro-batch 1", "16 ranks", "--max-response 384"} & {flag for flag, _ in saved}
     assert dict(saved)["--save-memory"] == now - memory(CONFIGS["7b"], replace(settings, save_memory=True), 8)["peak"]
     frugal = pagrpo.Settings(**pagrpo.PRESETS["7b"] | dict(kl_beta=0.0, judge="https://x/v1", judge_model="m"))
-    assert not {"--kl-beta 0", "--offload-reference", "--save-memory"} & {f for f, _ in relief(CONFIGS["7b"], frugal, 8, True)}
+    left = {flag for flag, _ in relief(CONFIGS["7b"], frugal, 8, cuda=True)}
+    assert not {"--kl-beta 0", "--offload-reference", "--save-memory"} & left
 
 
 def test_dry_run_prints_the_table_and_makes_nothing(tmp_path, capsys):

@@ -1,5 +1,5 @@
 """Promise: any number of ranks does what one does. They sample the same tokens, have the same gradients and write the
-same metrics, whatever falls to each of them; two machines are ranks like any others; threads, waits and deaths have rules.
+same metrics, whatever falls to each of them; two machines are ranks like any others; nobody waits without end.
 """
 import json
 import os
@@ -124,8 +124,8 @@ def test_two_machines_train_together_and_one_goes_on_alone(toy, started, tmp_pat
                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=lesson", str(ROOT / "pagrpo.py")]
     launch(1, "pagrpo.py", *rl(tmp_path / "alone", toy, started, steps=4))
     both = rl(tmp_path / "both", toy, started, steps=4, save_every=1, keep=9)
-    machines = [subprocess.Popen([*command, *both], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=BARE)
-                for _ in range(2)]
+    machines = [subprocess.Popen([*command, *both], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                 env=BARE) for _ in range(2)]
     said = [machine.communicate(timeout=120)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     folder = tmp_path / "both/pagrpo"
@@ -147,7 +147,8 @@ def ranks_of(run: subprocess.Popen) -> list[int]:
     """Process ids of a torchrun's ranks, by rank."""
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     number = lambda pid: int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())[1])
-    return sorted((int(pid) for pid in children if b"pagrpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes()), key=number)
+    mine = [int(pid) for pid in children if b"pagrpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sorted(mine, key=number)
 
 
 def after_step(run: subprocess.Popen, folder: Path, step: int) -> None:

@@ -132,7 +132,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_replaces_the_damaged_one(t
 def test_sha256sum_agrees(trained):
     if not shutil.which("sha256sum"):
         pytest.skip("no sha256sum on this machine")
-    assert subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=trained / "sft/step-000006").returncode == 0
+    folder = trained / "sft/step-000006"
+    assert subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=folder).returncode == 0
 
 
 def test_a_configuration_that_differs_from_the_checkpoints_is_shown(trained, toy, base, tmp_path):
