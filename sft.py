@@ -559,7 +559,8 @@ class Run:
         """Copies everything to the first rank's host memory; a thread writes it while training goes on. `source`, the
         folder that the run started from, gives configuration and tokenizer files, and is the KL reference of RL."""
         self.settle()
-        copy = lambda x: x.clone() if x.device == self.world.device else x    # on a CPU: the weights themselves
+        # Gathering copies from a GPU. On a CPU, and for a moment's count of steps, it may give the living tensor itself.
+        copy = lambda x: x.clone() if x.device == self.world.device or x.numel() == 1 else x
         weights = {k: copy(x) for k, x in get_model_state_dict(model, options=WHOLE).items()}
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
         moments = {f"{name} {kind}": copy(x) for name, kinds in moments.get("state", {}).items()

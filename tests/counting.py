@@ -1,4 +1,5 @@
-"""How many bytes of tensors are alive, at their most: what torch.cuda.max_memory_allocated says, for any device. Memory that an operation takes and gives back inside itself is not seen."""
+"""How many bytes of tensors are alive, at their most: what torch.cuda.max_memory_allocated says, for any device. Memory
+that an operation takes and gives back inside itself is not seen."""
 import weakref
 
 import torch

@@ -26,7 +26,8 @@ def situations(toy: Path) -> dict[str, list]:
     picture = replace(records[3], path=image.name, data_type="image")
     text = [replace(r, blind=True, given="1 red X, 2 blue O, 3 red T") for r in records]
     return {"uneven": records[:5], "one question": records[:1], "none": [],
-            "video and picture": [records[0], picture] * 2, "video and text": [records[0], text[1], records[2], text[3]], "text alone": text[:3],
+            "video and picture": [records[0], picture] * 2,
+            "video and text": [records[0], text[1], records[2], text[3]], "text alone": text[:3],
             "zero variance": records[:4]}
 
 
