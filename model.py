@@ -628,6 +628,7 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
 
 
 SHARD_BYTES = 5 * 2 ** 30                                    # of one safetensors file
+STEPS = "step-" + 6 * "[0-9]"                                # checkpoints of a run
 SUMS = "SHA256SUMS"                                          # written last: the mark of a whole checkpoint
 
 
@@ -721,7 +722,7 @@ def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
         if (folder / SUMS).is_file() and (wrong := damage(folder, optimizer)):            # models from elsewhere: none
             raise ValueError(f"{folder} is refused: {wrong}")
         return folder
-    for found in sorted(folder.glob("step-??????"), reverse=True):
+    for found in sorted(folder.glob(STEPS), reverse=True):
         if not (wrong := damage(found, optimizer)):
             return found
         print(f"{found} is refused: {wrong}", file=sys.stderr, flush=True)

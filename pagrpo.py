@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import (Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
+from data import (HTTP, Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
                   claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, ruled,
                   step_indices)
 from model import Qwen2_5_VL, newest_checkpoint, read_config
-from rewards import (PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
+from rewards import (PATIENCE, PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
                      response_rewards, rule_judge, task_metric, whole_lines)
 from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
                  micro_batches, need_files, norms, peak_memory_gb, prepare_toy, update)
@@ -60,10 +60,11 @@ class Settings(TrainSettings, JudgeSettings):
     offload_reference: bool = flag(False, "keep the KL reference in host memory: less on the GPU, more copying")
 
     def __post_init__(self):
-        InputSettings.__post_init__(self)
+        TrainSettings.__post_init__(self)
         JudgeSettings.__post_init__(self)
-        at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, micro_batch=1, save_every=1,
-                 transcript_every=1, steps=1)
+        at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, transcript_every=1, steps=1)
+        if self.judge.startswith(HTTP) and self.patience * 60 < PATIENCE + self.timeout:
+            raise SystemExit(f"--patience must leave a judge its time: {(PATIENCE + self.timeout) / 60:.1f} minutes")
         if not self.temperature > 0:
             raise SystemExit("--temperature must be above 0: a policy that cannot vary cannot learn")
 
@@ -428,9 +429,10 @@ def transcript(e: Episode) -> str:
 
 @torch.no_grad()
 def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Settings, temperature: float, world: World,
-             top_p: float = 1.0, batch: int = 128) -> list[dict]:
+             top_p: float = 1.0) -> list[dict]:
     """One response to each record, greedy (temperature 0) or sampled. Returns one row a record, on every rank those it
     had: perception and answer are right or not, formats hold or not."""
+    batch = settings.questions * settings.group_size         # as many responses at once as in a step
     rows, steps = [], range(0, len(examples), batch)
     mine = [[*range(i, min(i + batch, len(examples)))][world.rank::world.size] for i in steps]
     with gathered(model):
@@ -564,6 +566,12 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
         run.restore(policy, optimizer)
         world.say(f"{run.folder.name} continues after step {run.step}")
     examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
+    def stopped(error: JudgeDown, done: int) -> JudgeDown:
+        if done > run.step:
+            run.save(policy, optimizer, start, done)
+        run.settle()
+        return JudgeDown(f"{error}. Stopped after step {done} of {run.steps}.")
+
     todo = range(run.step, run.steps)
     mine = (step_indices(len(records), settings.questions, s, settings.seed)[world.rank::world.size] for s in todo)
     with run.guard(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
@@ -572,10 +580,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
             try:
                 groups, parts, times = act(step, batch, policy, reference, vocabulary, judge, exact, settings, world)
             except JudgeDown as error:
-                if step > run.step:
-                    run.save(policy, optimizer, start, step)
-                run.settle()
-                raise JudgeDown(f"{error}. Stopped after step {step} of {run.steps}.") from None
+                raise stopped(error, step) from None
             run.boundary(step, policy, optimizer, start)     # a signal: rather the last step whole than this one late
             if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n"
@@ -583,13 +588,18 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
             lr = learning_rate(step, run.steps, settings)
             metrics = times | learn(groups, parts, policy, optimizer, lr, settings, world)
             total = sum(v for k, v in metrics.items() if k.startswith("seconds"))
-            found, score = {}, {}
+            found, score, down = {}, {}, None
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
-                found = {f"heldout/{k}": v["value"] for k, v in summary(look(policy), world).items()}
-                score = {"score": found["heldout/answer"]}
+                try:
+                    found = {f"heldout/{k}": v["value"] for k, v in summary(look(policy), world).items()}
+                    score = {"score": found["heldout/answer"]}
+                except JudgeDown as error:
+                    down = error
             run.log({"step": step + 1, **metrics, "tokens_per_second": metrics["tokens"] / total,
                      "judge/share": metrics["seconds_judging"] / total,
                      "skipped": settings.questions - metrics["questions"], **found})
+            if down:
+                raise stopped(down, step + 1)
             bar.update()
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")

@@ -28,11 +28,12 @@ import uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 # Before torch: model.py checks the versions of Python and torch.
-from model import (CONFIGS, LOGITS_AT_ONCE, SHARD_BYTES, SUMS, Config, Qwen2_5_VL, exchange, load_model, load_weights,
+from model import (CONFIGS, LOGITS_AT_ONCE, SHARD_BYTES, STEPS, SUMS, Config, Qwen2_5_VL, exchange, load_model, load_weights,
                    newest_checkpoint, read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
@@ -73,9 +74,13 @@ class TrainSettings(InputSettings):
     resume: bool = flag(True, "continue what the folder holds from its newest whole checkpoint (after a restart by "
                         "torchrun always); --no-resume refuses a folder in use")
     shards: int = flag(0, "ranks that share a copy of the weights; further ranks hold replicas; 0: those of a machine")
-    patience: float = flag(5.0, "minutes that a rank waits for the others within a step before the run ends")
+    patience: float = flag(6.0, "minutes that a rank waits for the others within a step before the run ends")
     dry_run: bool = flag(False, "print the memory that a step needs on each GPU, and stop")
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, micro_batch=1, save_every=1, keep=1, eval_every=0, shards=0, patience=0.001)
 
 
 # What may change when a run is continued: it decides where and how fast the numbers are computed, not which.
@@ -115,7 +120,7 @@ class World:
     apart: dist.ProcessGroup | None = None                   # for waits in which one rank works alone
     local: int = 1                                           # ranks on this machine
     store: dist.Store | None = None                          # torchrun's own: it outlives a rank
-    minutes: float = 5.0                                     # of waiting for each other within a step
+    minutes: float = 6.0                                     # of waiting for each other within a step
 
     @property
     def first(self) -> bool:
@@ -160,6 +165,7 @@ class World:
             raise error
         return result
 
+    @lru_cache
     def mesh(self, shards: int):
         """The ranks as a grid (replicas, shards): weights are parted along a row and equal in a column. By default a
         row is a machine, so that weights travel inside it and only gradients between machines."""
@@ -198,9 +204,13 @@ class World:
         if not said and not (message == LOST and reason):
             print(f"Rank {self.rank}: {message}{where}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        for thread in threading.enumerate():                 # a checkpoint under way, if torchrun gives it the time
+            if thread.name == WRITER:
+                thread.join()
         os._exit(1)
 
 
+WRITER = "checkpoint"
 LOST = "lost the connection to another rank, which has ended."
 
 
@@ -227,7 +237,7 @@ def meeting(rank: int, size: int, patience: timedelta) -> dist.Store:
     raise dist.DistStoreError(f"rank {rank} waited for rank 0 to start: timeout")
 
 
-def start_world(minutes: float = 5.0, patience: timedelta = timedelta(hours=1)) -> World:
+def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
     """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait `minutes` for each other
     within a step, and `patience` where one of them works alone (`World.once`, `World.wait`). A rank that dies is
     noticed at once in both, since its connections close."""
@@ -283,6 +293,7 @@ def build_model(folder: str | Path, vocabulary: Vocabulary, world: World, save_m
         tensors = load_weights(folder, wanted, dtype) if world.first else {}
         world.wait()                                         # a large model takes minutes to read
         set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        model.set_reshard_after_forward(frozen, recurse=False)               # the root, too, where no backward follows
     model.save_memory = save_memory
     return vocabulary.restrict(model.requires_grad_(not frozen))
 
@@ -292,6 +303,7 @@ def gathered(model: Qwen2_5_VL):
     """`with gathered(model):` holds all weights whole, so that sampling needs no exchange for each token, and ranks may
     sample different numbers of tokens."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    learns = any(p.requires_grad for p in model.parameters())                 # … whole until its backward
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -299,7 +311,7 @@ def gathered(model: Qwen2_5_VL):
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)  # the root stays whole until its backward
+            part.set_reshard_after_forward(part is not model or not learns, recurse=False)    # a root that learns stays
             part.reshard()
 
 
@@ -482,7 +494,7 @@ class Run:
         return self.step >= self.steps
 
     def find(self) -> Path | None:
-        begun = any(self.folder.glob("step-??????")) or (self.folder / "metrics.jsonl").exists()
+        begun = any(self.folder.glob(STEPS)) or (self.folder / "metrics.jsonl").exists()
         if begun and not self.settings.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
         same_settings(self.folder, self.configuration, ON_THE_WAY)
@@ -493,8 +505,12 @@ class Run:
         refuse_others(newest, read_state(newest)["settings"], self.configuration, ON_THE_WAY)
         return newest
 
+    def whole(self) -> list[Path]:
+        """The checkpoints on disk up to the last one taken or written."""
+        return [p for p in sorted(self.folder.glob(STEPS)) if (p / SUMS).is_file() and int(p.name[5:]) <= self.step]
+
     def stands(self) -> str:
-        return f"Checkpoint {self.newest} stands; the same command continues from it." if self.newest else \
+        return "".join(f"Checkpoint {p} stands; the same command continues from it." for p in self.whole()[-1:]) or \
             "There is no checkpoint yet; the same command begins anew."
 
     @contextmanager
@@ -502,9 +518,11 @@ class Run:
         """Around the steps. Ctrl-C or SIGTERM ends the run at the next boundary of a step, with a checkpoint, a second
         one at once; whatever ends it, a checkpoint being written is finished, and the one that stands is named."""
         def ask(number, frame):
-            if self.stopping:
+            if self.stopping and time.monotonic() > self.asked + 2:          # launchers repeat themselves
                 raise KeyboardInterrupt
-            self.stopping = True
+            if self.stopping:
+                return
+            self.stopping, self.asked = True, time.monotonic()
             if self.world.first:                             # print may be at work below this very handler
                 os.write(1, f"\nStopping after this step, with a checkpoint (once more: at once). {self.stands()}\n"
                          .encode())
@@ -521,8 +539,9 @@ class Run:
                 try:
                     yield
                 finally:
-                    self.settle(alone=True)
-            self.settle()
+                    if self.world.size == 1 and self.writer:
+                        self.writer.join()                   # several ranks speak first: torchrun will not wait long
+                self.settle()
         except BaseException as error:
             error.stands = self.stands()
             if self.world.size > 1:                          # torchrun ends us already: there is something to say first
@@ -559,10 +578,11 @@ class Run:
         """Copies everything to the first rank's host memory; a thread writes it while training goes on. `source`, the
         folder that the run started from, gives configuration and tokenizer files, and is the KL reference of RL."""
         self.settle()
-        # Gathering copies from a GPU. On a CPU, and for a moment's count of steps, it may give the living tensor itself.
+        # Gathering copies from a GPU. On a CPU, and for AdamW's count of steps, it may give the living tensor itself.
         copy = lambda x: x.clone() if x.device == self.world.device or x.numel() == 1 else x
         weights = {k: copy(x) for k, x in get_model_state_dict(model, options=WHOLE).items()}
-        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        # Without an update so far there are no moments, and asking for them would take a step to make some.
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
         moments = {f"{name} {kind}": copy(x) for name, kinds in moments.get("state", {}).items()
                    for kind, x in kinds.items()}
         state = {"step": step, "steps": self.steps, "records_taken": step * self.per_step, "source": str(source),
@@ -570,7 +590,8 @@ class Run:
                  "settings": self.configuration} | state
         self.step, target = step, self.folder / f"step-{step:06d}"
         if self.world.first:
-            self.writer = threading.Thread(target=self.write, args=(weights, moments, state, target, source))
+            self.writer = threading.Thread(name=WRITER, target=self.write,
+                                           args=(weights, moments, state, target, source))
             self.writer.start()
 
     def write(self, weights: dict, moments: dict, state: dict, target: Path, source: Path) -> None:
@@ -581,28 +602,29 @@ class Run:
         try:
             save_model(weights, target, source, beside)
             self.newest = target
-            whole = [p for p in sorted(self.folder.glob("step-??????")) if (p / SUMS).is_file()]
+            whole = self.whole()                             # what was refused as damaged is newer, and not among them
             for old in set(whole[:-self.settings.keep]) - {best_of(whole)}:
                 exchange(old)
-        except OSError as error:
+        except Exception as error:                           # whatever it is, nobody else would hear of it
             self.lost = f"Checkpoint {target} could not be written: {error}."
 
-    def settle(self, alone: bool = False) -> None:
-        """Until the checkpoint under way is on disk. Raises OSError, on all ranks alike, if it could not be written;
-        the first rank `alone` only waits."""
+    def settle(self) -> None:
+        """Until the checkpoint under way is on disk. Raises OSError, on all ranks alike, if it could not be written."""
         if self.writer:
             self.writer.join()
-        if not alone:
-            lost, self.newest = self.world.once(lambda: (self.lost, self.newest))
-            if lost:
-                raise OSError(lost)
+        lost, self.newest = self.world.once(lambda: (self.lost, self.newest))
+        if lost:
+            raise OSError(lost)
 
     def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
         """Loads the optimizer's moments from the checkpoint that stands (the model was built from it) and returns
         state.json."""
+        files = sorted(set(tensor_files(self.newest, "optimizer").values()))
+        if not files:
+            return read_state(self.newest)
         moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)    # its form, filled with zeros
         if self.world.first:
-            for file in sorted(set(tensor_files(self.newest, "optimizer").values())):
+            for file in files:
                 for key, x in load_file(file).items():
                     name, kind = key.split(" ")
                     moments["state"][name][kind] = x
@@ -618,15 +640,20 @@ def read_state(checkpoint: Path) -> dict:
 
 def best_of(checkpoints: list[Path]) -> Path | None:
     """The checkpoint with the highest held-out score, the newest of equals; None where nothing was evaluated."""
-    scores = [(read_state(p).get("score"), p) for p in checkpoints]
-    return max(((score, p) for score, p in scores if score is not None), default=(0, None))[1]
+    scores = []
+    for folder in checkpoints:
+        try:
+            scores += [(read_state(folder)["score"], folder)]
+        except (OSError, ValueError, KeyError):              # damaged, or not evaluated
+            continue
+    return max(scores, default=(0, None))[1]
 
 
 def need_files(settings: TrainSettings) -> TrainSettings:
     """Resolves --data where it is a pattern. SystemExit with the commands that fetch whatever is not there."""
     model, lacking = Path(settings.model), []
     found = [settings.data] if Path(settings.data).is_file() else sorted(glob.glob(settings.data))
-    if not settings.model or not (model / "config.json").is_file() and not list(model.glob("step-??????")):
+    if not settings.model or not (model / "config.json").is_file() and not list(model.glob(STEPS)):
         lacking.append((f"model {settings.model!r}: no config.json and no checkpoint",
                         f"torchrun --nproc_per_node=8 sft.py --preset {model.parent.name}" if model.name == "sft" else
                         f"hf download Qwen/{model.name} --local-dir {model}" if "Qwen2.5-VL" in model.name else
@@ -684,7 +711,7 @@ class Settings(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, batch=1, micro_batch=1, save_every=1, steps=0)
+        at_least(self, batch=1, steps=0)
 
 
 PRESETS = {
@@ -807,10 +834,10 @@ def project_frames(error: BaseException) -> list[str]:
 
 def shape_of(settings: TrainSettings, preset: str = "tiny") -> Config:
     """The network that a run is about, even before its checkpoint is there."""
-    try:
-        return read_config(newest_checkpoint(settings.model))
-    except (OSError, ValueError):
-        return CONFIGS[preset]
+    for folder in (Path(settings.model), *sorted(Path(settings.model).glob(STEPS), reverse=True)):
+        if settings.model and (folder / "config.json").is_file():
+            return read_config(folder)
+    return CONFIGS[preset]
 
 
 def advice(settings: TrainSettings, world: World) -> str:
@@ -823,11 +850,14 @@ def explain(error: BaseException, settings: TrainSettings, world: World) -> str 
     text = str(error)
     if isinstance(error, SystemExit | KeyboardInterrupt):
         return text if isinstance(error, SystemExit) else "Interrupted."
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text or (
+            isinstance(error, RuntimeError) and "out of memory" in text):
         return f"Out of memory after {peak_memory_gb(world):.1f} GB. {advice(settings, world)}"
-    if isinstance(error, dist.DistError) or "gloo" in text or "ProcessGroup" in text or "pair closure" in text:
-        late = "imed out" in text or "timeout" in text
-        return f"waited {settings.patience:g} minutes for the other ranks (--patience)." if late else LOST
+    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in text or "closure" in text):
+        if "imed out" in text or "timeout" in text:
+            return f"waited {settings.patience:g} minutes for the other ranks (--patience)."
+        gone = ("closed", "reset by peer", "Broken pipe", "remote process")
+        return LOST if any(word in text for word in gone) else f"{type(error).__name__}: {text.splitlines()[0]}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {text}."
     return f"{type(error).__name__}: {text}" if isinstance(error, (ValueError, OSError)) else None
@@ -852,11 +882,14 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
     except BaseException as error:
         message, frames = explain(error, settings, world), project_frames(error)
         if message is None:                                  # a fault of ours, perhaps: all of it, please
-            print(getattr(error, "stands", ""), file=sys.stderr, flush=True)
-            raise
+            if world.size == 1:
+                print(getattr(error, "stands", ""), file=sys.stderr, flush=True)
+                raise
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"
         where = f"  (at {', from '.join(frames[:-3:-1])})" if frames and not isinstance(error, SystemExit) else ""
         stands = "" if isinstance(error, SystemExit) else getattr(error, "stands", "")
-        if message == LOST or " waited " in f" {message}":
+        if message == LOST or message.startswith("waited "):
             world.fail(message, f" {stands}{where}", alike=message == LOST)
         world.fail(f"{message} {stands}".strip(), where)
 

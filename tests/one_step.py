@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pagrpo  # noqa: E402
 from data import Vocabulary, build_example, read_records  # noqa: E402
 from rewards import Judge, rule_judge  # noqa: E402
-from sft import TINY, build_model, start_world  # noqa: E402
+from sft import TINY, build_model, start_world, update  # noqa: E402
 
 
 def situations(toy: Path) -> dict[str, list]:
@@ -32,12 +32,18 @@ def situations(toy: Path) -> dict[str, list]:
 
 
 def main(model: str, reference: str, toy: Path, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     world = start_world(minutes=0.5)
     settings = pagrpo.Settings(**TINY | dict(max_response=16, group_size=4, micro_batch=1, seed=5))
     vocabulary = Vocabulary(model)
-    policy = build_model(model, vocabulary, world)
-    frozen = build_model(reference, vocabulary, world, frozen=True)
+    for shards in {1: [0], 2: [0], 4: [0, 2]}[world.size]:   # four ranks: four parts, and two replicas of two parts
+        policy = build_model(model, vocabulary, world, shards=shards)
+        frozen = build_model(reference, vocabulary, world, shards=shards, frozen=True, offload=shards > 0)
+        take_steps(policy, frozen, vocabulary, settings, toy, out / str(shards), world)
+    world.leave()
+
+
+def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     judge = Judge(rule_judge, True)
 
     def keep(model, optimizer, lr, clip_norm):
@@ -48,7 +54,7 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
             save_file({n: g.clone() for n, g in full.items()}, out / f"{name}.safetensors")
         return update(model, optimizer, 0.0, clip_norm)
 
-    update, pagrpo.update = pagrpo.update, keep
+    pagrpo.update = keep
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     for name, records in world.once(lambda: situations(toy)).items():
         mine = [build_example(r, toy, vocabulary, policy.config, settings) for r in records[world.rank::world.size]]
@@ -61,7 +67,6 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
         tokens = {e.example.record.problem_id: [e.tokens for e in group] for group in groups for e in group[:1]}
         metrics = {k: v for k, v in metrics.items() if "seconds" not in k and "memory" not in k}
         (out / f"{name}.{world.rank}.json").write_text(json.dumps({"tokens": tokens, "metrics": metrics}))
-    world.leave()
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("judge", ["rule", "reference"])
-def test_a_rank_without_a_question_keeps_in_step_and_changes_nothing(judge, toy, started, tmp_path):
-    """One question a step: the second rank has none and must neither hang nor change anything."""
+def test_a_rank_without_a_question_keeps_in_step_and_changes_nothing(toy, started, tmp_path):
+    """One question a step, judged by the reference: the second rank has none and must neither hang nor change anything.
+    """
     common = ["--preset", "tiny", "--model", started, "--data", toy / "rl.json", "--media", toy, "--questions", 1,
-              "--group-size", 2, "--max-response", 20, "--steps", 2, "--judge", judge]
+              "--group-size", 2, "--max-response", 20, "--steps", 2, "--judge", "reference"]
     launch(1, "pagrpo.py", "--out", tmp_path / "1", *common)
     launch(2, "pagrpo.py", "--out", tmp_path / "2", *common)
     one, two = (logged(tmp_path / ranks / "pagrpo") for ranks in "12")
@@ -78,40 +78,32 @@ def test_two_ranks_take_the_same_steps_as_one(script, stage, flags, toy, base, t
 
 @pytest.fixture(scope="module")
 def steps(toy, base, started, tmp_path_factory):
-    """What tests/one_step.py writes on 1, 2 and 4 ranks: folder by number of ranks."""
+    """What tests/one_step.py writes on 1, 2 and 4 ranks: folder by number of ranks and of shards (0: as many)."""
     out = tmp_path_factory.mktemp("steps")
     for ranks in (1, 2, 4):
         launch(ranks, "tests/one_step.py", newest_checkpoint(started), base, toy, out / str(ranks))
-    return {ranks: out / str(ranks) for ranks in (1, 2, 4)}
+    return {(ranks, shards): out / str(ranks) / str(shards) for ranks, shards in ((1, 0), (2, 0), (4, 0), (4, 2))}
 
 
 SITUATIONS = ["uneven", "one question", "none", "video and picture", "video and text", "text alone", "zero variance"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks, shards", [(2, 0), (4, 0), (4, 2)])
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_step_is_the_same_whatever_falls_to_each_rank(situation, ranks, steps):
-    def parts(n):
-        return [json.loads((steps[n] / f"{situation}.{rank}.json").read_text()) for rank in range(n)]
-    alone, together = parts(1)[0], parts(ranks)
+def test_a_step_is_the_same_whatever_falls_to_each_rank(situation, ranks, shards, steps):
+    """Also with two replicas of two shards, and the KL reference in host memory."""
+    def parts(*which):
+        return [json.loads((steps[which] / f"{situation}.{rank}.json").read_text()) for rank in range(which[0])]
+    alone, together = parts(1, 0)[0], parts(ranks, shards)
     tokens = {k: v for part in together for k, v in part["tokens"].items()}
     assert tokens == alone["tokens"], "random numbers belong to the question, not to the rank"
     assert all(part["metrics"] == together[0]["metrics"] for part in together), "every rank knows the whole step's"
     for name, value in alone["metrics"].items():
         assert together[0]["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-    a, b = (load_file(steps[n] / f"{situation}.safetensors") for n in (1, ranks))
+    a, b = (load_file(steps[n] / f"{situation}.safetensors") for n in ((1, 0), (ranks, shards)))
     assert (len(a) > 0) == (situation != "none") and a.keys() <= b.keys()
     for name, gradient in b.items():                         # sharded towers have zeros where one process has nothing
         assert torch.allclose(a.get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-6), name
-
-
-def test_shards_within_replicas_take_the_same_steps(toy, started, tmp_path):
-    launch(1, "pagrpo.py", *rl(tmp_path / "1", toy, started, steps=2))
-    launch(4, "pagrpo.py", *rl(tmp_path / "4", toy, started, steps=2, shards=2, offload_reference=True)[:-1])
-    for a, b in zip(logged(tmp_path / "1/pagrpo"), logged(tmp_path / "4/pagrpo"), strict=True):
-        assert a["tokens"] == b["tokens"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    weights = [load_file(newest_checkpoint(tmp_path / n / "pagrpo") / "model.safetensors") for n in ("1", "4")]
-    assert all(torch.allclose(weights[0][k], weights[1][k], atol=2e-4) for k in weights[0])
 
 
 def test_two_machines_train_together_and_one_goes_on_alone(toy, started, tmp_path):
@@ -168,22 +160,21 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes 
 
 @linux
 def test_a_rank_that_dies_ends_the_run_everywhere_and_torchrun_goes_on_from_the_last_checkpoint(toy, started, tmp_path):
-    launch(2, "pagrpo.py", *rl(tmp_path / "whole", toy, started, steps=12))
-    flags = rl(tmp_path / "cut", toy, started, steps=12, save_every=2)
-    run, folder = begin(2, flags), tmp_path / "cut/pagrpo"
+    common = dict(steps=12, save_every=2, keep=9)
+    launch(2, "pagrpo.py", *rl(tmp_path / "whole", toy, started, **common))
+    run, folder = begin(2, rl(tmp_path / "cut", toy, started, **common), "--max-restarts=1"), tmp_path / "cut/pagrpo"
     after_step(run, folder, 3)
-    os.kill(ranks_of(run)[1], signal.SIGKILL)
-    began = time.monotonic()
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode != 0 and time.monotonic() - began < 45
-    assert "Rank 0: lost the connection to another rank" in said and "step-00000" in said and " stands" in said, said
-    run = begin(2, flags, "--max-restarts=1")                # the same command, and this time torchrun may restart
-    after_step(run, folder, 7)
-    os.kill(ranks_of(run)[0], signal.SIGKILL)
-    said = run.communicate(timeout=90)[0]
-    assert run.returncode == 0 and "continues after step" in said, said
-    assert [row["step"] for row in logged(folder)] == list(range(1, 13))
-    a, b = (load_file(newest_checkpoint(tmp_path / name / "pagrpo") / "model.safetensors") for name in ("whole", "cut"))
+    os.kill(ranks_of(run)[1], signal.SIGKILL)                # this time torchrun may restart …
+    while not (folder / "step-000008/SHA256SUMS").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)                # … and this time not
+    began, said = time.monotonic(), run.communicate(timeout=60)[0]
+    assert run.returncode != 0 and time.monotonic() - began < 45 and "continues after step" in said, said
+    assert said.count("Rank 0: lost the connection to another rank") >= 1 and "step-00000" in said, said
+    a, b = logged(tmp_path / "whole/pagrpo")[:8], logged(folder)[:8]
+    assert [row["step"] for row in b] == list(range(1, 9)) and [x["loss"] for x in a] == [y["loss"] for y in b]
+    a, b = (load_file(tmp_path / name / "pagrpo/step-000008/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 

@@ -38,13 +38,13 @@ def same_end(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("script, flags, stage", [("sft.py", sft_flags, "sft"), ("pagrpo.py", rl_flags, "pagrpo")])
 def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_one_that_was_not(script, flags, stage, toy, base, tmp_path):
     """SIGKILL while it loads, between steps, in the middle of a checkpoint: the same command continues it."""
-    long = dict(steps=24, save_every=2, heldout="") if stage == "pagrpo" else dict(steps=24, save_every=2)
+    long = dict(steps=20, save_every=2, heldout="") if stage == "pagrpo" else dict(steps=20, save_every=2)
     run = lambda out: [sys.executable, str(ROOT / script), *flags(out, toy, base, **long)]
     env, rng = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, random.Random(0)
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     subprocess.run(run(tmp_path / "whole"), check=True, **quiet)
     folder, logged = tmp_path / "cut" / stage, []
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(run(tmp_path / "cut"), **quiet)
         before = len(logged)
         while process.poll() is None and len(logged) <= before:              # it took a step …
@@ -192,6 +192,57 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(tmp_path / run / "sft/step-000003" / file) for run in ("plain", "beside"))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path, monkeypatch):
+    """Steps 2 and 4 are saved, 4 is damaged: while 3 is written 2 may go, but whatever is counted, 3 must stay."""
+    sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=2))
+    (tmp_path / "sft/step-000004/state.json").write_text("{")
+    (tmp_path / "sft/results.json").unlink()
+    update = sft.update
+
+    def stop(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return update(*args)
+    monkeypatch.setattr(sft, "update", stop)
+    with pytest.raises(SystemExit, match="Stopped after step 3 of 4. Checkpoint .*step-000003 stands"):
+        sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=1))
+    assert newest_checkpoint(tmp_path / "sft").name == "step-000003"
+
+
+def test_a_writer_that_fails_for_any_reason_ends_the_run(toy, base, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise MemoryError("no room for a copy")
+    monkeypatch.setattr(sft, "save_model", broken)
+    with pytest.raises(SystemExit, match="step-000003 could not be written: no room for a copy.* no checkpoint yet"):
+        sft.main(sft_flags(tmp_path, toy, base, steps=30))
+    assert len(metrics(tmp_path / "sft")) <= 6
+
+
+def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_path, monkeypatch):
+    """Saving must change nothing: also where every update so far was left out."""
+    update = sft.update
+
+    def run(out, save_every):
+        calls = []
+
+        def poisoned(model, *rest):
+            calls.append(1)
+            if len(calls) < 4:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, float("nan"))
+            return update(model, *rest)
+        monkeypatch.setattr(sft, "update", poisoned)
+        sft.main(sft_flags(out, toy, base, steps=5, save_every=save_every))
+    run(tmp_path / "often", 1)
+    run(tmp_path / "seldom", 99)
+    assert same_end(tmp_path / "often/sft", tmp_path / "seldom/sft")
+
+
+@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--keep", -1), ("--patience", 0), ("--eval-every", -1)])
+def test_senseless_settings_are_refused(flag, value, toy, base, tmp_path):
+    with pytest.raises(SystemExit, match=f"{flag} must be at least"):
+        sft.main([*sft_flags(tmp_path, toy, base), flag, str(value)])
 
 
 # ------------------------------------------------------------------------------------------------ faults
