@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 # Before torch: model.py checks the versions of Python and torch.
-from model import (CONFIGS, LOGITS_AT_ONCE, SHARD_BYTES, STEPS, SUMS, Config, Qwen2_5_VL, exchange, load_model, load_weights,
-                   newest_checkpoint, read_config, save_model, tensor_files, write_tensors)
+from model import (CONFIGS, LOGITS_AT_ONCE, SHARD_BYTES, STEPS, SUMS, Config, Qwen2_5_VL, exchange, load_model,
+                   load_weights, newest_checkpoint, read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file

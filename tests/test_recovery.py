@@ -307,3 +307,4 @@ def test_no_network_is_used(toy, base, tmp_path, monkeypatch):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
+    assert newest_checkpoint(tmp_path / "pagrpo").name == "step-000001"
