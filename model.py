@@ -672,6 +672,8 @@ def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch
                 if shape != wanted[name]:
                     raise ValueError(f"{path}: {name} has shape {tuple(shape)}, not {tuple(wanted[name])}")
                 tensors[name] = file.get_tensor(name).to(device, dtype)
+                if not bool(tensors[name].isfinite().all()):
+                    raise ValueError(f"{path}: {name} holds numbers that are NaN or infinite")
     return tensors
 
 

@@ -29,12 +29,12 @@ from tqdm import tqdm
 import sft
 from data import (HTTP, Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
                   claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, ruled,
-                  step_indices)
+                  step_indices, write_whole)
 from model import Qwen2_5_VL, newest_checkpoint, read_config
 from rewards import (PATIENCE, PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
                      response_rewards, rule_judge, task_metric, whole_lines)
 from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
-                 micro_batches, need_files, norms, peak_memory_gb, prepare_toy, update)
+                 micro_batches, need_files, norms, peak_memory_gb, prepare_toy, read_report, read_state, update)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Settings(TrainSettings, JudgeSettings):
     def __post_init__(self):
         TrainSettings.__post_init__(self)
         JudgeSettings.__post_init__(self)
-        at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, transcript_every=1, steps=1)
+        at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, transcript_every=1, steps=1,
+                 kl_beta=0, clip_eps=0)
         if self.judge.startswith(HTTP) and self.patience * 60 < PATIENCE + self.timeout:
             raise SystemExit(f"--patience must leave a judge its time: {(PATIENCE + self.timeout) / 60:.1f} minutes")
         if not self.temperature > 0:
@@ -498,6 +499,9 @@ def train(settings: Settings, world: World) -> None:
         settings = replace(settings, **made)
     settings = need_files(settings)
     start = world.once(lambda: newest_checkpoint(settings.model))
+    if start != Path(settings.model) and (state := read_state(start))["step"] < state["steps"]:
+        raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
+                         f"Finish it first, or start from this one with --model {start}")
     folder = Path(settings.out) / STAGES[settings.advantage]
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
     records = read_records(settings.data)
@@ -506,8 +510,8 @@ def train(settings: Settings, world: World) -> None:
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     run, report = Run(folder, settings, settings.steps, settings.questions, world), folder / "results.json"
-    if run.finished and report.is_file():
-        return world.say(f"{folder} is finished:\n{table(json.loads(report.read_text()))}")
+    if run.finished and (results := world.once(lambda: read_report(report))):
+        return world.say(f"{folder} is finished:\n{table(results)}")
     if run.finished and not settings.heldout:
         return world.say(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
     vocabulary = Vocabulary(start)
@@ -537,7 +541,7 @@ def train(settings: Settings, world: World) -> None:
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             results[f"{name}, {how}"] = summary(look(model, temperature), world)
     if world.first:
-        report.write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(report, json.dumps(results, indent=1) + "\n")
     world.say(table(results))
 
 

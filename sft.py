@@ -26,7 +26,7 @@ import time
 import traceback
 import uuid
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -80,7 +80,13 @@ class TrainSettings(InputSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, micro_batch=1, save_every=1, keep=1, eval_every=0, shards=0, patience=0.001)
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
+                raise SystemExit(f"--{f.name.replace('_', '-')} must be a finite number")
+        at_least(self, micro_batch=1, save_every=1, keep=1, eval_every=0, shards=0, patience=0.01, lr=0, warmup=0,
+                 weight_decay=0, clip_norm=1e-9, beta2=0)
+        if self.beta2 >= 1:
+            raise SystemExit("--beta2 must be below 1")
 
 
 # What may change when a run is continued: it decides where and how fast the numbers are computed, not which.
@@ -219,22 +225,26 @@ def meeting(rank: int, size: int, patience: timedelta) -> dist.Store:
     the addresses of those that are gone: whoever read these would wait for the dead. So the first rank gives this start
     a name, the others greet it under that name, and only who lives can answer."""
     store, me = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
-    store.set_timeout(patience)
+    end = time.monotonic() + patience.total_seconds()
+
+    def asked(key: str) -> str | None:
+        """In small steps: a wait inside the store would not hear Ctrl-C."""
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"waited {patience} for {key} in vain")
+        time.sleep(0.05)
+        return store.get(key).decode() if store.check([key]) else None
+
     if rank == 0:
         store.set("start", me)
         for other in range(1, size):
-            store.set(f"welcome {store.get(f'{me} {other}').decode()}", me)
+            while not (greeting := asked(f"{me} {other}")):
+                pass
+            store.set(f"welcome {greeting}", me)
         return dist.PrefixStore(me, store)
-    end = time.monotonic() + patience.total_seconds()
-    while time.monotonic() < end:
-        name = store.get("start").decode()
-        store.set(f"{name} {rank}", me)
-        try:
-            store.wait([f"welcome {me}"], timedelta(seconds=0.5))
-            return dist.PrefixStore(store.get(f"welcome {me}").decode(), store)
-        except dist.DistStoreError:                          # a name from before a restart: nobody is there
-            continue
-    raise dist.DistStoreError(f"rank {rank} waited for rank 0 to start: timeout")
+    while not (name := asked(f"welcome {me}")):
+        if start := asked("start"):                          # perhaps from before a restart, and nobody is there
+            store.set(f"{start} {rank}", me)
+    return dist.PrefixStore(name, store)
 
 
 def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
@@ -502,7 +512,10 @@ class Run:
             newest = newest_checkpoint(self.folder, optimizer=True)
         except FileNotFoundError:
             return None
-        refuse_others(newest, read_state(newest)["settings"], self.configuration, ON_THE_WAY)
+        state = read_state(newest)
+        if state["step"] != int(newest.name[5:]):
+            raise SystemExit(f"{newest} holds step {state['step']}: it was renamed or copied there; take it away")
+        refuse_others(newest, state["settings"], self.configuration, ON_THE_WAY)
         return newest
 
     def whole(self) -> list[Path]:
@@ -533,7 +546,10 @@ class Run:
                     for left in (*self.folder.glob("step-*.old"), *self.folder.glob("step-*.writing")):
                         shutil.rmtree(left)
                     file = self.folder / "metrics.jsonl"
-                    rows = [row for row in whole_lines(file)[0] if row["step"] <= self.step]
+                    rows = whole_lines(file)[0]
+                    if odd := [row for row in rows if not isinstance(row.get("step"), int)]:
+                        raise ValueError(f"{file} has a line without a step, {str(odd[0])[:60]}: remove it")
+                    rows = [row for row in rows if row["step"] <= self.step]
                     write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
                     self.metrics = Journal(file)
                 try:
@@ -636,6 +652,14 @@ class Run:
 
 def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
+
+
+def read_report(file: Path) -> dict | None:
+    """The results of a finished run; None where there are none, or no whole ones."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def best_of(checkpoints: list[Path]) -> Path | None:
@@ -783,7 +807,7 @@ def train(settings: Settings, world: World) -> Path:
     run = Run(folder, settings, steps, settings.batch, world)
     report = folder / "results.json"
     if run.finished:
-        losses = json.loads(report.read_text()) if report.is_file() else {}
+        losses = read_report(report) or {}
         shown = "".join(f"  {name} {loss:.3f}" for name, loss in losses.items())
         world.say(f"SFT is finished: {run.newest}{shown}")
         return run.newest
@@ -819,7 +843,7 @@ def train(settings: Settings, world: World) -> Path:
             run.boundary(step + 1, model, optimizer, start, heldout_before=before, **score)
     after = heldout_loss(model, held, settings, world)
     if world.first:
-        report.write_text(json.dumps({"heldout_loss_before": before, "heldout_loss_after": after}) + "\n")
+        write_whole(report, json.dumps({"heldout_loss_before": before, "heldout_loss_after": after}) + "\n")
     world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
               f"{len(examples.skipped)} records skipped. Checkpoint: {run.newest}")
     return run.newest
@@ -869,7 +893,10 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
     settings, preset, reason = parse_flags(settings_class, presets, argv, description)
     if settings.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(plan(shape_of(settings, preset), settings, f"Preset {preset} ({reason})", preset != "tiny"))
+            try:
+                print(plan(shape_of(settings, preset), settings, f"Preset {preset} ({reason})", preset != "tiny"))
+            except ValueError as error:
+                sys.exit(str(error))
         return
     try:
         world = start_world(settings.patience)

@@ -239,9 +239,48 @@ def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_pa
     assert same_end(tmp_path / "often/sft", tmp_path / "seldom/sft")
 
 
-@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--keep", -1), ("--patience", 0), ("--eval-every", -1)])
+def test_a_renamed_checkpoint_is_not_believed(trained, toy, base, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    (tmp_path / "a/sft/step-000006").rename(tmp_path / "a/sft/step-000300")
+    with pytest.raises(SystemExit, match="step-000300 holds step 6"):
+        sft.main(sft_flags(tmp_path / "a", toy, base, steps=6))
+
+
+def test_rl_does_not_start_from_an_unfinished_run_by_accident(trained, toy, base, tmp_path):
+    shutil.copytree(trained / "sft", tmp_path / "sft")
+    shutil.rmtree(tmp_path / "sft/step-000006")
+    with pytest.raises(SystemExit, match="is not finished: step-000003 is the newest of 6 steps"):
+        pagrpo.main(rl_flags(tmp_path / "a", toy, tmp_path / "sft", steps=1))
+    pagrpo.main(rl_flags(tmp_path / "a", toy, tmp_path / "sft/step-000003", steps=1))
+    assert newest_checkpoint(tmp_path / "a/pagrpo").name == "step-000001"
+
+
+def test_a_damaged_report_is_made_again(toy, base, tmp_path, capsys):
+    pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
+    report = tmp_path / "pagrpo/results.json"
+    whole = report.read_text()
+    report.write_text(whole[:40])
+    pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
+    assert report.read_text() == whole
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(base, tmp_path):
+    from safetensors.torch import save_file
+
+    from model import load_model
+    shutil.copytree(base, tmp_path / "bad")
+    (tmp_path / "bad/SHA256SUMS").unlink()
+    tensors = load_file(tmp_path / "bad/model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, tmp_path / "bad/model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight holds numbers that are NaN or infinite"):
+        load_model(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--keep", -1), ("--patience", 0), ("--eval-every", -1),
+                                         ("--lr", "nan"), ("--clip-norm", 0), ("--shards", -1), ("--beta2", 1.5)])
 def test_senseless_settings_are_refused(flag, value, toy, base, tmp_path):
-    with pytest.raises(SystemExit, match=f"{flag} must be at least"):
+    with pytest.raises(SystemExit, match=f"{flag} must be "):
         sft.main([*sft_flags(tmp_path, toy, base), flag, str(value)])
 
 
