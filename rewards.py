@@ -499,7 +499,7 @@ def server_address(url: str) -> str:
 LARGEST_REPLY = 2 ** 24                                      # bytes
 TRY_AGAIN = (408, 409, 425, 429)                             # and all from 500 on; other errors would come again
 PATIENCE = 240                                               # seconds for a batch with all its tries: ranks that wait
-                                                             # for each other give up after ten minutes
+                                                             # for each other give up later (--patience)
 
 
 class Client:

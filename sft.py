@@ -582,7 +582,7 @@ class Run:
     def boundary(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state) -> None:
         """Between two steps, when `done` of them are whole: saves if that is due, and ends the run (SystemExit) if a
         signal asked for it. `state` goes into state.json; its "score" says how good the checkpoint is."""
-        asked = self.world.most(2 if self.lost else self.stopping)
+        asked = self.world.most(2 if self.lost else self.stopping)            # 1: to stop, 2: nothing can be written
         due = done == self.steps or "score" in state or done % self.settings.save_every == 0
         if done > self.step and (due or asked == 1):
             self.save(model, optimizer, source, done, **state)
@@ -617,8 +617,7 @@ class Run:
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         try:
             save_model(weights, target, source, beside)
-            self.newest = target
-            whole = self.whole()                             # what was refused as damaged is newer, and not among them
+            self.newest, whole = target, self.whole()        # what was refused as damaged is newer, and not among them
             for old in set(whole[:-self.settings.keep]) - {best_of(whole)}:
                 exchange(old)
         except Exception as error:                           # whatever it is, nobody else would hear of it
@@ -848,6 +847,8 @@ def train(settings: Settings, world: World) -> Path:
               f"{len(examples.skipped)} records skipped. Checkpoint: {run.newest}")
     return run.newest
 
+
+# ------------------------------------------------------------------------------------------------ from flags to an end
 
 def project_frames(error: BaseException) -> list[str]:
     """Where an error came through our own files, the innermost last: "pagrpo.py:319 in train_on"."""
