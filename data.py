@@ -39,11 +39,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Responses, init_weights, load_model, mrope_positions,
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Sampled, init_weights, load_model, mrope_positions,
                    newest_checkpoint, read_config, save_model, write_config)
 from rewards import (COLOURS, JUDGEMENT, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
-                     Client, Journal, Judge, Parsed, Verdict, as_they_come, checkpoint_speaker, choice, language_judge,
-                     obeys, only, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
+                     Client, Journal, Judge, Parsed, Verdict, imap_unordered, local_llm, choice, language_judge,
+                     matches_template, extract_tag, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -77,7 +77,7 @@ HTTP = ("http://", "https://")
 FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
 
 
-def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
+def check_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
     these, except for those in FREE and `free`, which may change on the way."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -88,7 +88,7 @@ def same_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
     refuse_others(folder, before, now, free)
     if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(now, indent=2) + "\n")
+        write_atomically(file, json.dumps(now, indent=2) + "\n")
 
 
 def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) -> None:
@@ -101,14 +101,14 @@ def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) ->
             + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     """Writes a file aside and renames it: it is there whole or not at all."""
     aside = file.with_name(file.name + ".writing")
     aside.write_text(text)
     os.replace(aside, file)
 
 
-def ruled(rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines of a table, a rule below the first; the first column to the left, the others to the
     right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -117,7 +117,7 @@ def ruled(rows: Sequence[Sequence[str]]) -> list[str]:
     return [head, "─" * max(map(len, (head, *lines))), *lines]
 
 
-def at_least(settings, **least: int) -> None:
+def check_minimum(settings, **least: int) -> None:
     """SystemExit for a setting that would make a run senseless."""
     for name, value in least.items():
         if not getattr(settings, name) >= value:             # NaN is not
@@ -141,7 +141,7 @@ class InputSettings:
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
 
     def __post_init__(self):
-        at_least(self, frames=2, fps=0, min_pixels=0, max_pixels=28 * 28, image_max_pixels=28 * 28, max_prompt=1)
+        check_minimum(self, frames=2, fps=0, min_pixels=0, max_pixels=28 * 28, image_max_pixels=28 * 28, max_prompt=1)
 
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)          # what the toy world needs
@@ -152,9 +152,9 @@ TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 2
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official preprocessor_config.json
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PATCH, STEP, MERGE = 14, 2, 2                                # pixels, frames in a grid step, patches merged per side
-FEWEST_FRAMES = 4
+MIN_FRAMES = 4
 SEAL = 84                                                    # where write_avi puts a checksum: AVI leaves it free
-MOST_LOST = 0.2                                              # share of unreadable media at which a run stops
+MAX_UNREADABLE = 0.2                                              # share of unreadable media at which a run stops
 
 
 class MediaError(Exception):
@@ -183,11 +183,11 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
     Seconds per grid step then are 2 · total / (fps · taken), as the official utility computes them.
     """
     by_rate = round(total / fps * settings.fps) if settings.fps else settings.frames
-    wanted = min(settings.frames, max(FEWEST_FRAMES, by_rate), total)
+    wanted = min(settings.frames, max(MIN_FRAMES, by_rate), total)
     return np.linspace(0, total - 1, max(STEP, wanted // STEP * STEP)).round().astype(int).tolist()
 
 
-def within(total: int, fps: float, bounds: tuple[float, float] | None, number: int = 0) -> tuple[int, int]:
+def clip_bounds(total: int, fps: float, bounds: tuple[float, float] | None, number: int = 0) -> tuple[int, int]:
     """The first frame between two times in seconds, and how many there are. `number` is the first frame's own."""
     if bounds is None:
         return 0, total
@@ -205,7 +205,7 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
         if not files:
             raise MediaError("the folder holds no frames")
         fps = rate or settings.fps or 2.0
-        first, total = within(len(files), fps, bounds, number=1)              # 00001.jpg is the first
+        first, total = clip_bounds(len(files), fps, bounds, number=1)              # 00001.jpg is the first
         chosen = frame_indices(total, fps, settings)
         frames = [read_image(files[first + i]) for i in chosen]
         if len({f.shape for f in frames}) > 1:
@@ -224,7 +224,7 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
         hidden = int(((-1e6 < times) & (times < 0)).sum())   # frames that a cut has left before the start; none: -9e17
         if total <= hidden or not 0 < fps < math.inf:
             raise MediaError(f"it claims {total - hidden} frames at {fps} a second")
-        first, total = within(total - hidden, fps, bounds)
+        first, total = clip_bounds(total - hidden, fps, bounds)
         chosen = frame_indices(total, fps, settings)
         wanted = [first + i for i in chosen]
         try:                                                 # decord seeks by time and by key frame, and gets lost
@@ -384,14 +384,14 @@ def to_record(row: dict, traces: bool) -> Record:
     kind = type(row["solution"])
     if kind not in (str, int, float) or kind is float and not math.isfinite(row["solution"]):   # Python's JSON has NaN
         raise ValueError(f"solution is neither a text nor a number: {row['solution']!r:.80}")
-    reference = only("answer", str(row["solution"]))
+    reference = extract_tag("answer", str(row["solution"]))
     if reference is None:
         reference = str(row["solution"]).strip()
     if not reference or "<answer>" in reference or "</answer>" in reference:
         raise ValueError(f"solution holds no answer, or several: {row['solution']!r:.80}")
     if row["problem_type"] == "multiple choice" and options and len(options) < 2:
         raise ValueError("a multiple choice with one option")
-    bare = lambda tag, text: only(tag, text) if obeys(text, tag) else text.strip()
+    bare = lambda tag, text: extract_tag(tag, text) if matches_template(text, tag) else text.strip()
     return Record(str(row.get("problem_id", "")), row["problem"], tuple(options), row["problem_type"], reference,
                   row["path"], row["data_type"], bare("observation", str(row.get("observation") or "")),
                   bare("think", str(row.get("process") or "")), str(row.get("data_source") or ""))
@@ -405,7 +405,7 @@ def to_row(r: Record) -> dict:
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def media_path(root: Path, path: str) -> Path:
@@ -437,10 +437,10 @@ PARTS = {
 what the {medium} shows of it: so completely that somebody who cannot see the {medium} could answer from this part \
 alone. Draw no conclusions yet.</observation>
 <think>Start with "Based on the observations,", then reason step by step, talking to yourself, and check the result \
-before you settle on it.</think>
+before you wait_for_writer on it.</think>
 <answer>The final answer and nothing else.</answer>""",
     "think": """Answer in two parts, in this order and with exactly these tags:
-<think>Reason step by step about what the {medium} shows, talking to yourself, and check the result before you settle \
+<think>Reason step by step about what the {medium} shows, talking to yourself, and check the result before you wait_for_writer \
 on it.</think>
 <answer>The final answer and nothing else.</answer>""",
 }
@@ -464,14 +464,14 @@ def instruction(record: Record, settings: InputSettings) -> str:
     return "\n".join(lines + [TYPE_LINES[record.problem_type]] * (settings.prompt != "direct"))
 
 
-def seen_text(observation: str) -> str:
+def observation_prefix(observation: str) -> str:
     return f"<observation> {observation} </observation>\n"
 
 
 def trace_text(record: Record, template: str) -> str:
     """What SFT teaches the model to say. The baseline sees the same data without the observation segment; an
     observation that is given is not said again."""
-    seen = "" if template == "think" or record.given is not None else seen_text(record.observation)
+    seen = "" if template == "think" or record.given is not None else observation_prefix(record.observation)
     return f"{seen}<think> {record.think} </think>\n<answer> {record.reference} </answer>"
 
 
@@ -509,7 +509,7 @@ class Vocabulary:
         ids = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
 
-    def restrict(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
+    def mask_special_tokens(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
         """Takes placeholders and the padded end of the vocabulary out of the model's distribution, on every path."""
         padding = range(len(self.bytes), model.config.vocab_size)
         model.banned = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
@@ -553,7 +553,7 @@ def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Co
         grids, times = [grid], [seconds]
         pad = config.video_token_id if record.data_type == "video" else config.image_token_id
         shown = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
-    begun = [] if record.given is None else v.encode(seen_text(record.given))
+    begun = [] if record.given is None else v.encode(observation_prefix(record.given))
     ids = torch.tensor(chat(shown, instruction(record, settings), v, settings) + begun)
     return Example(record, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]),
                    *(times or [0.0]))
@@ -567,7 +567,7 @@ def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
     return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
-def unfit(r: Record) -> str:
+def why_invalid(r: Record) -> str:
     """Why nobody can learn from a record: even its own solution would not be right, or its trace breaks the rules."""
     if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
         return f"solution: {r.reference!r:.60} would itself score no full mark, as an option or a number would"
@@ -579,10 +579,10 @@ class Examples:
     """Records that turn into examples when asked for; what cannot is None, counted, and named in a log file."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
-                 settings: InputSettings, log: Path | None = None, most_lost: float = MOST_LOST, teaching: bool = True):
+                 settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE, teaching: bool = True):
         """`teaching`: leave out what nobody could learn from. An evaluation asks whatever it is given."""
         self.records, self.root, self.vocabulary = records, Path(root), vocabulary
-        self.config, self.settings, self.log, self.most_lost = config, settings, log, most_lost
+        self.config, self.settings, self.log, self.max_unreadable = config, settings, log, max_unreadable
         self.teaching = teaching
         self.asked, self.skipped = set(), {}                 # indices; index → reason
         self.kept, self.room = {}, settings.cache_gb * 2 ** 30                # index → example; bytes left for more
@@ -595,7 +595,7 @@ class Examples:
         if i in self.kept or i in self.skipped:
             return self.kept.get(i)
         self.asked.add(i)
-        if self.teaching and (reason := unfit(self.records[i])):
+        if self.teaching and (reason := why_invalid(self.records[i])):
             return self.skip(i, reason)
         try:
             example = build_example(self.records[i], self.root, self.vocabulary, self.config, self.settings)
@@ -618,16 +618,16 @@ class Examples:
             self.skipped[i] = reason
 
     def check_losses(self) -> None:
-        """Raises ValueError once more than `most_lost` of at least 20 records had to be skipped for their media."""
+        """Raises ValueError once more than `max_unreadable` of at least 20 records had to be skipped for their media."""
         with self.lock:
             lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
-        if len(self.asked) >= min(20, len(self)) and len(lost) > self.most_lost * len(self.asked):
+        if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
             example = self.records[lost[0]]
             raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
                              f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? To train on "
                              f"the part that is there: `python data.py check FILE --media DIR --keep PART.jsonl`.")
 
-    def ahead(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
+    def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
         """Yields the readable examples of each step's indices, while threads read the steps that follow."""
         with ThreadPoolExecutor(max(1, self.settings.workers)) as pool:
             waiting = deque()
@@ -791,7 +791,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
             write_avi(folder / record["path"], np.stack(frames), TOY_FPS)
             records.append(record)
             bar.update()
-        write_whole(folder / f"{split}.json", json.dumps(records, indent=1))  # they appear when their clips are there
+        write_atomically(folder / f"{split}.json", json.dumps(records, indent=1))  # they appear when their clips are there
     bar.close()
     return folder
 
@@ -849,7 +849,7 @@ class JudgeSettings:
                               "the run stops")
 
     def __post_init__(self):
-        at_least(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
+        check_minimum(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
         self.need("judge", ("rule", "reference"))
 
     def need(self, name: str, words: tuple[str, ...]) -> None:
@@ -886,7 +886,7 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
         return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
     # On the CPU its threads and those of training would only wait for each other.
-    speaker = checkpoint_speaker(s.judge, device, s.judge_tokens)
+    speaker = local_llm(s.judge, device, s.judge_tokens)
     return Judge(language_judge(speaker), s.refuse_leaks, background=device != "cpu")
 
 
@@ -924,7 +924,7 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
     return verdicts
 
 
-def first_texts(out: Responses, vocabulary: Vocabulary) -> list[str]:
+def first_texts(out: Sampled, vocabulary: Vocabulary) -> list[str]:
     """The text of each prompt's first response."""
     return [vocabulary.decode(ids[:n]) for ids, n in zip(out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist())]
 
@@ -932,7 +932,7 @@ def first_texts(out: Responses, vocabulary: Vocabulary) -> list[str]:
 class Draft(NamedTuple):
     """What a teacher made of a record. No output: it is tried again when the pipeline is run again."""
     output: str | None
-    lost: str = ""                                           # why there is none
+    error: str = ""                                          # why there is none
     mistakes: tuple[str, ...] = ()                           # that the scripted teacher made on purpose
 
 
@@ -954,7 +954,7 @@ def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": instruction(record, s)})
         reply = client.ask([{"role": "user", "content": content}])
-        return [Draft(reply.text, reply.lost)]
+        return [Draft(reply.text, reply.error)]
     return teach
 
 
@@ -983,7 +983,7 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
     model = load_model(path, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    return vocabulary, vocabulary.restrict(model), device
+    return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
 def toy_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
@@ -1049,7 +1049,7 @@ class CotSettings(InputSettings, JudgeSettings):
     def __post_init__(self):
         InputSettings.__post_init__(self)
         JudgeSettings.__post_init__(self)
-        at_least(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
+        check_minimum(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
                  reasoning_mistakes=0, template_mistakes=0)
         self.need("teacher", ("toy",))
         if self.template != "p2r":
@@ -1061,7 +1061,7 @@ class CotSettings(InputSettings, JudgeSettings):
 FEWEST_LOSSES = 20                                           # from here on their share counts
 
 
-def work_through(items: dict[str, Any], make_worker: Callable[["CotSettings"], Callable[[list], Sequence]], who: str,
+def run_resumable(items: dict[str, Any], make_worker: Callable[["CotSettings"], Callable[[list], Sequence]], who: str,
                  file: Path, what: str, s: "CotSettings") -> tuple[dict[str, dict], dict[str, str]]:
     """Does what is left to do, concurrently, and notes every finished item in an append-only file at once.
 
@@ -1078,12 +1078,12 @@ def work_through(items: dict[str, Any], make_worker: Callable[["CotSettings"], C
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
     parts = (todo[i:i + size] for i in range(0, len(todo), size))
     with tqdm(total=len(items), initial=len(done), desc=what, unit="record") as bar:
-        for keys, results in as_they_come(lambda keys: work([items[k] for k in keys]), parts, threads):
+        for keys, results in imap_unordered(lambda keys: work([items[k] for k in keys]), parts, threads):
             tried += len(keys)
             bar.update(len(keys))
             for key, result in zip(keys, results, strict=True):
-                if result.lost:
-                    lost[key] = result.lost
+                if result.error:
+                    lost[key] = result.error
                 else:
                     done[key] = {"key": key} | result._asdict()
                     journal.add(done[key])
@@ -1118,12 +1118,12 @@ def cot(s: CotSettings) -> Path:
     order of the records. Killed at any moment and started again, it asks for what is missing and ends in the same
     files.
     """
-    with alone_in(Path(s.out)):
+    with lock_folder(Path(s.out)):
         return make_traces(replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out))
 
 
 @contextmanager
-def alone_in(folder: Path):
+def lock_folder(folder: Path):
     """Two processes in one folder would ask, and pay, everything twice: SystemExit for the second one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -1147,11 +1147,11 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
     elif s.judge == "reference":
         newest_checkpoint(s.judge_model)
     made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may still change
-    same_settings(folder, asdict(s), asdict(s) if not made.exists() else
+    check_settings(folder, asdict(s), asdict(s) if not made.exists() else
                   ("limit", "batch") + ("judge", "judge_model") * (not judged.exists()))
 
     # Step 1, generate: a teacher writes a trace for every record.
-    drafts, unanswered = work_through(records, make_teacher, s.teacher, made, "1 generate", s)
+    drafts, unanswered = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
     why = {key: "media unreadable" if lost.startswith("media") else "no reply from the teacher"
            for key, lost in unanswered.items()}
 
@@ -1162,7 +1162,7 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
     # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
     claims = {key: claim_about(records[key], trace.observation) for key, (trace, _, reason) in traces.items()
               if not reason}
-    verdicts, silent = work_through({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
+    verdicts, silent = run_resumable({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
                                     judged, "3 observation sufficiency", s)
     kept = {key for key, claim in claims.items() if verdicts.get(hashed(claim), {}).get("sufficient")}
     for key in claims.keys() - kept:
@@ -1303,7 +1303,7 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
     if keep:
         write_rows(Path(keep), map(to_row, kept))
         print(f"{keep}: the {len(kept)} records whose media can be read")
-    stops = len(lost) > MOST_LOST * len(chosen)
+    stops = len(lost) > MAX_UNREADABLE * len(chosen)
     print("A run would stop: too many media are missing" * stops + "A run would start" * (not stops))
     return not stops
 

@@ -34,11 +34,11 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, alone_in, blind_answers,
-                  build_example, given_flags, instruction, load_local, make_judge, make_toy, ruled,
-                  same_settings, to_record, write_rows, write_whole)
-from pagrpo import PRESETS, Episode, Settings, ask, rollout, wilson
-from rewards import PROBLEM_TYPES, Journal, choice, number, option_texts, squash, task_metric, whole_lines
+from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, lock_folder, blind_answers,
+                  build_example, given_flags, instruction, load_local, make_judge, make_toy, format_table,
+                  check_settings, to_record, write_rows, write_atomically)
+from pagrpo import PRESETS, Response, Settings, ask, rollout, wilson
+from rewards import PROBLEM_TYPES, Journal, choice, number, option_texts, normalize_text, task_metric, read_jsonl
 from sft import QWEN, World, newest_checkpoint, start_world
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -192,7 +192,7 @@ def tempcompass(row: dict, part: str, keys: tuple, find: Find) -> Item:
              for line in row["question"].split("\n")]
     asked = [line for line, found in zip(row["question"].split("\n"), lines) if not found]
     found = [line for line in lines if line]
-    same = [chr(65 + i) for i, line in enumerate(found) if squash(line[0]) == squash(row["answer"])]
+    same = [chr(65 + i) for i, line in enumerate(found) if normalize_text(line[0]) == normalize_text(row["answer"])]
     return item(key, "\n".join(asked), [line[2] for line in found], same[0] if same else row["answer"],
                 direct=row["question"] + "\nPlease directly give the best option:",
                 labels=[line[1] for line in found if line[1]], **how)
@@ -364,7 +364,7 @@ VERBS = ("or|and|because|since|as|is|isn|was|which|but|in|seems|fits|matches|wou
          "then")
 LETTER = re.compile(rf"(?<![A-Za-zÀ-ỹ0-9°'’])(?<!\d )(?<!° )(?:[B-HJ-Z]|A(?! (?!(?:{VERBS})\b)[a-z])|I(?=\W*$|[.):])|"
                     r"[a-z](?=\)|[.\]]?\s*$))(?![A-Za-zÀ-ỹ0-9₀-₉'’]|\s*=)")
-CUE = re.compile(r"(?:answer|choose|select|pick|go with|(?:option|choice)(?=\s+is|\s*:)|respuesta|réponse|resposta|"
+CUE = re.compile(r"(?:answer|sample_token|select|pick|go with|(?:option|choice)(?=\s+is|\s*:)|respuesta|réponse|resposta|"
                  r"risposta|antwort|ответ|答案|选择|选|答え|正解|정답|답)"
                  r"(?:[\s:：*\"'`(\[-]|(?<![a-z])(?:is|would|should|must|be|to|final|correct|best|most|likely|thus|"
                  r"therefore|option|choice|letter|the|es|est|ist|lautet|é|è|la|le|die|opci[oó]n)(?![a-z])|"
@@ -377,14 +377,14 @@ DOUBT = re.compile(                                          # before a mention:
     r"type|grade|letter|mr\.) $", re.I)
 WRONG = re.compile(                                          # behind it
     r"\W*(?:(?:would be|is|are|was|seems) (?:not|less likely|never|wrong|incorrect|false|unlikely|excluded|eliminated|"
-    r"ruled out)\b|(?:is|does|did|was|can|could)(?:n['’]t| ?not)\b|can be (?:excluded|eliminated|ruled out)|是?(?:不|错))",
+    r"format_table out)\b|(?:is|does|did|was|can|could)(?:n['’]t| ?not)\b|can be (?:excluded|eliminated|format_table out)|是?(?:不|错))",
     re.I)
 JOINED = re.compile(r"\W*(?:\b(?:or|and|as well as|oder|und|ou|et|o|y)\b)?"
                     r"(?:\W*\b(?:also|maybe|perhaps|possibly|option|choice|an?|the)\b)*\W*", re.I)
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
-def undressed(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Without Markdown, \\boxed{}, $ and spaces of LaTeX; every minus is a hyphen."""
     text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
     for _ in range(2):                                       # \boxed{\text{B}}
@@ -394,7 +394,7 @@ def undressed(text: str) -> str:
 
 def named_options(options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, str]]:
     """(text, letter) of every option, and of labels: "option 2", and "2" alone."""
-    names = [(squash(undressed(text)), letter) for letter, text in option_texts(options).items()]
+    names = [(normalize_text(strip_markup(text)), letter) for letter, text in option_texts(options).items()]
     labels = [(name.casefold(), letter) for name, (_, letter) in zip(labels, names)]
     return names + labels + [(name[-1], letter) for name, letter in labels if name[-1].isdigit()]
 
@@ -413,8 +413,8 @@ def mentions(text: str, names: Sequence[tuple[str, str]]) -> list[tuple[int, int
 def same_text(text: str, names: Sequence[tuple[str, str]]) -> set[str]:
     """The letters whose option is this text, with or without its letter: to the sign, else by its words, else by the
     number it is ("1000" for "1,000 m"), else but for the article."""
-    for same in (squash, lambda x: re.findall(r"-?\w+", x.casefold()), lambda x: number(x) or x,
-                 lambda x: re.sub(r"^(?:an?|the) (?=\w)", "", squash(x))):
+    for same in (normalize_text, lambda x: re.findall(r"-?\w+", x.casefold()), lambda x: number(x) or x,
+                 lambda x: re.sub(r"^(?:an?|the) (?=\w)", "", normalize_text(x))):
         found = {letter for name, letter in names if name
                  and same(text) in (same(name), same(f"{letter}. {name}"), same(f"{letter} {name}"))}
         if found:
@@ -426,19 +426,19 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
     """The letter that an answer names; None if it names none, or two ("B or C"). The first of these that applies:
 
     1. it is a letter or an option's text, or both: "B", "(b)", "B. a cat", "a cat"
-    2. it says so, the last time: "the answer is (B)", "I choose a cat", "答案是B", or at its end "so B."
+    2. it says so, the last time: "the answer is (B)", "I sample_token a cat", "答案是B", or at its end "so B."
     3. it begins with one: "B) because …", "Yes, he does"
     4. its last line names one
     5. all of it names one
     Options that are gone through in turn, a line each, are not named by the marks of these lines; behind 3, a yes or no
-    counts at the very end only. Dress is taken off first (`undressed`); what counts as a mention says `mentions`.
+    counts at the very end only. Dress is taken off first (`strip_markup`); what counts as a mention says `mentions`.
     `labels` such as "Option 2" are other texts of the options.
     """
-    if text is None or not (plain := undressed(text)):
+    if text is None or not (plain := strip_markup(text)):
         return None
     names, one = named_options(options, labels), lambda letters: letters.pop() if len(letters) == 1 else None
-    if squash(plain).upper() in {letter for _, letter in names}:                                                # 1
-        return squash(plain).upper()
+    if normalize_text(plain).upper() in {letter for _, letter in names}:                                                # 1
+        return normalize_text(plain).upper()
     if whole := same_text(plain, names):
         return one(whole)
     found = mentions(plain, names)
@@ -468,7 +468,7 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
 def ends_on(think: str, options: Sequence[str]) -> str | None:
     """The option that a think ends on: the one it mentions last. In "C red T" the letter counts for both. None if it
     mentions none, or ends on a text that two options share."""
-    plain = undressed(think)
+    plain = strip_markup(think)
     found = mentions(plain, named_options(options))
     last = {x for _, end, x in found if end == found[-1][1]}
     if found and len(last) == 1 and len(found) > 1 and not plain[found[-2][1]:found[-1][0]].strip(" .:)(\"'"):
@@ -479,7 +479,7 @@ def ends_on(think: str, options: Sequence[str]) -> str | None:
 def first_number(text: str) -> Fraction | None:
     """The first number of an answer, in digits or as an English word up to twelve: "about 3.5 m", "1,5", "four". Of a
     calculation, "4 m × 5 m = 20", the one behind the last =; of "the answer is 5", the one behind that."""
-    behind = re.split(r"=|\banswer is\b", text := undressed(text), flags=re.I)[-1]
+    behind = re.split(r"=|\banswer is\b", text := strip_markup(text), flags=re.I)[-1]
     text = behind if re.search(r"\d", behind) else text
     if (whole := number(text)) is not None:
         return whole
@@ -504,7 +504,7 @@ def open_answer(text: str, gold: str) -> float:
     """VideoMMMU's open questions, by MMMU's lenient rule: a number is right if any behind the last "is", "answer", "="
     or ":" is equal to two decimals, a text if the answer contains it, a letter if the answer names it."""
     wanted = [x.strip(" '\"") for x in gold.strip("[]").split(",")] if gold.startswith("[") else [gold]
-    text = undressed(text)
+    text = strip_markup(text)
     behind = re.split(r"\bis\b|\banswer\b|=|:(?!\d)", text, flags=re.I)[-1]
     said = [number(m) for m in re.findall(r"-?\d[\d,]*\.?\d*(?:/\d+)?", behind if re.search(r"\d", behind) else text)]
     for one in wanted:
@@ -513,7 +513,7 @@ def open_answer(text: str, gold: str) -> float:
         elif (value := number(one)) is not None:
             hit = any(x is not None and round(x, 2) == round(value, 2) for x in said)
         else:
-            hit = squash(one) in squash(text)
+            hit = normalize_text(one) in normalize_text(text)
         if hit:
             return 1.0
     return 0.0
@@ -572,7 +572,7 @@ def asked(item: Item, condition: Condition, args: argparse.Namespace) -> Record:
     return replace(r, blind=condition.blind, given=given, bounds=r.bounds if args.clips else None)
 
 
-def to_row(item: Item, e: Episode, settings: Settings, verdict) -> dict:
+def to_row(item: Item, e: Response, settings: Settings, verdict) -> dict:
     """One line of responses.jsonl: what was asked, what the model really saw, said, and what it was worth."""
     r, (steps, height, width) = e.example.record, e.example.grid or (0, 0, 0)
     read, value = score(item, e.text, e.parsed.answer, e.finished)
@@ -585,12 +585,12 @@ def to_row(item: Item, e: Episode, settings: Settings, verdict) -> dict:
             "observation": e.parsed.observation if r.given is None else r.given, "think": e.parsed.think,
             "answer": e.parsed.answer, "extracted": read, "score": value,
             "format": (e.parsed.perception_format or r.given is not None) and e.parsed.reasoning_format,
-            "perception": verdict and verdict.sufficient, "judge": verdict and (verdict.lost or verdict.words)}
+            "perception": verdict and verdict.sufficient, "judge": verdict and (verdict.error or verdict.explanation)}
 
 
 def read_rows(file: Path) -> list[dict]:
     """The rows of a responses.jsonl, none if there is no file. Raises ValueError for what is no such row."""
-    rows, _ = whole_lines(file)
+    rows, _ = read_jsonl(file)
     for n, row in enumerate(rows, start=1):
         answered = isinstance(row.get("score"), (int, float)) and {"question", "response", "perception"} <= row.keys()
         if not ({"id", "clip", "groups"} <= row.keys() and (answered or {"missing", "bytes"} <= row.keys())):
@@ -631,24 +631,24 @@ def respond(job: Job, items: list[Item], condition: Condition, folder: Path) -> 
         judge = make_judge(s, folder / f"judge-{job.world.rank}.jsonl", lambda claims: blind_answers(
             blind[1], blind[0], claims, s, s.max_response, args.batch, device), device)
     out, of = Journal(folder / f"responses.{job.world.rank}.jsonl"), {i.record.problem_id: i for i in items}
-    examples = Examples([asked(i, condition, args) for i in items], job.root, vocabulary, model.config, s, most_lost=1,
+    examples = Examples([asked(i, condition, args) for i in items], job.root, vocabulary, model.config, s, max_unreadable=1,
                         teaching=False)
     batches = [range(i, min(i + args.batch, len(items))) for i in range(0, len(items), args.batch)]
     scores, bar = [], tqdm(total=len(items), desc=f"{job.bench} {condition.name}".strip(), unit="question",
                            disable=not job.world.first)
-    for batch, part in zip(batches, examples.ahead(batches)):
+    for batch, part in zip(batches, examples.prefetch(batches)):
         for i in set(batch) & examples.skipped.keys():
             r = items[i].record
             out.add({"id": r.problem_id, "clip": r.path, "groups": items[i].groups, "missing": examples.skipped[i],
                      "bytes": size_of(job.root / r.path)})
         groups = rollout(model, part, vocabulary, s, 1, args.temperature, "evaluation", device, args.top_p
                          ) if part else []
-        episodes = [e for group in groups for e in group]
-        verdicts = ask(episodes, judge)() if judge else [None] * len(episodes)
-        if len(lost := [v.lost for v in verdicts if v and v.lost]) > s.max_unknown * len(verdicts):
+        responses = [e for group in groups for e in group]
+        verdicts = ask(responses, judge)() if judge else [None] * len(responses)
+        if len(lost := [v.error for v in verdicts if v and v.error]) > s.max_unknown * len(verdicts):
             raise ValueError(f"{len(lost)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
                              f"{s.max_unknown:g} allows: {lost[0]:.200}. The same command goes on from here.")
-        for e, verdict in zip(episodes, verdicts):
+        for e, verdict in zip(responses, verdicts):
             row = to_row(of[e.example.record.problem_id], e, s, verdict)
             scores.append(row["score"])
             out.add(row)
@@ -667,26 +667,26 @@ def run(job: Job, items: list[Item], condition: Condition = Condition()) -> list
     folder = args.out / f"{job.bench} {condition.name}".strip().replace(" ", "-")
     weights = [f"{f.stat().st_size} bytes of {int(f.stat().st_mtime)}" for f in sorted(job.model.glob("*.safetensors"))]
     if world.first:
-        same_settings(folder, {name: getattr(job.settings, name) for name in OWN} | {
+        check_settings(folder, {name: getattr(job.settings, name) for name in OWN} | {
             "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
             "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
             "observations": condition.source}, free=())
     todo = unanswered(items, recorded(folder), job.root)
-    world.wait()                                             # all have read before any writes
+    world.barrier()                                             # all have read before any writes
     if todo:
-        with alone_in(folder) if world.first else nullcontext():
+        with lock_folder(folder) if world.first else nullcontext():
             clips = {clip: n for n, clip in enumerate(dict.fromkeys(i.record.path for i in todo))}
             mine = [i for i in todo if clips[i.record.path] % world.size == world.rank]    # a clip is read by one rank
             respond(job, mine, condition, folder)
-            world.wait()
+            world.barrier()
             done = recorded(folder)
-            world.wait()
+            world.barrier()
             if world.first:                                  # in the benchmark's order, then what was asked before
                 order = {i.record.problem_id: done[i.record.problem_id] for i in items}
                 write_rows(folder / "responses.jsonl", (order | done).values())
                 for file in folder.glob("responses.*.jsonl"):
                     file.unlink()
-    world.wait()
+    world.barrier()
     done = recorded(folder)
     return [done[i.record.problem_id] for i in items]
 
@@ -698,7 +698,7 @@ def chance(row: dict) -> float:
     return 1 / len(row["options"]) if row["problem_type"] == "multiple choice" else 0.0
 
 
-def graded(row: dict) -> float:
+def grade(row: dict) -> float:
     return row["score"]
 
 
@@ -706,7 +706,7 @@ def right(row: dict) -> float:
     return float(row["score"] > 1 - 1e-9)
 
 
-def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = graded) -> dict:
+def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = grade) -> dict:
     """A reading in percent (see ALL), over what is there of it, with its 95 % interval and chance level.
 
     One mean of rights and wrongs has Wilson's interval. For anything else (MRA, ROUGE, means of means) clips are drawn
@@ -747,7 +747,7 @@ def spread(values: list[int]) -> str:
 def summarise(name: str, rows: list[dict]) -> dict:
     """All numbers of a finished evaluation, as summary.json holds them."""
     bench, scored = BENCHES[name], [r for r in rows if "missing" not in r]
-    value = right if bench.right else graded
+    value = right if bench.right else grade
     judged = [r for r in scored if r["perception"] is not None]
     groups = defaultdict(dict)
     for dimension in rows[0]["groups"] if rows else ():
@@ -797,11 +797,11 @@ def report(s: dict) -> str:
     if empty:
         (dimension, labels), *_ = s["groups"].items()
         head += f"; {len(labels) - len(empty)} of {len(labels)} {dimension}s (without {', '.join(empty)})"
-    tail = [f"The model saw {s['frames']} frames of {s['pixels']} pixels. Responses that keep the template: "
+    tail = [f"The model saw {s['frames']} frames of {s['pixels']} pixels. Sampled that keep the template: "
             f"{cell(s['format'])};", f"without a readable answer: {s['unread']} (they count as wrong); cut off at the "
             f"token limit: {s['cut_off']}; media missing or broken: {lost}."]
     tail += [f"  {n} × {reason}" for reason, n in list(s["missing"].items())[:3]]
-    return "\n".join([head, *ruled(rows), *tail])
+    return "\n".join([head, *format_table(rows), *tail])
 
 
 # ------------------------------------------------------------------------------------------------ 5. analyses
@@ -836,9 +836,9 @@ def perception_from(job: Job, items: list[Item]) -> str:
     bench, table = BENCHES[job.bench], [["what the model gets", "n", "answer", "chance"]]
     for c in conditions:
         rows = [r for r in run(job, items, c) if "missing" not in r]
-        x = mean(rows, next(iter(bench.readings.values())), right if bench.right else graded)
+        x = mean(rows, next(iter(bench.readings.values())), right if bench.right else grade)
         table.append([c.name or "video", str(x["n"]), cell(x), guess(x)])
-    return "\n".join([f"{job.bench}: is the observation enough? Observations of {file}", *ruled(table),
+    return "\n".join([f"{job.bench}: is the observation enough? Observations of {file}", *format_table(table),
                       "The question alone shows what can be guessed; a model that was never asked without a video may "
                       "do worse than that."])
 
@@ -873,7 +873,7 @@ def matched(files: list[Path]) -> tuple[list[tuple[dict, dict]], list[str]]:
     return pairs, notes
 
 
-def looking_or_thinking(pairs: list[tuple[dict, dict]]) -> list[str]:
+def perception_or_reasoning(pairs: list[tuple[dict, dict]]) -> list[str]:
     """Perception right or wrong × answer right or wrong, for both runs."""
     judged = [pair for pair in pairs if None not in (pair[0]["perception"], pair[1]["perception"])]
     if not judged:
@@ -884,7 +884,7 @@ def looking_or_thinking(pairs: list[tuple[dict, dict]]) -> list[str]:
     for what, sees in (("right", True), ("wrong", False)):
         table.append([f"perception {what}", *(count(rows, sees, good) for _, rows in runs for good in (True, False))])
     lines = ["Where does it go wrong, in looking or in thinking? Perception is right when the observation suffices.",
-             *ruled(table)]
+             *format_table(table)]
     for name, rows in runs:
         lines.append(f"{name}: {count(rows, False, False)} wrong answers come after a wrong look, "
                      f"{count(rows, True, False)} after a right one; {count(rows, False, True)} right answers after a "
@@ -892,25 +892,25 @@ def looking_or_thinking(pairs: list[tuple[dict, dict]]) -> list[str]:
     return lines
 
 
-LESSONS = ("learned to look", "learned to think", "forgot to look", "forgot to think", "right by luck")
+CHANGES = ("learned to look", "learned to think", "forgot to look", "forgot to think", "right by luck")
 
 
-def lesson(a: dict, b: dict) -> str | None:
+def change(a: dict, b: dict) -> str | None:
     """What a pair of responses to one question shows, if anything. Without a judge every change is one of thinking."""
     better, sees = right(b) - right(a), (a["perception"], b["perception"])
     if not better:
-        return LESSONS[-1] if right(b) and sees[1] is False else None
+        return CHANGES[-1] if right(b) and sees[1] is False else None
     look = None not in sees and sees[1] - sees[0] == better
     return f"{'learned' if better > 0 else 'forgot'} to {'look' if look else 'think'}"
 
 
 def instructive(pairs: list[tuple[dict, dict]], most: int = 10) -> list[str]:
     """A few examples of every lesson in turn, the shortest first."""
-    kinds = {name: sorted((pair for pair in pairs if lesson(*pair) == name),
-                          key=lambda pair: sum(len(r["response"]) for r in pair)) for name in LESSONS}
+    kinds = {name: sorted((pair for pair in pairs if change(*pair) == name),
+                          key=lambda pair: sum(len(r["response"]) for r in pair)) for name in CHANGES}
     lines = ["From A to B: " + ", ".join(f"{len(some)} {name}" for name, some in kinds.items())]
     turns = [(name, some[i]) for i in range(most) for name, some in kinds.items() if i < len(some)][:most]
-    for name, pair in sorted(turns, key=lambda turn: LESSONS.index(turn[0])):
+    for name, pair in sorted(turns, key=lambda turn: CHANGES.index(turn[0])):
         r = pair[0]
         lines += ["", f"── {name}: {r['id']} ".ljust(100, "─"), f"{r['question']}  {'  '.join(r['options'])}".rstrip(),
                   f"right: {r['reference']}"]
@@ -929,9 +929,9 @@ def compare(first: str, second: str) -> str:
     table = [["", "n", "answer right", "score"]]
     for name, file, rows in zip("AB", files, zip(*pairs)):
         table.append([f"{name}  {file}", str(len(rows)), cell(mean(rows, value=right)), cell(mean(rows))])
-    return "\n".join([*ruled(table), *notes, f"B wins {wins} questions and loses {losses}, "
+    return "\n".join([*format_table(table), *notes, f"B wins {wins} questions and loses {losses}, "
                       f"{len(pairs) - wins - losses} are even: p = {sign_test(wins, losses):.2g} if neither were "
-                      "better (McNemar's exact test).", "", *looking_or_thinking(pairs), "", *instructive(pairs)])
+                      "better (McNemar's exact test).", "", *perception_or_reasoning(pairs), "", *instructive(pairs)])
 
 
 # ------------------------------------------------------------------------------------------------ 6. command line
@@ -982,30 +982,30 @@ def evaluate(name: str, path: Path, settings: Settings, args: argparse.Namespace
         root = root if args.data else next((w for w in worlds if (w / "heldout.json").is_file()), Path("runs/tiny/toy"))
         if not args.data and world.first and not (root / "heldout.json").is_file():
             make_toy(root, {"heldout": TOY_SPLITS["heldout"]})
-        world.wait()
+        world.barrier()
     items, notes = read_bench(name, root)
     if args.limit and args.limit < len(items):
         notes.append(f"ONLY {args.limit} of them, evenly spread")
         items = [items[i * len(items) // args.limit] for i in range(args.limit)]
-    world.say(f"\n{name}, {root}: " + "; ".join(notes))
+    world.print0(f"\n{name}, {root}: " + "; ".join(notes))
     rate = f" ({settings.fps:g} a second)" * bool(settings.fps)
     prompt = "official short-answer prompt" if settings.prompt == "direct" else f"training prompt ({settings.prompt})"
-    world.say(f"At most {settings.frames} frames{rate} of {settings.max_pixels} pixels, "
+    world.print0(f"At most {settings.frames} frames{rate} of {settings.max_pixels} pixels, "
               f"{'cut to the bounds of the annotations' if args.clips else 'uncut'}; temperature "
               f"{args.temperature:g}, top-p {args.top_p:g},",
               f"at most {settings.max_response} tokens; {prompt}; judge of observations: {args.judge}.", sep="\n")
     job = Job(name, root, path, settings, args, world)
     if args.perception_from:
-        return world.say(perception_from(job, items))
+        return world.print0(perception_from(job, items))
     rows = run(job, items)
     summary = summarise(name, rows) | {"model": str(path)}
     file, text = args.out / name / "summary.json", json.dumps(summary, indent=1) + "\n"
     if world.first and not (file.is_file() and file.read_text() == text):    # shown again: nothing is written
-        write_whole(file, text)
-    world.say("\n" + report(summary))
+        write_atomically(file, text)
+    world.print0("\n" + report(summary))
     if args.mismatch:
-        world.say(mismatch(rows))
-    world.say(f"Responses and numbers: {args.out / name}")
+        world.print0(mismatch(rows))
+    world.print0(f"Sampled and numbers: {args.out / name}")
     return summary
 
 
@@ -1023,10 +1023,10 @@ def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world
     for i, model in enumerate(("Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
         scores[model] = [BENCHES[name].paper[i] for name in results]
     if results:
-        world.say("", *ruled([["percent", *(name + "*" * (not all_of) for name, all_of in whole.items()), "mean"]] + [
+        world.print0("", *format_table([["percent", *(name + "*" * (not all_of) for name, all_of in whole.items()), "mean"]] + [
             [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]), sep="\n")
     if not all(whole.values()):
-        world.say("* not the whole benchmark: see its headline")
+        world.print0("* not the whole benchmark: see its headline")
     if lacking:
         raise BenchError(f"{len(lacking)} of 7 benchmarks are not there, or broken:\n" + "\n".join(lacking))
 
@@ -1114,7 +1114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen, why = (args.model, "chosen by flag") if args.model else default_model()
         path = newest_checkpoint(chosen)
         world = start_world(patience=timedelta(hours=12))    # ranks may be hours apart at a benchmark's end
-        world.say(f"Model {path} ({why})")
+        world.print0(f"Model {path} ({why})")
         args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
         settings = run_settings(Path(chosen), args.preset)
         names = {f.name for f in fields(Settings)} & vars(args).keys() - {"model", "data", "out", "temperature"}

@@ -459,7 +459,7 @@ class Prompts:
         return Prompts(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(self).values()))
 
 
-class Responses(NamedTuple):
+class Sampled(NamedTuple):
     """What was sampled. Places after the end hold token 0 and log-probability 0: build masks from `lengths`."""
     tokens: Tensor                                           # (B, G, T)
     lengths: Tensor                                          # (B, G) with the stop token
@@ -467,7 +467,7 @@ class Responses(NamedTuple):
     finished: Tensor                                         # (B, G) False: cut off by the token limit
 
 
-def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Samples a token a row by inverting the cumulative distribution at a given uniform number, so that a response's
     randomness is fixed before it is sampled. logits (N, V) fp32, uniforms (N,) in [0, 1) → tokens (N,), logprobs (N,)
 
@@ -545,10 +545,10 @@ class Qwen2_5_VL(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, uniforms: Tensor, stop_ids: list[int], temperature: float = 1.0,
-                 top_p: float = 1.0) -> Responses:
+                 top_p: float = 1.0) -> Sampled:
         """Samples G responses to each prompt, at most T tokens long, from given uniform numbers (B, G, T).
 
-        A prompt is read once; its cache serves the whole group. Responses have a static cache of their own. The numbers
+        A prompt is read once; its cache serves the whole group. Sampled have a static cache of their own. The numbers
         are given, not drawn here, so that any number of processes samples the same responses.
         """
         (b, g, limit), device = uniforms.shape, prompts.ids.device
@@ -562,7 +562,7 @@ class Qwen2_5_VL(nn.Module):
         lengths, going = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
         start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
         for t in range(limit):
-            token, logprob = choose(logits, uniforms[:, t], temperature, top_p)
+            token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
             tokens[:, t], logprobs[:, t] = token * going, logprob * going
             lengths += going
             going = going & ~torch.isin(token, stops)
@@ -574,7 +574,7 @@ class Qwen2_5_VL(nn.Module):
                 x, _, _ = layer(x, rope, before, Cache(k, v, t + 1))
             logits = self.logits(self.model.norm(x)[:, 0])
         fold = lambda x: x[..., :t + 1].unflatten(0, (b, g)) if x.dim() > 1 else x.view(b, g)
-        return Responses(fold(tokens), fold(lengths), fold(logprobs), fold(~going))
+        return Sampled(fold(tokens), fold(lengths), fold(logprobs), fold(~going))
 
     def logprobs(self, prompts: Prompts, tokens: Tensor, lengths: Tensor, temperature: float = 1.0
                  ) -> tuple[Tensor, Tensor]:

@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sft
-from data import (HTTP, Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, at_least, blind_answers,
-                  claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, ruled,
-                  step_indices, write_whole)
+from data import (HTTP, Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, check_minimum, blind_answers,
+                  claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, format_table,
+                  step_indices, write_atomically)
 from model import Qwen2_5_VL, newest_checkpoint, read_config
 from rewards import (PATIENCE, PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
-                     response_rewards, rule_judge, task_metric, whole_lines)
+                     response_rewards, rule_judge, task_metric, read_jsonl)
 from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
                  micro_batches, need_files, norms, peak_memory_gb, prepare_toy, read_report, read_state, update)
 
@@ -62,7 +62,7 @@ class Settings(TrainSettings, JudgeSettings):
     def __post_init__(self):
         TrainSettings.__post_init__(self)
         JudgeSettings.__post_init__(self)
-        at_least(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, transcript_every=1, steps=1,
+        check_minimum(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, transcript_every=1, steps=1,
                  kl_beta=0, clip_eps=0)
         if self.judge.startswith(HTTP) and self.patience * 60 < PATIENCE + self.timeout:
             raise SystemExit(f"--patience must leave a judge its time: {(PATIENCE + self.timeout) / 60:.1f} minutes")
@@ -85,7 +85,7 @@ STAGES = {"pa": "pagrpo", "grpo": "grpo", "joint": "joint"}  # an advantage's fo
 # ------------------------------------------------------------------------------------------------ 1. rollout
 
 @dataclass
-class Episode:
+class Response:
     """One response, from sampling to loss."""
     example: Example
     tokens: list[int]                                        # with the stop token, if it came to one
@@ -101,7 +101,7 @@ class Episode:
 
 
 def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary, settings: Settings, group: int,
-            temperature: float, stream: str, device, top_p: float = 1.0) -> list[list[Episode]]:
+            temperature: float, stream: str, device, top_p: float = 1.0) -> list[list[Response]]:
     """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
     uniforms = torch.stack([question_uniforms(settings.seed, stream, e.record, group, settings.max_response)
                             for e in examples])
@@ -113,28 +113,28 @@ def rollout(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabula
         for g in range(group):
             ids = tokens[b, g, :lengths[b, g]].tolist()
             text = vocabulary.decode(ids)
-            groups[-1].append(Episode(example, ids, logprobs[b, g, :len(ids)], bool(finished[b, g]), text, parse(text),
+            groups[-1].append(Response(example, ids, logprobs[b, g, :len(ids)], bool(finished[b, g]), text, parse(text),
                                       perception_tokens([vocabulary.bytes[i] for i in ids])))
     return groups
 
 
 # ------------------------------------------------------------------------------------------------ 2. rewards
 
-def ask(episodes: Sequence[Episode], judge: Judge) -> Callable[[], list[Verdict]]:
+def ask(responses: Sequence[Response], judge: Judge) -> Callable[[], list[Verdict]]:
     """Sends all observations to the judge together and does not wait. Call the result for a verdict on each episode."""
-    claims = {i: claim_about(e.example.record, e.parsed.observation) for i, e in enumerate(episodes)
+    claims = {i: claim_about(e.example.record, e.parsed.observation) for i, e in enumerate(responses)
               if e.parsed.observation is not None}
     answer, unclosed = judge.start(list(claims.values())), Verdict(False, "there is no closed observation")
 
     def verdicts() -> list[Verdict]:
         found = dict(zip(claims, answer(), strict=True))
-        return [found.get(i, unclosed) for i in range(len(episodes))]
+        return [found.get(i, unclosed) for i in range(len(responses))]
     return verdicts
 
 
-def reward(episodes: Sequence[Episode], verdicts: Sequence[Verdict], settings: Settings) -> None:
+def reward(responses: Sequence[Response], verdicts: Sequence[Verdict], settings: Settings) -> None:
     """Fills in verdicts, R_P and R_R (eq. 3–5)."""
-    for e, verdict in zip(episodes, verdicts, strict=True):
+    for e, verdict in zip(responses, verdicts, strict=True):
         r, boundary = e.example.record, e.boundary or 0
         score = task_metric(r.problem_type, e.parsed.answer, r.reference, r.options)
         e.verdict, tokens = verdict, (boundary, len(e.tokens) - boundary)
@@ -153,7 +153,7 @@ def reference_judge(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Set
     return decide
 
 
-def totals(group: Sequence[Episode], off: str) -> tuple[Tensor, Tensor]:
+def totals(group: Sequence[Response], off: str) -> tuple[Tensor, Tensor]:
     """R_P and R_R of a group's responses, (G,) each, without what an ablation leaves out."""
     total = lambda r: r.total - r.length if off == "length" else r.total
     return (torch.tensor([0.0 if off == "perception" else total(e.perception) for e in group]),
@@ -162,7 +162,7 @@ def totals(group: Sequence[Episode], off: str) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------ 3. advantages
 
-def normalise(rewards: Tensor) -> Tensor:
+def normalize(rewards: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4). rewards (…, G) → (…, G)
 
     A group whose rewards are all equal says nothing about what was better: its advantages are 0. An unknown reward
@@ -184,8 +184,8 @@ def group_advantages(perception: Tensor, reasoning: Tensor, mode: str) -> tuple[
     joint  R_P + R_R for both: both rewards, no separation
     """
     if mode == "pa":
-        return normalise(perception), normalise(reasoning)
-    both = normalise(reasoning if mode == "grpo" else perception + reasoning)
+        return normalize(perception), normalize(reasoning)
+    both = normalize(reasoning if mode == "grpo" else perception + reasoning)
     return both, both
 
 
@@ -200,8 +200,8 @@ class Tokens(NamedTuple):
     weights: Tensor                                          # (B, G, T) share of a token in its response's mean
 
 
-def to_tokens(groups: Sequence[Sequence[Episode]], token_mean: str, device) -> Tokens:
-    """Lays episodes out as tensors. A response without a boundary carries the mean of both advantages everywhere.
+def to_tokens(groups: Sequence[Sequence[Response]], token_mean: str, device) -> Tokens:
+    """Lays responses out as tensors. A response without a boundary carries the mean of both advantages everywhere.
 
     5 tokens, boundary 2, A = (+1, -1): advantages [+1, +1, -1, -1, -1]
     weights, one mean a response: [1/5, 1/5, 1/5, 1/5, 1/5]; one mean a segment: [1/2, 1/2, 1/3, 1/3, 1/3]
@@ -256,7 +256,7 @@ def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advant
 
 class Part(NamedTuple):
     """A micro-batch of questions with their groups, scored by what does not learn in this step."""
-    groups: list[list[Episode]]
+    groups: list[list[Response]]
     inputs: tuple                                            # what `logprobs` takes
     weight: float                                            # 0 for the blank that keeps a rank in step
     reference: Tensor | None                                 # (B, G, T) log-probabilities under the KL reference
@@ -264,13 +264,13 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def score(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, vocabulary: Vocabulary,
+def score(groups: list[list[Response]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, vocabulary: Vocabulary,
           settings: Settings, world: World) -> list[Part]:
     """Cuts a step into micro-batches and computes what needs no rewards, while the judge is at work."""
     parts, waiting = [], iter(groups)
     asked = [group[0].example for group in groups]
     for examples, weight in micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
-        nothing = Episode(examples[0], vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)
+        nothing = Response(examples[0], vocabulary.stop_ids[:1], torch.zeros(1), True, "", parse(""), None)
         here = [next(waiting) for _ in examples] if weight else [[nothing]]
         batch = to_tokens(here, settings.token_mean, world.device)
         inputs = collate(examples).to(world.device), batch.tokens, batch.lengths, settings.temperature
@@ -281,10 +281,10 @@ def score(groups: list[list[Episode]], policy: Qwen2_5_VL, reference: Qwen2_5_VL
 
 def train_on(parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settings: Settings, world: World
              ) -> dict[str, list[float]]:
-    """One or more updates on a step's episodes. Returns what is worth logging, a value a token or an update."""
+    """One or more updates on a step's responses. Returns what is worth logging, a value a token or an update."""
     seen = defaultdict(list)
     count = sum(len(group) for part in parts for group in part.groups if part.weight)
-    responses = world.sum({"n": count})["n"]                 # one denominator for the whole step
+    responses = world.all_reduce_sum({"n": count})["n"]                 # one denominator for the whole step
     for number in range(settings.updates_per_rollout):
         for groups, inputs, weight, ref, old in parts:
             batch = to_tokens(groups, settings.token_mean, world.device)      # by now with advantages
@@ -313,12 +313,12 @@ SHARES = ["perception/zero_variance", "reasoning/zero_variance", "truncated", "j
 OF_TOKENS = ["kl", "clip_share", "entropy", "logprob_gap"]
 
 
-def statistics(groups: list[list[Episode]], settings: Settings) -> dict[str, list[float]]:
+def statistics(groups: list[list[Response]], settings: Settings) -> dict[str, list[float]]:
     """Every reward part of every segment, one value a response, and the shares that say how much of it can teach."""
     values = defaultdict(list)
     for group in groups:
         for segment, rewards in zip(("perception", "reasoning"), totals(group, settings.reward_off)):
-            values[f"{segment}/zero_variance"].append(float(not normalise(rewards).any()))
+            values[f"{segment}/zero_variance"].append(float(not normalize(rewards).any()))
             for e, total in zip(group, rewards.tolist()):
                 for name, value in {"reward": total, **asdict(getattr(e, segment))}.items():
                     values[f"{segment}/{name}"] += [float(value)] * (not math.isnan(value))   # unknown: not a zero
@@ -331,7 +331,7 @@ def statistics(groups: list[list[Episode]], settings: Settings) -> dict[str, lis
 
 def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread: bool = False) -> dict[str, float]:
     """Means over the values of all ranks, and with `spread` their standard deviations too."""
-    sums = world.sum({f"{k} {p}": sum(x ** p for x in values.get(k, ())) for k in keys for p in (0, 1, 2)})
+    sums = world.all_reduce_sum({f"{k} {p}": sum(x ** p for x in values.get(k, ())) for k in keys for p in (0, 1, 2)})
     result = {}
     for k in keys:
         n, total, squares = (sums[f"{k} {p}"] for p in (0, 1, 2))
@@ -341,9 +341,9 @@ def pooled(values: dict[str, list[float]], keys: list[str], world: World, spread
     return result
 
 
-def compare_with_rule(exact: Judge, episodes: Sequence[Episode], world: World) -> dict[str, float]:
+def compare_with_rule(exact: Judge, responses: Sequence[Response], world: World) -> dict[str, float]:
     """How often the judge said what the toy world's exact rule says, and how often it took too little for enough."""
-    pairs = [(e.verdict.sufficient, rule.sufficient) for e, rule in zip(episodes, ask(episodes, exact)())
+    pairs = [(e.verdict.sufficient, rule.sufficient) for e, rule in zip(responses, ask(responses, exact)())
              if e.parsed.observation is not None and e.verdict.sufficient is not None]
     values = {"judge/agreement": [float(a == b) for a, b in pairs], "judge/too_kind": [float(a > b) for a, b in pairs]}
     return pooled(values, list(values), world)
@@ -353,11 +353,11 @@ class JudgeDown(ValueError):
     """Too many verdicts of a step are unknown to learn from it."""
 
 
-def enough_verdicts(groups: list[list[Episode]], settings: Settings, world: World) -> dict[str, int]:
+def enough_verdicts(groups: list[list[Response]], settings: Settings, world: World) -> dict[str, int]:
     """Counts verdicts. Raises JudgeDown, on all ranks alike, if a larger share than --max-unknown is unknown."""
     verdicts = [e.verdict for group in groups for e in group if e.parsed.observation is not None]
-    unknown = [v.lost for v in verdicts if v.sufficient is None]
-    counts = {k: int(n) for k, n in world.sum({"judge/claims": len(verdicts), "judge/unknown": len(unknown)}).items()}
+    unknown = [v.error for v in verdicts if v.sufficient is None]
+    counts = {k: int(n) for k, n in world.all_reduce_sum({"judge/claims": len(verdicts), "judge/unknown": len(unknown)}).items()}
     if counts["judge/unknown"] > settings.max_unknown * counts["judge/claims"]:
         reason = Counter(unknown).most_common(1)[0][0][:200] if unknown else "see the other ranks"
         raise JudgeDown(f"{counts['judge/unknown']} of {counts['judge/claims']} verdicts stayed unknown, "
@@ -367,20 +367,20 @@ def enough_verdicts(groups: list[list[Episode]], settings: Settings, world: Worl
 
 def act(step: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, vocabulary: Vocabulary,
         judge: Judge, exact: Judge | None, settings: Settings, world: World
-        ) -> tuple[list[list[Episode]], list[Part], dict[str, float]]:
-    """Parts 1 to 3 of a step: episodes with rewards and advantages, in groups and micro-batches, and how long it took.
+        ) -> tuple[list[list[Response]], list[Part], dict[str, float]]:
+    """Parts 1 to 3 of a step: responses with rewards and advantages, in groups and micro-batches, and how long it took.
     The judge works while the reference scores, and `exact`, where there is one, says how far it can be believed."""
     watch, before = [time.perf_counter()], Counter(judge.counts)
     with gathered(policy):
         groups = rollout(policy, examples, vocabulary, settings, settings.group_size, settings.temperature,
                          f"step {step}", world.device) if examples else []
     watch.append(time.perf_counter())
-    episodes = [e for group in groups for e in group]
-    verdicts = ask(episodes, judge)                          # a judge behind http now works beside us,
+    responses = [e for group in groups for e in group]
+    verdicts = ask(responses, judge)                          # a judge behind http now works beside us,
     watch.append(time.perf_counter())                        # any other one is through here
     parts = score(groups, policy, reference, vocabulary, settings, world)
     watch.append(time.perf_counter())
-    reward(episodes, verdicts(), settings)
+    reward(responses, verdicts(), settings)
     counts = enough_verdicts(groups, settings, world)        # waits for the judges of the other ranks, too
     watch.append(time.perf_counter())
     for group in groups:
@@ -388,31 +388,31 @@ def act(step: int, examples: list[Example], policy: Qwen2_5_VL, reference: Qwen2
         for e, *pair in zip(group, a_p.tolist(), a_r.tolist()):
             e.advantages = tuple(pair)
     sampling, judging, scoring, waiting = (b - a for a, b in zip(watch, watch[1:]))
-    asked = world.sum({f"judge/{k}": judge.counts[k] - before[k] for k in ("requests", "retries", "cached")})
+    asked = world.all_reduce_sum({f"judge/{k}": judge.counts[k] - before[k] for k in ("requests", "retries", "cached")})
     return groups, parts, {"seconds_sampling": sampling, "seconds_scoring": scoring,
-                           "seconds_judging": judging + waiting, "judge/seconds": world.most(judge.seconds),
+                           "seconds_judging": judging + waiting, "judge/seconds": world.all_reduce_max(judge.seconds),
                            **counts, **{name: int(n) for name, n in asked.items()},
-                           **(compare_with_rule(exact, episodes, world) if exact else {})}
+                           **(compare_with_rule(exact, responses, world) if exact else {})}
 
 
-def learn(groups: list[list[Episode]], parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settings: Settings,
+def learn(groups: list[list[Response]], parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settings: Settings,
           world: World) -> dict[str, float]:
     """Parts 4 and 5 of a step. Returns the step's metrics, the same on every rank."""
     began = time.perf_counter()
     seen = train_on(parts, policy, optimizer, lr, settings, world)
     seconds = time.perf_counter() - began
-    counts = world.sum({"tokens": sum(len(e.tokens) for g in groups for e in g), "questions": len(groups),
+    counts = world.all_reduce_sum({"tokens": sum(len(e.tokens) for g in groups for e in g), "questions": len(groups),
                         "loss": sum(seen["loss"])})
     values = statistics(groups, settings)
     return {**pooled(values, REWARD_PARTS, world, spread=True), **pooled(values, SHARES, world),
-            **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.most(max(seen["logprob_gap"], default=0.0)),
+            **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.all_reduce_max(max(seen["logprob_gap"], default=0.0)),
             "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size),
             **norms(seen["grad_norm"]), "lr": lr, "questions": int(counts["questions"]),
             "tokens": int(counts["tokens"]), "seconds_training": seconds,
-            "peak_memory_gb": world.most(peak_memory_gb(world))}
+            "peak_memory_gb": world.all_reduce_max(peak_memory_gb(world))}
 
 
-def transcript(e: Episode) -> str:
+def transcript(e: Response) -> str:
     """A response as a person reads it: what was asked, said, right, and what it was worth."""
     r, p, q = e.example.record, e.perception, e.reasoning
     part = lambda s: f"accuracy {s.accuracy:.2f} + format {s.format:.0f} + length {s.length:.1f} ({s.tokens} tokens)"
@@ -420,7 +420,7 @@ def transcript(e: Episode) -> str:
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
              f"question    {r.question}  {'  '.join(r.options)}".rstrip(), f"reference   {r.reference}",
              e.text.strip() + ("" if e.finished else " … (cut off)"),
-             f"judge       {says}: {' '.join(filter(None, (e.verdict.lost, e.verdict.words)))}",
+             f"judge       {says}: {' '.join(filter(None, (e.verdict.error, e.verdict.explanation)))}",
              f"perception  {part(p)} → advantage {e.advantages[0]:+.2f}",
              f"reasoning   {part(q)} → advantage {e.advantages[1]:+.2f}"]
     return "\n".join(lines + ["─" * 100])
@@ -437,12 +437,12 @@ def evaluate(model: Qwen2_5_VL, examples: Examples, judge: Judge, settings: Sett
     rows, steps = [], range(0, len(examples), batch)
     mine = [[*range(i, min(i + batch, len(examples)))][world.rank::world.size] for i in steps]
     with gathered(model):
-        for part in tqdm(examples.ahead(mine), total=len(mine), desc="evaluating", unit="batch", leave=False,
+        for part in tqdm(examples.prefetch(mine), total=len(mine), desc="evaluating", unit="batch", leave=False,
                          disable=not world.first):
             groups = rollout(model, part, examples.vocabulary, settings, 1, temperature, "evaluation", world.device,
                              top_p) if part else []
-            episodes = [e for group in groups for e in group]
-            reward(episodes, ask(episodes, judge)(), settings)
+            responses = [e for group in groups for e in group]
+            reward(responses, ask(responses, judge)(), settings)
             enough_verdicts(groups, settings, world)
             rows += [{"problem_id": e.example.record.problem_id, "problem_type": e.example.record.problem_type,
                       "perception": e.perception.accuracy, "answer": float(e.reasoning.accuracy > 1 - 1e-9),
@@ -463,7 +463,7 @@ def summary(rows: list[dict], world: World) -> dict[str, dict[str, float]]:
     """Shares in percent with their intervals: {"perception": {"value", "low", "high", "n"}, "answer": …, by type …}."""
     kinds = {"perception": ("perception", None), "answer": ("answer", None), "format": ("format", None)}
     kinds |= {f"answer: {t}": ("answer", t) for t in PROBLEM_TYPES}
-    sums = world.sum({f"{kind} {p}": sum(row[key] ** p for row in rows if t in (None, row["problem_type"])
+    sums = world.all_reduce_sum({f"{kind} {p}": sum(row[key] ** p for row in rows if t in (None, row["problem_type"])
                                              and not math.isnan(row[key]))    # an unknown verdict counts for nothing
                       for kind, (key, t) in kinds.items() for p in (0, 1)})
     result = {}
@@ -483,7 +483,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     rows += [[name, *(cell(result.get(k)) for k in kinds)] for name, result in results.items()]
     n = max(v["n"] for r in results.values() for v in r.values())
     title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
-    return "\n".join([title, *ruled(rows)])
+    return "\n".join([title, *format_table(rows)])
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -498,7 +498,7 @@ def train(settings: Settings, world: World) -> None:
         made = prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin))
         settings = replace(settings, **made)
     settings = need_files(settings)
-    start = world.once(lambda: newest_checkpoint(settings.model))
+    start = world.on_rank0(lambda: newest_checkpoint(settings.model))
     if start != Path(settings.model) and (state := read_state(start))["step"] < state["steps"]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
                          f"Finish it first, or start from this one with --model {start}")
@@ -506,14 +506,14 @@ def train(settings: Settings, world: World) -> None:
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
     records = read_records(settings.data)
     if settings.judge == "rule" and not is_toy(records):
-        raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
+        raise SystemExit("--judge rule knows toy questions only: sample_token reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     run, report = Run(folder, settings, settings.steps, settings.questions, world), folder / "results.json"
-    if run.finished and (results := world.once(lambda: read_report(report))):
-        return world.say(f"{folder} is finished:\n{table(results)}")
+    if run.finished and (results := world.on_rank0(lambda: read_report(report))):
+        return world.print0(f"{folder} is finished:\n{table(results)}")
     if run.finished and not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
+        return world.print0(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
     vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world, shards=settings.shards, frozen=True,
                             offload=settings.offload_reference) if (
@@ -522,7 +522,7 @@ def train(settings: Settings, world: World) -> None:
         reference, vocabulary, settings, world), str(world.device))
     exact = Judge(rule_judge, settings.refuse_leaks) if settings.judge != "rule" and is_toy(records) else None
     if settings.judge == "reference":
-        world.say(ABOUT_REFERENCE)
+        world.print0(ABOUT_REFERENCE)
     held = Examples(read_records(settings.heldout) if settings.heldout else [], settings.media, vocabulary,
                     read_config(start), settings, folder / "skipped.log")
     examiner = Judge(rule_judge, settings.refuse_leaks) if is_toy(held.records) else judge   # exact where there is such
@@ -532,7 +532,7 @@ def train(settings: Settings, world: World) -> None:
     if exact and world.first:
         print(agreement(run, settings.judge))
     if not settings.heldout:
-        return world.say(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
+        return world.print0(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
     models = {"base": Path(settings.out) / "base"} if toy else {}
     models |= {"SFT": start, folder.name: run.newest}
     results = {}
@@ -541,8 +541,8 @@ def train(settings: Settings, world: World) -> None:
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             results[f"{name}, {how}"] = summary(look(model, temperature), world)
     if world.first:
-        write_whole(report, json.dumps(results, indent=1) + "\n")
-    world.say(table(results))
+        write_atomically(report, json.dumps(results, indent=1) + "\n")
+    world.print0(table(results))
 
 
 ABOUT_REFERENCE = ("Judge: the KL reference, answering from the observation alone. The paper asked a large language "
@@ -552,7 +552,7 @@ ABOUT_REFERENCE = ("Judge: the KL reference, answering from the observation alon
 
 def agreement(run: Run, name: str) -> str:
     """How often a judge and the toy world's exact rule said the same, over a whole run."""
-    rows, _ = whole_lines(run.folder / "metrics.jsonl")
+    rows, _ = read_jsonl(run.folder / "metrics.jsonl")
     known = [row["judge/claims"] - row["judge/unknown"] for row in rows]
     share = lambda key: sum(n * row[key] for n, row in zip(known, rows)) / max(1, sum(known))
     agreed, too_kind = share("judge/agreement"), share("judge/too_kind")
@@ -568,19 +568,19 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
-        world.say(f"{run.folder.name} continues after step {run.step}")
+        world.print0(f"{run.folder.name} continues after step {run.step}")
     examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
     def stopped(error: JudgeDown, done: int) -> JudgeDown:
         if done > run.step:
             run.save(policy, optimizer, start, done)
-        run.settle()
+        run.wait_for_writer()
         return JudgeDown(f"{error}. Stopped after step {done} of {run.steps}.")
 
     todo = range(run.step, run.steps)
     mine = (step_indices(len(records), settings.questions, s, settings.seed)[world.rank::world.size] for s in todo)
     with run.guard(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
                                disable=not world.first) as bar:
-        for step, batch in zip(todo, examples.ahead(mine)):
+        for step, batch in zip(todo, examples.prefetch(mine)):
             try:
                 groups, parts, times = act(step, batch, policy, reference, vocabulary, judge, exact, settings, world)
             except JudgeDown as error:
@@ -608,7 +608,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
             bar.set_postfix_str(f"perception {metrics['perception/accuracy']:.2f} "
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")
             if not metrics["questions"]:
-                world.say(f"Step {step + 1}: the media of none of its questions can be read; nothing was learned.")
+                world.print0(f"Step {step + 1}: the media of none of its questions can be read; nothing was learned.")
             run.boundary(step + 1, policy, optimizer, start, **score)
 
 

@@ -6,11 +6,11 @@
     R_k = R_acc,k + R_form,k + R_len,k      for k in {P, R}                                        (eq. 5)
     R_acc,P   1 if a judge finds that the observation alone suffices for the correct answer, else 0
     R_acc,R   the metric of the problem type, in [0, 1]
-    R_form,k  1 if the segment obeys the template, else 0
+    R_form,k  1 if the segment matches_template the template, else 0
     R_len,k   0.2 if accuracy and format of the segment are both non-zero and its length is in its window, else 0
 
 Below that stand the judges, from the toy world's exact rule to language models behind http, and what keeps them honest.
-No tensors here but in `checkpoint_speaker`: all else works on text, bytes of sampled tokens, and counts of tokens.
+No tensors here but in `local_llm`: all else works on text, bytes of sampled tokens, and counts of tokens.
 """
 import concurrent.futures
 import errno
@@ -53,7 +53,7 @@ class Parsed(NamedTuple):
     reasoning_format: bool
 
 
-def only(tag: str, text: str) -> str | None:
+def extract_tag(tag: str, text: str) -> str | None:
     """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated or left open.
 
     A second answer is a hedge, not an answer: it must not be enough that one of the two is right.
@@ -64,7 +64,7 @@ def only(tag: str, text: str) -> str | None:
     return inside and inside[1].strip()
 
 
-def obeys(text: str, *tags: str) -> bool:
+def matches_template(text: str, *tags: str) -> bool:
     """Is text nothing but these pairs of tags in this order, each around something?
 
     "<think>a</think> <answer>b</answer>" splits into ["", <think>, "a", </think>, " ", <answer>, "b", </answer>, ""]:
@@ -78,15 +78,15 @@ def obeys(text: str, *tags: str) -> bool:
 def parse(text: str) -> Parsed:
     """Splits a response behind its first `</observation>` and checks each side by itself.
 
-    A segment obeys the template if it is exactly its tags in order, with nothing but white space between them, and
+    A segment matches_template the template if it is exactly its tags in order, with nothing but white space between them, and
     every pair holds text that is not empty and has no template tag in it. So a tag that is nested, repeated or out of
     order fails the segment in which it stands, and only that one. Without a closed observation there is no perception
     segment, and the whole text is read as reasoning (which is what the process-agnostic template writes).
     """
     end = text.find(CLOSING) + len(CLOSING) if CLOSING in text else 0
     perception, reasoning = text[:end], text[end:]
-    return Parsed(only("observation", perception), only("think", reasoning), only("answer", reasoning),
-                  obeys(perception, "observation"), obeys(reasoning, "think", "answer"))
+    return Parsed(extract_tag("observation", perception), extract_tag("think", reasoning), extract_tag("answer", reasoning),
+                  matches_template(perception, "observation"), matches_template(reasoning, "think", "answer"))
 
 
 def perception_tokens(token_bytes: Sequence[bytes]) -> int | None:
@@ -108,7 +108,7 @@ def perception_tokens(token_bytes: Sequence[bytes]) -> int | None:
 
 # ------------------------------------------------------------------------------------------------ task metrics
 
-def squash(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Lower case, single spaces, no punctuation at the ends: for comparing short answers."""
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]`*")
 
@@ -119,7 +119,7 @@ def option_texts(options: Sequence[str]) -> dict[str, str]:
     for i, option in enumerate(options):
         lettered = re.match(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", option, re.DOTALL)
         follows = lettered and lettered[1] == chr(65 + i)
-        texts[chr(65 + i)] = squash(lettered[2] if follows else option)
+        texts[chr(65 + i)] = normalize_text(lettered[2] if follows else option)
     return texts
 
 
@@ -129,16 +129,16 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     None if it names no option, or names a text that several options share, or puts one letter before another's text.
     """
     texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}     # options may stand in the question only
-    if (alone := squash(answer).upper()) in texts:           # a letter alone is a letter, whatever the options say
+    if (alone := normalize_text(answer).upper()) in texts:           # a letter alone is a letter, whatever the options say
         return alone
-    same = [letter for letter, text in texts.items() if text and text == squash(answer)]
+    same = [letter for letter, text in texts.items() if text and text == normalize_text(answer)]
     if same:
         return same[0] if len(same) == 1 else None
     named = re.fullmatch(r"\W*([A-Za-z])\W*|\s*\(?([A-Za-z])[.):]+\s*(.*)", answer.strip(), re.DOTALL)
     letter = named and (named[1] or named[2]).upper()
     if letter not in texts:
         return None
-    rest = squash(named[3] or "")
+    rest = normalize_text(named[3] or "")
     other_text = rest and rest != texts[letter] and rest in texts.values()
     return None if other_text else letter
 
@@ -162,7 +162,7 @@ def number(text: str) -> Fraction | None:
 def numerical(answer: str, reference: str) -> float:
     """1 if both are the same number; a reference that is no number is compared as text. Units are not compared."""
     wanted = number(reference)
-    return float(squash(answer) == squash(reference) if wanted is None else number(answer) == wanted)
+    return float(normalize_text(answer) == normalize_text(reference) if wanted is None else number(answer) == wanted)
 
 
 def regression(answer: str, reference: str) -> float:
@@ -273,8 +273,8 @@ class Claim(NamedTuple):
 class Verdict(NamedTuple):
     """Does the observation alone suffice for the correct answer? None: unknown, which is never a No."""
     sufficient: bool | None
-    words: str                                               # the judge's explanation, for transcripts
-    lost: str = ""                                           # why there is none: asking again may help
+    explanation: str                                               # the judge's explanation, for transcripts
+    error: str = ""                                          # why there is none: asking again may help
     leak: bool = False                                       # the observation is a bare answer
 
 
@@ -320,16 +320,16 @@ def leaks(claim: Claim) -> bool:
     named = re.compile(rf"(?<![A-Za-z0-9])(?!^A [a-z])[{letters or '-'}](?![A-Za-z0-9])")     # "A man" is no option
     named = re.compile("$^") if named.search(claim.question) or not letters else named
     wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
-    known = {squash(piece) for text in (claim.question, claim.reference) for piece in PIECES.split(text)}
+    known = {normalize_text(piece) for text in (claim.question, claim.reference) for piece in PIECES.split(text)}
     known |= {*options.values(), *(f"{letter} {text}".casefold() for letter, text in options.items())}
     own = set()
     for piece in PIECES.split(PREAMBLE.sub("", claim.observation)):
         piece = piece.strip()
         last = LAST_NUMBER.search(piece)
         stated = named.search(piece) or last and wanted is not None and number(last[1]) == wanted
-        if squash(piece) not in known and not ANSWER_WORDS.search(piece) and not stated:
+        if normalize_text(piece) not in known and not ANSWER_WORDS.search(piece) and not stated:
             # Chinese and Japanese have no spaces: there every pair of signs counts as a word.
-            own.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", squash(piece)))
+            own.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", normalize_text(piece)))
     return len(own) < OWN_WORDS
 
 
@@ -362,7 +362,7 @@ class Judge:
             if not self.background:
                 raise
             # Other ranks wait for the verdicts of this one: let them all hear of it together, as unknown verdicts.
-            verdicts |= dict.fromkeys(asked, Verdict(None, "", lost=f"{type(error).__name__}: {error}"))
+            verdicts |= dict.fromkeys(asked, Verdict(None, "", error=f"{type(error).__name__}: {error}"))
         self.seconds = time.perf_counter() - began
         return [verdicts[claim]._replace(leak=claim in leaking) for claim in claims]
 
@@ -371,12 +371,12 @@ class Judge:
         if not self.background:
             verdicts = self(claims)
             return lambda: verdicts
-        return beside(self, claims).result
+        return run_in_thread(self, claims).result
 
 
 # ------------------------------------------------------------------------------------------------ side by side, kept
 
-def beside(work: Callable, *args) -> Future:
+def run_in_thread(work: Callable, *args) -> Future:
     """Starts work in a daemon thread: a program that is stopped need not wait for a slow server."""
     future = Future()
 
@@ -389,20 +389,20 @@ def beside(work: Callable, *args) -> Future:
     return future
 
 
-def as_they_come(work: Callable, parts: Iterable, threads: int) -> Iterator[tuple]:
+def imap_unordered(work: Callable, parts: Iterable, threads: int) -> Iterator[tuple]:
     """Yields (part, work(part)) in the order of completion, with at most `threads` under way."""
     running = {}
     for part in itertools.chain(parts, [None] * threads):    # at the end, every None waits for the next to finish
         if part is not None and threads == 1:
             yield part, work(part)
         elif part is not None:
-            running[beside(work, part)] = part
+            running[run_in_thread(work, part)] = part
         if running and (part is None or len(running) == threads):
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
 
 
-def whole_lines(file: Path) -> tuple[list[dict], int]:
+def read_jsonl(file: Path) -> tuple[list[dict], int]:
     """The rows of a file of JSON lines, and the bytes that they take. A last line cut short by a kill is left out;
     ValueError for a broken line before it."""
     rows, end = [], 0
@@ -421,7 +421,7 @@ class Journal:
 
     def __init__(self, file: Path):
         self.file, self.lock = file, threading.Lock()
-        self.rows, end = whole_lines(file)
+        self.rows, end = read_jsonl(file)
         if file.is_file():
             os.truncate(file, end)
 
@@ -436,7 +436,7 @@ class Journal:
 
 class Reply(NamedTuple):
     text: str | None
-    lost: str = ""                                           # why there is no text
+    error: str = ""                                          # why there is no text
 
 
 JUDGE_PROMPT = """\
@@ -472,7 +472,7 @@ def judge_chat(c: Claim) -> list[dict]:
 def read_verdict(reply: Reply) -> Verdict:
     """Yes or No only from the end of the judge's own reply: tags that it quotes on the way do not count."""
     if reply.text is None:
-        return Verdict(None, "", reply.lost)
+        return Verdict(None, "", reply.error)
     found, words = JUDGEMENT.search(reply.text[-300:]), " ".join(printable(reply.text).split())[:1000]
     return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, words, UNREADABLE)
 
@@ -526,7 +526,7 @@ class Client:
     def ask_all(self, chats: list[list[dict]]) -> list[Reply]:
         """Replies in the order of the chats, whatever the order in which they arrive."""
         until = time.monotonic() + PATIENCE
-        replies = dict(as_they_come(lambda i: self.ask(chats[i], until), range(len(chats)), self.concurrency))
+        replies = dict(imap_unordered(lambda i: self.ask(chats[i], until), range(len(chats)), self.concurrency))
         return [replies[i] for i in range(len(chats))]
 
     def ask(self, messages: list[dict], until: float = math.inf) -> Reply:
@@ -545,7 +545,7 @@ class Client:
                 time.sleep(pause + random.uniform(0, 0.5))
             self.counts["requests" if attempt == 0 else "retries"] += 1
             try:                                             # headers that come in drops have no other end
-                text, lost, wait_for = beside(self.post, body).result(self.timeout + 1)
+                text, lost, wait_for = run_in_thread(self.post, body).result(self.timeout + 1)
             except concurrent.futures.TimeoutError:
                 text, lost, wait_for = None, f"no whole reply in {self.timeout:g} s", 0.0
             if text is not None:
@@ -602,7 +602,7 @@ def retry_after(headers) -> float:
         return 0.0
 
 
-def checkpoint_speaker(folder: str, device: str, tokens: int = 512, batch: int = 16
+def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
                        ) -> Callable[[list[list[dict]]], list[Reply]]:
     """Any causal language model in a folder that transformers loads, answering greedily. Weights must be safetensors:
     nothing is unpickled, no code from the folder is run, nothing is downloaded."""
@@ -689,7 +689,7 @@ def rule_judge(claims: list[Claim]) -> list[Verdict]:
     """
     def suffices(c: Claim) -> Verdict:
         if toy_asked(c.problem_type, c.question) is None:
-            raise ValueError(f"the rule judge knows toy questions only, not {c.question!r}: choose another --judge")
+            raise ValueError(f"the rule judge knows toy questions only, not {c.question!r}: sample_token another --judge")
         shown = [" ".join(x) for x in re.findall(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b", c.observation)]
         derived = toy_answer(c.problem_type, c.question, c.options, shown)
         return Verdict(derived is not None and derived == c.reference,

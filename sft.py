@@ -46,10 +46,10 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
                                     register_fsdp_forward_method)
 from tqdm import tqdm
 
-from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, at_least,
-                  alone_in, blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records,
-                  refuse_others, ruled, same_settings, step_indices, trace_text, write_whole)
-from rewards import Journal, whole_lines
+from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, check_minimum,
+                  lock_folder, blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records,
+                  refuse_others, format_table, check_settings, step_indices, trace_text, write_atomically)
+from rewards import Journal, read_jsonl
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -83,14 +83,14 @@ class TrainSettings(InputSettings):
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
                 raise SystemExit(f"--{f.name.replace('_', '-')} must be a finite number")
-        at_least(self, micro_batch=1, save_every=1, keep=1, eval_every=0, shards=0, patience=0.01, lr=0, warmup=0,
+        check_minimum(self, micro_batch=1, save_every=1, keep=1, eval_every=0, shards=0, patience=0.01, lr=0, warmup=0,
                  weight_decay=0, clip_norm=1e-9, beta2=0)
         if self.beta2 >= 1:
             raise SystemExit("--beta2 must be below 1")
 
 
 # What may change when a run is continued: it decides where and how fast the numbers are computed, not which.
-ON_THE_WAY = ("save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume", "shards",
+RESUMABLE = ("save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume", "shards",
               "patience", "dry_run", "offload_reference")
 TINY = TOY_INPUT | dict(save_memory=False, clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
@@ -123,7 +123,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    apart: dist.ProcessGroup | None = None                   # for waits in which one rank works alone
+    slow_group: dist.ProcessGroup | None = None                   # for waits in which one rank works alone
     local: int = 1                                           # ranks on this machine
     store: dist.Store | None = None                          # torchrun's own: it outlives a rank
     minutes: float = 6.0                                     # of waiting for each other within a step
@@ -132,30 +132,30 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def say(self, *words, sep: str = " ") -> None:
+    def print0(self, *words, sep: str = " ") -> None:
         if self.first:
             print(*words, sep=sep, flush=True)
 
-    def sum(self, values: dict[str, float]) -> dict[str, float]:
+    def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
         """Adds up the same keys over all ranks."""
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
-            dist.barrier(group=self.apart)
+            dist.barrier(group=self.slow_group)
 
-    def most(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         """The largest value of any rank."""
         most = torch.tensor(float(value), device=self.device)
         if self.size > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return float(most)
 
-    def once(self, work: Callable):
+    def on_rank0(self, work: Callable):
         """Does work on the first rank, while the others wait. Its result, or its error, is everybody's."""
         result = error = None
         if self.first:
@@ -165,7 +165,7 @@ class World:
                 error = e
         if self.size > 1:
             box = [result, error]
-            dist.broadcast_object_list(box, group=self.apart)
+            dist.broadcast_object_list(box, group=self.slow_group)
             result, error = box
         if error is not None:
             raise error
@@ -249,7 +249,7 @@ def meeting(rank: int, size: int, patience: timedelta) -> dist.Store:
 
 def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
     """Reads torchrun's environment and joins the ranks. Without torchrun: one rank. Ranks wait `minutes` for each other
-    within a step, and `patience` where one of them works alone (`World.once`, `World.wait`). A rank that dies is
+    within a step, and `patience` where one of them works alone (`World.on_rank0`, `World.barrier`). A rank that dies is
     noticed at once in both, since its connections close."""
     rank, size, local, place = (int(os.environ.get(k, d)) for k, d in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -266,8 +266,8 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
         store = dist.HashStore() if size == 1 else meeting(rank, size, timedelta(minutes=minutes))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=timedelta(minutes=minutes))
-    apart = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
-    return World(rank, size, device, apart, local, store, minutes)
+    slow_group = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
+    return World(rank, size, device, slow_group, local, store, minutes)
 
 
 def shard(model: Qwen2_5_VL, world: World, shards: int = 0, offload: bool = False) -> Qwen2_5_VL:
@@ -301,11 +301,11 @@ def build_model(folder: str | Path, vocabulary: Vocabulary, world: World, save_m
         wanted = {name: p.shape for name, p in model.named_parameters()}
         model.to_empty(device="cpu" if offload else world.device)
         tensors = load_weights(folder, wanted, dtype) if world.first else {}
-        world.wait()                                         # a large model takes minutes to read
+        world.barrier()                                         # a large model takes minutes to read
         set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         model.set_reshard_after_forward(frozen, recurse=False)               # the root, too, where no backward follows
     model.save_memory = save_memory
-    return vocabulary.restrict(model.requires_grad_(not frozen))
+    return vocabulary.mask_special_tokens(model.requires_grad_(not frozen))
 
 
 @contextmanager
@@ -401,17 +401,17 @@ def plan(config: Config, s: TrainSettings, name: str, cuda: bool = True) -> str:
     parts = {ranks: memory(config, s, ranks, cuda) for ranks in (1, 2, 4, 8, 16)}
     rows = [["ranks", *parts[1]]] + [[str(ranks), *map(cell, row.values())] for ranks, row in parts.items()]
     if not hasattr(s, "max_response"):
-        return "\n".join([f"{name}: GB on each rank with {s.frames} frames", *ruled(rows)])
+        return "\n".join([f"{name}: GB on each rank with {s.frames} frames", *format_table(rows)])
     lengths = [(frames, tokens) for frames in (8, 16, 32) for tokens in (256, 768, 1536)] if cuda else []
     peak = lambda n, frames, tokens: memory(config, replace(s, frames=frames, max_response=tokens), n)["peak"]
     other = [["ranks", *(f"{frames}, {tokens}" for frames, tokens in lengths)]]
     other += [[str(ranks), *(cell(peak(ranks, *length)) for length in lengths)] for ranks in parts]
     return "\n".join([
         f"{name}: GB on each rank with {s.frames} frames and responses of {s.max_response} tokens, micro-batches of "
-        f"{s.micro_batch}", *ruled(rows), 
+        f"{s.micro_batch}", *format_table(rows), 
         "Sampling: the gathered weights and the cache. Learning: gradients, activations, and what stands gathered. "
         "The peak is\nweights, moments, reference and the larger of the two.",
-        *(["", "Peak with other frames, tokens of a response:", *ruled(other)] if cuda else [])])
+        *(["", "Peak with other frames, tokens of a response:", *format_table(other)] if cuda else [])])
 
 
 def relief(config: Config, s: TrainSettings, ranks: int, cuda: bool) -> list[tuple[str, float]]:
@@ -492,7 +492,7 @@ class Run:
         """Finds out how far the folder's run has come. Raises SystemExit if it is a run with other settings."""
         self.folder, self.settings, self.steps, self.per_step, self.world = folder, settings, steps, per_step, world
         self.stopping, self.broken, self.writer, self.lost = False, 0, None, None
-        self.newest = world.once(self.find)                  # the checkpoint that stands
+        self.newest = world.on_rank0(self.find)                  # the checkpoint that stands
         self.step = int(self.newest.name[5:]) if self.newest else 0
 
     @property
@@ -507,7 +507,7 @@ class Run:
         begun = any(self.folder.glob(STEPS)) or (self.folder / "metrics.jsonl").exists()
         if begun and not self.settings.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
-        same_settings(self.folder, self.configuration, ON_THE_WAY)
+        check_settings(self.folder, self.configuration, RESUMABLE)
         try:
             newest = newest_checkpoint(self.folder, optimizer=True)
         except FileNotFoundError:
@@ -515,7 +515,7 @@ class Run:
         state = read_state(newest)
         if state["step"] != int(newest.name[5:]):
             raise SystemExit(f"{newest} holds step {state['step']}: it was renamed or copied there; take it away")
-        refuse_others(newest, state["settings"], self.configuration, ON_THE_WAY)
+        refuse_others(newest, state["settings"], self.configuration, RESUMABLE)
         return newest
 
     def whole(self) -> list[Path]:
@@ -541,23 +541,23 @@ class Run:
                          .encode())
         after = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with alone_in(self.folder) if self.world.first else nullcontext():
+            with lock_folder(self.folder) if self.world.first else nullcontext():
                 if self.world.first:                         # steps after the checkpoint are taken again: log them once
                     for left in (*self.folder.glob("step-*.old"), *self.folder.glob("step-*.writing")):
                         shutil.rmtree(left)
                     file = self.folder / "metrics.jsonl"
-                    rows = whole_lines(file)[0]
+                    rows = read_jsonl(file)[0]
                     if odd := [row for row in rows if not isinstance(row.get("step"), int)]:
                         raise ValueError(f"{file} has a line without a step, {str(odd[0])[:60]}: remove it")
                     rows = [row for row in rows if row["step"] <= self.step]
-                    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+                    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
                     self.metrics = Journal(file)
                 try:
                     yield
                 finally:
                     if self.world.size == 1 and self.writer:
                         self.writer.join()                   # several ranks speak first: torchrun will not wait long
-                self.settle()
+                self.wait_for_writer()
         except BaseException as error:
             error.stands = self.stands()
             if self.world.size > 1:                          # torchrun ends us already: there is something to say first
@@ -575,25 +575,25 @@ class Run:
             self.metrics.add({k: short(v) for k, v in metrics.items()})
         self.broken = self.broken + 1 if metrics["grad_norm"] is None else 0
         if self.broken == MOST_BROKEN:
-            self.settle()
+            self.wait_for_writer()
             raise ValueError(f"the gradients of {MOST_BROKEN} steps in a row were NaN or infinite, up to step "
                              f"{metrics['step']}. A lower --lr or --clip-norm may help, in another --out.")
 
     def boundary(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state) -> None:
         """Between two steps, when `done` of them are whole: saves if that is due, and ends the run (SystemExit) if a
         signal asked for it. `state` goes into state.json; its "score" says how good the checkpoint is."""
-        asked = self.world.most(2 if self.lost else self.stopping)            # 1: to stop, 2: nothing can be written
+        asked = self.world.all_reduce_max(2 if self.lost else self.stopping)            # 1: to stop, 2: nothing can be written
         due = done == self.steps or "score" in state or done % self.settings.save_every == 0
         if done > self.step and (due or asked == 1):
             self.save(model, optimizer, source, done, **state)
         if asked:
-            self.settle()
+            self.wait_for_writer()
             raise SystemExit(f"Stopped after step {done} of {self.steps}. {self.stands()}")
 
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> None:
         """Copies everything to the first rank's host memory; a thread writes it while training goes on. `source`, the
         folder that the run started from, gives configuration and tokenizer files, and is the KL reference of RL."""
-        self.settle()
+        self.wait_for_writer()
         # Gathering copies from a GPU. On a CPU, and for AdamW's count of steps, it may give the living tensor itself.
         copy = lambda x: x.clone() if x.device == self.world.device or x.numel() == 1 else x
         weights = {k: copy(x) for k, x in get_model_state_dict(model, options=WHOLE).items()}
@@ -623,11 +623,11 @@ class Run:
         except Exception as error:                           # whatever it is, nobody else would hear of it
             self.lost = f"Checkpoint {target} could not be written: {error}."
 
-    def settle(self) -> None:
+    def wait_for_writer(self) -> None:
         """Until the checkpoint under way is on disk. Raises OSError, on all ranks alike, if it could not be written."""
         if self.writer:
             self.writer.join()
-        lost, self.newest = self.world.once(lambda: (self.lost, self.newest))
+        lost, self.newest = self.world.on_rank0(lambda: (self.lost, self.newest))
         if lost:
             raise OSError(lost)
 
@@ -643,7 +643,7 @@ class Run:
                 for key, x in load_file(file).items():
                     name, kind = key.split(" ")
                     moments["state"][name][kind] = x
-        self.world.wait()
+        self.world.barrier()
         spread = replace(WHOLE, broadcast_from_rank0=self.world.size > 1)
         set_optimizer_state_dict(model, optimizer, moments, options=spread)
         return read_state(self.newest)
@@ -699,7 +699,7 @@ def micro_batches(examples: Sequence[Example], size: int, world: World, model: Q
                   ) -> Iterator[tuple[list[Example], float]]:
     """Cuts a rank's examples into micro-batches, as many on every rank: one that has too few joins the exchange of
     weights and gradients with a blank example of weight 0. Yields (examples, weight)."""
-    for i in range(int(world.most(-(-len(examples) // size)))):
+    for i in range(int(world.all_reduce_max(-(-len(examples) // size)))):
         part = examples[i * size:(i + 1) * size]
         yield (list(part), 1.0) if part else ([blank_example(vocabulary, model.config)], 0.0)
 
@@ -715,7 +715,7 @@ def prepare_toy(settings: TrainSettings, world: World) -> dict[str, str]:
             cot(CotSettings(**TOY_INPUT, out=str(out / "cot"), data=str(out / "toy" / "sft.json")))
         if not (out / "base" / "config.json").is_file():
             make_toy_model(out / "base", settings.seed)
-    world.once(make)
+    world.on_rank0(make)
     return dict(model=settings.model or str(out / "base"), media=str(out / "toy"),
                 heldout=str(out / "toy" / "heldout.json"))
 
@@ -734,7 +734,7 @@ class Settings(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, batch=1, steps=0)
+        check_minimum(self, batch=1, steps=0)
 
 
 PRESETS = {
@@ -765,11 +765,11 @@ def heldout_loss(model: Qwen2_5_VL, examples: Examples, settings: Settings, worl
     """Mean cross-entropy of a response token over the held-out records."""
     total, count = 0.0, 0
     steps = [range(i, min(i + settings.batch, len(examples))) for i in range(0, len(examples), settings.batch)]
-    for batch in examples.ahead([step[world.rank::world.size] for step in steps]):
+    for batch in examples.prefetch([step[world.rank::world.size] for step in steps]):
         for part, weight in micro_batches(batch, settings.micro_batch, world, model, examples.vocabulary):
             loss, tokens = sft_loss(model, part, examples.vocabulary, settings.template, world.device)
             total, count = total + weight * float(loss), count + int(weight) * tokens
-    sums = world.sum({"loss": total, "tokens": count})
+    sums = world.all_reduce_sum({"loss": total, "tokens": count})
     return sums["loss"] / max(1, sums["tokens"])
 
 
@@ -778,13 +778,13 @@ def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer, lr: float, voca
     """Loss, gradients and update for one batch, over micro-batches and ranks with one denominator: all response tokens
     of the step."""
     count = int(sum(trace_tokens([e], vocabulary, settings.template)[1].item() for e in batch))
-    count, loss = world.sum({"tokens": count})["tokens"], 0.0
+    count, loss = world.all_reduce_sum({"tokens": count})["tokens"], 0.0
     for part, weight in micro_batches(batch, settings.micro_batch, world, model, vocabulary):
         summed, _ = sft_loss(model, part, vocabulary, settings.template, world.device)
         (summed * weight * world.size / max(1, count)).backward()             # FSDP averages over ranks: undo that
         loss += weight * float(summed.detach())
     norm = update(model, optimizer, lr, settings.clip_norm)
-    return {"loss": world.sum({"loss": loss})["loss"] / max(1, count), **norms([norm]), "tokens": int(count)}
+    return {"loss": world.all_reduce_sum({"loss": loss})["loss"] / max(1, count), **norms([norm]), "tokens": int(count)}
 
 
 def train(settings: Settings, world: World) -> Path:
@@ -808,10 +808,10 @@ def train(settings: Settings, world: World) -> Path:
     if run.finished:
         losses = read_report(report) or {}
         shown = "".join(f"  {name} {loss:.3f}" for name, loss in losses.items())
-        world.say(f"SFT is finished: {run.newest}{shown}")
+        world.print0(f"SFT is finished: {run.newest}{shown}")
         return run.newest
 
-    start = world.once(lambda: newest_checkpoint(settings.model))
+    start = world.on_rank0(lambda: newest_checkpoint(settings.model))
     vocabulary = Vocabulary(start)
     model = build_model(run.newest or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(model, settings)
@@ -819,31 +819,31 @@ def train(settings: Settings, world: World) -> Path:
                       for some in (records, heldout))
     if run.step:
         before = run.restore(model, optimizer)["heldout_before"]
-        world.say(f"SFT continues after step {run.step}")
+        world.print0(f"SFT continues after step {run.step}")
     else:
         before = heldout_loss(model, held, settings, world)
     todo = range(run.step, steps)
     mine = (step_indices(len(records), settings.batch, s, settings.seed)[world.rank::world.size] for s in todo)
     with run.guard(), tqdm(total=steps, initial=run.step, desc="SFT", unit="step", disable=not world.first) as bar:
-        for step, batch in zip(todo, examples.ahead(mine)):
+        for step, batch in zip(todo, examples.prefetch(mine)):
             began, lr = time.perf_counter(), learning_rate(step, steps, settings)
             metrics = one_step(model, batch, optimizer, lr, vocabulary, settings, world)
             seconds = time.perf_counter() - began
-            taken = world.sum({"records": len(batch)})["records"]
+            taken = world.all_reduce_sum({"records": len(batch)})["records"]
             held_out = {}
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
                 held_out = {"heldout_loss": heldout_loss(model, held, settings, world)}
             run.log({"step": step + 1, **metrics, "lr": lr, "tokens_per_second": metrics["tokens"] / seconds,
                      "seconds": seconds, "skipped": settings.batch - int(taken),
-                     "peak_memory_gb": world.most(peak_memory_gb(world)), **held_out})
+                     "peak_memory_gb": world.all_reduce_max(peak_memory_gb(world)), **held_out})
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
             score = {"score": -loss for loss in held_out.values()}            # a score is better if it is higher
             run.boundary(step + 1, model, optimizer, start, heldout_before=before, **score)
     after = heldout_loss(model, held, settings, world)
     if world.first:
-        write_whole(report, json.dumps({"heldout_loss_before": before, "heldout_loss_after": after}) + "\n")
-    world.say(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
+        write_atomically(report, json.dumps({"heldout_loss_before": before, "heldout_loss_after": after}) + "\n")
+    world.print0(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
               f"{len(examples.skipped)} records skipped. Checkpoint: {run.newest}")
     return run.newest
 
@@ -903,7 +903,7 @@ def launch(train, settings_class, presets: dict[str, dict], argv: Sequence[str] 
         world = start_world(settings.patience)
     except RuntimeError as error:
         sys.exit(f"Rank {os.environ.get('RANK', 0)} could not join the others: {str(error).splitlines()[0]}")
-    world.say(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
+    world.print0(f"Preset {preset} ({reason}); others: " + ", ".join(f"--preset {p}" for p in presets if p != preset))
     try:
         train(settings, world)
         world.leave()

@@ -56,7 +56,7 @@ def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world
 
     pagrpo.update = keep
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    for name, records in world.once(lambda: situations(toy)).items():
+    for name, records in world.on_rank0(lambda: situations(toy)).items():
         mine = [build_example(r, toy, vocabulary, policy.config, settings) for r in records[world.rank::world.size]]
         groups, parts, times = pagrpo.act(3, mine, policy, frozen, vocabulary, judge, None, settings, world)
         if name == "zero variance":

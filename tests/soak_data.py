@@ -60,7 +60,7 @@ def print_table(title: str, kinds: dict[str, Counter]) -> int:
     total = sum(kinds.values(), Counter())
     rows = [[title, *ends], *([kind, *(str(row[end]) for end in ends)] for kind, row in kinds.items()),
             ["all", *(str(total[end]) for end in ends)]]
-    print("\n".join(data.ruled(rows)), flush=True)
+    print("\n".join(data.format_table(rows)), flush=True)
     return sum(n for end, n in total.items() if end not in GOOD)
 
 

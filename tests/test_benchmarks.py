@@ -281,7 +281,7 @@ def test_a_clip_is_not_read_again_for_every_question_about_it(clip, base, tmp_pa
     records = [data.Record(str(i), f"What is {i}?", (), "numerical", "1", path, "video")
                for path in ("a.mp4", "b.mp4") for i in range(9)]
     examples = data.Examples(records, tmp_path, vocabulary, config, data.replace(tiny_settings, workers=1))
-    assert len([e for part in examples.ahead([range(18)]) for e in part]) == 18 and len(reads) == 2
+    assert len([e for part in examples.prefetch([range(18)]) for e in part]) == 18 and len(reads) == 2
 
 
 def test_the_last_frame_is_always_among_those_taken(tiny_settings):

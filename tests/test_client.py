@@ -73,7 +73,7 @@ def test_what_may_pass_is_tried_again(fault, waits):
 def test_waits_grow_and_are_never_the_same(waits):
     with serving(lambda n, request: Fault(500)) as server:
         reply = Client(server.url, "m", retries=4).ask(chat("?"))
-    assert reply.text is None and "HTTP 500" in reply.lost
+    assert reply.text is None and "HTTP 500" in reply.error
     assert len(waits) == 4 and all(0.5 * 2 ** i <= w <= 1.5 * 2 ** i for i, w in enumerate(waits)), waits
     assert len({w / 2 ** i for i, w in enumerate(waits)}) == 4, "with jitter"
 
@@ -118,7 +118,7 @@ def test_an_hour_is_too_long(waits):
 def test_what_cannot_pass_is_not_tried_again(status, waits):
     with serving(lambda n, request: Fault(status, body=b"model not found")) as server:
         reply = Client(server.url, "m").ask(chat("?"))
-    assert reply.text is None and reply.lost == f"HTTP {status} model not found" and len(server.requests) == 1
+    assert reply.text is None and reply.error == f"HTTP {status} model not found" and len(server.requests) == 1
 
 
 def test_a_batch_has_a_time_of_its_own(monkeypatch):
@@ -147,7 +147,7 @@ def test_a_reply_in_drops_ends_at_the_timeout():
     with serving(lambda n, request: Fault(body=b'{"choices": [' + b" " * 500, drip=0.05)) as server:
         began = time.monotonic()
         reply = Client(server.url, "m", timeout=0.5, retries=0).ask(chat("?"))
-    assert reply.text is None and "no whole reply in 0.5 s" in reply.lost and time.monotonic() - began < 2
+    assert reply.text is None and "no whole reply in 0.5 s" in reply.error and time.monotonic() - began < 2
 
 
 def test_headers_in_drops_end_as_well():
@@ -167,14 +167,14 @@ def test_headers_in_drops_end_as_well():
         began = time.monotonic()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         reply = Client(url, "m", timeout=0.5, retries=0).ask(chat("?"))
-    assert reply.text is None and "no whole reply in 0.5 s" in reply.lost and time.monotonic() - began < 3
+    assert reply.text is None and "no whole reply in 0.5 s" in reply.error and time.monotonic() - began < 3
 
 
 def test_nobody_there(waits):
     with serving(lambda n, request: "x") as server:
         pass
     reply = Client(server.url, "m", retries=2).ask(chat("?"))
-    assert reply.text is None and "Connection refused" in reply.lost and len(waits) == 2
+    assert reply.text is None and "Connection refused" in reply.error and len(waits) == 2
 
 
 def test_a_redirect_is_not_followed(waits):
@@ -182,7 +182,7 @@ def test_a_redirect_is_not_followed(waits):
     with serving(lambda n, request: "stolen") as thief:
         with serving(lambda n, request: Fault(302, {"Location": thief.url + "/chat/completions"})) as server:
             reply = Client(server.url, "m", KEY).ask(chat("?"))
-    assert reply.text is None and "HTTP 302" in reply.lost and not thief.requests
+    assert reply.text is None and "HTTP 302" in reply.error and not thief.requests
 
 
 def test_an_equal_request_is_asked_once_also_by_the_next_run(tmp_path):
@@ -206,7 +206,7 @@ def test_a_reply_can_be_written_down_and_shown(tmp_path):
         reply = Client(server.url, "m", cache=tmp_path / "c.jsonl").ask(chat("?"))
     reply.text.encode()
     verdict = rewards.read_verdict(reply)
-    assert verdict.sufficient and verdict.words == "a?b [2J <judgement>Yes</judgement>"
+    assert verdict.sufficient and verdict.explanation == "a?b [2J <judgement>Yes</judgement>"
 
 
 def test_a_failure_is_not_kept(tmp_path, waits):
@@ -224,8 +224,8 @@ def test_the_key_appears_nowhere(tmp_path, waits, capsys):
         client = Client(server.url, "m", KEY, cache=cache)
         refused, fine = client.ask(chat("a")), client.ask(chat("b"))
     printed = capsys.readouterr()
-    assert "Incorrect API key" in refused.lost and fine.text == "fine, ***"
-    assert KEY[:9] not in refused.lost + cache.read_text() + printed.out + printed.err + repr(client) + str(client)
+    assert "Incorrect API key" in refused.error and fine.text == "fine, ***"
+    assert KEY[:9] not in refused.error + cache.read_text() + printed.out + printed.err + repr(client) + str(client)
 
 
 @pytest.mark.parametrize("url", ["https://user:secret@host/v1", "https://:secret@host/v1", "https:///v1", "http://",

@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 import sft
-from data import CotSettings, Draft, cot, read_records, to_record, toy_teacher, verify, work_through
+from data import CotSettings, Draft, cot, read_records, to_record, toy_teacher, verify, run_resumable
 from rewards import parse
 from serving import Fault, serving, text_of
 
@@ -288,7 +288,7 @@ def test_other_settings_need_another_folder(toy, tmp_path):
 
 
 def test_a_second_process_in_the_same_folder_is_sent_away(toy, tmp_path):
-    with data.alone_in(tmp_path), pytest.raises(SystemExit, match="Another process works in"):
+    with data.lock_folder(tmp_path), pytest.raises(SystemExit, match="Another process works in"):
         cot(settings(toy, tmp_path))
     assert lines(cot(settings(toy, tmp_path)))
 
@@ -337,7 +337,7 @@ def test_a_checkpoint_teaches_and_the_reference_judges(toy, started, tmp_path):
     rows = lines(tmp_path / "cot" / "1-generated.jsonl")
     assert len(rows) == 40 and sum(row["output"].startswith("<observation>") for row in rows) > 20
     for row in lines(tmp_path / "cot" / "3-judged.jsonl"):
-        assert row["words"].startswith(("answering blind: ", "a bare answer")) and row["sufficient"] in (True, False)
+        assert row["explanation"].startswith(("answering blind: ", "a bare answer")) and row["sufficient"] in (True, False)
     assert cot(replace(s, out=str(tmp_path / "again"), batch=16)).read_bytes() == first, "greedy, whatever the batch"
 
 
@@ -368,10 +368,10 @@ def test_what_cannot_work_is_said_in_a_line(tmp_path, flags, complaint):
 
 
 def test_what_is_lost_is_tried_again_later(tmp_path):
-    """work_through by itself: what is lost is not noted down."""
+    """run_resumable by itself: what is lost is not noted down."""
     worker = lambda good: lambda s: lambda items: [Draft("x") if i in good else Draft(None, "busy") for i in items]
     items, s = {str(i): i for i in range(5)}, CotSettings(batch=2)
-    done, lost = work_through(items, worker({0, 2, 4}), "somebody", tmp_path / "j", "try", s)
+    done, lost = run_resumable(items, worker({0, 2, 4}), "somebody", tmp_path / "j", "try", s)
     assert set(done) == {"0", "2", "4"} and lost == {"1": "busy", "3": "busy"}
-    done, lost = work_through(items, worker({1, 3}), "somebody", tmp_path / "j", "try", s)
+    done, lost = run_resumable(items, worker({1, 3}), "somebody", tmp_path / "j", "try", s)
     assert set(done) == set(items) and not lost

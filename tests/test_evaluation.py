@@ -15,7 +15,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 import eval as evaluation
-from eval import BENCHES, VSI_CHOICE, VSI_DIRECTION, VSI_NUMERIC, compare, lesson, mean, mismatch, sign_test, summarise
+from eval import BENCHES, VSI_CHOICE, VSI_DIRECTION, VSI_NUMERIC, compare, change, mean, mismatch, sign_test, summarise
 from pagrpo import wilson
 from rewards import ocr, rouge
 
@@ -210,8 +210,8 @@ def test_a_question_that_is_worded_anew_is_asked_anew(toy, base, tmp_path, capsy
 
 
 def test_two_at_once_in_one_folder_are_one_too_many(toy, base, tmp_path):
-    from data import alone_in
-    with alone_in(tmp_path / "toy"), pytest.raises(SystemExit, match="Another process works in"):
+    from data import lock_folder
+    with lock_folder(tmp_path / "toy"), pytest.raises(SystemExit, match="Another process works in"):
         evaluation.main(bench(toy, base, tmp_path))
 
 
@@ -287,7 +287,7 @@ PAIRS = [((0, False), (1, True)), ((0, True), (1, True)), ((1, True), (0, False)
 
 def test_comparing_says_whether_it_was_the_look_or_the_thought(tmp_path):
     a, b = ([verdicts(i, *pair[k]) for i, pair in enumerate(PAIRS)] for k in (0, 1))
-    assert [lesson(x, y) for x, y in zip(a, b)] == [
+    assert [change(x, y) for x, y in zip(a, b)] == [
         "learned to look", "learned to think", "forgot to look", "forgot to think", "learned to think", "right by luck",
         None, None]
     for name, rows in (("a", a), ("b", b)):

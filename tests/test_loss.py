@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from pagrpo import Episode, Settings, ask, group_advantages, normalise, pa_grpo_loss, reward, to_tokens, totals
+from pagrpo import Response, Settings, ask, group_advantages, normalize, pa_grpo_loss, reward, to_tokens, totals
 from data import Example, Record
 from rewards import Judge, SegmentReward, parse, rule_judge
 
 
 def episode(n, boundary, advantages=(0.0, 0.0), logprob=-1.0):
-    return Episode(None, list(range(8, 8 + n)), torch.full((n,), logprob), True, "", parse(""), boundary,
+    return Response(None, list(range(8, 8 + n)), torch.full((n,), logprob), True, "", parse(""), boundary,
                    advantages=advantages)
 
 
@@ -30,22 +30,22 @@ class TestAdvantages:
     def test_normalise_by_hand(self):
         std = math.sqrt(4 * 0.25 / 3)                        # unbiased: divided by n - 1
         expected = [0.5 / (std + 1e-4)] * 2 + [-0.5 / (std + 1e-4)] * 2
-        assert normalise(torch.tensor([2.0, 2.0, 1.0, 1.0])).tolist() == pytest.approx(expected)
+        assert normalize(torch.tensor([2.0, 2.0, 1.0, 1.0])).tolist() == pytest.approx(expected)
 
     @pytest.mark.parametrize("rewards", [[1.2] * 4, [0.0] * 4, [1.0, 1.0 + 1e-7, 1.0, 1.0], [3.0]])
     def test_a_group_that_is_all_equal_gives_none(self, rewards):
-        assert normalise(torch.tensor(rewards)).tolist() == [0.0] * len(rewards)
+        assert normalize(torch.tensor(rewards)).tolist() == [0.0] * len(rewards)
 
     def test_segments_are_normalised_in_their_own_groups(self):
         perception, reasoning = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 2.0])
         a_p, a_r = group_advantages(perception, reasoning, "pa")
-        assert torch.equal(a_p, normalise(perception)) and torch.equal(a_r, normalise(reasoning))
+        assert torch.equal(a_p, normalize(perception)) and torch.equal(a_r, normalize(reasoning))
 
     def test_grpo_and_joint_give_both_segments_the_same(self):
         perception, reasoning = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 2.0])
         for mode, rewards in (("grpo", reasoning), ("joint", perception + reasoning)):
             a_p, a_r = group_advantages(perception, reasoning, mode)
-            assert torch.equal(a_p, a_r) and torch.equal(a_p, normalise(rewards))
+            assert torch.equal(a_p, a_r) and torch.equal(a_p, normalize(rewards))
 
     @pytest.mark.parametrize("off, expected", [
         ("none", (2.2, 1.7)), ("perception", (0.0, 1.7)), ("reasoning", (2.2, 0.0)), ("length", (2.0, 1.5))])
@@ -88,7 +88,7 @@ class TestLoss:
 
     def test_loss_is_zero_but_its_gradient_is_not(self):
         """The commonest question about GRPO: with one update the loss is the mean of advantages that add up to zero."""
-        group = [[episode(3, 1, (a, a)) for a in normalise(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist()]]
+        group = [[episode(3, 1, (a, a)) for a in normalize(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist()]]
         loss, grad, _, _ = loss_of(group)
         assert abs(loss) < 1e-6 and grad.abs().max() > 0.05
 
@@ -139,14 +139,14 @@ class TestLoss:
 class TestRewards:
     """From text to R_P and R_R, through the judge."""
 
-    def episodes(self, *texts):
+    def responses(self, *texts):
         record = Record("q", "How many letters are red?", (), "numerical", "2", "", "video")
         example = Example(record, None, None, 0, None, (1, 2, 2), 0.0)
         made = []
         for text in texts:
             pieces = text.replace("</observation>", "</observation>\x00").split("\x00")
             boundary = 12 if len(pieces) > 1 else None
-            made.append(Episode(example, [8] * 30, torch.zeros(30), True, text, parse(text), boundary))
+            made.append(Response(example, [8] * 30, torch.zeros(30), True, text, parse(text), boundary))
         settings = Settings(perception_window=(8, 16), reasoning_window=(10, 48))
         asked = []
         judge = Judge(lambda claims: asked.append(len(claims)) or rule_judge(claims))
@@ -157,12 +157,12 @@ class TestRewards:
         good = "<observation> 1 red X, 2 red O, 3 blue T </observation>\n<think> a </think>\n<answer> 2 </answer>"
         slip = good.replace("> 2 <", "> 3 <")
         blind = good.replace("2 red O", "2 green O")
-        made, asked = self.episodes(good, slip, blind)
+        made, asked = self.responses(good, slip, blind)
         assert [(e.perception.total, e.reasoning.total) for e in made] == [(2.2, 2.2), (2.2, 1.0), (1.0, 2.2)]
         assert asked == [2], "all observations of a step go to the judge in one batch, equal ones once"
 
     def test_no_observation_earns_nothing_and_asks_nobody(self):
-        made, asked = self.episodes("<think> a </think><answer> 2 </answer>", "<observation> </observation>")
+        made, asked = self.responses("<think> a </think><answer> 2 </answer>", "<observation> </observation>")
         assert asked == [0]
         assert made[0].perception.total == 0 and made[0].reasoning.total == 2.2
         assert made[1].perception.total == 0

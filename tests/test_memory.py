@@ -23,7 +23,7 @@ def counted(settings, toy, base, config) -> float:
     world, vocabulary = World(0, 1, torch.device("cpu")), Vocabulary(base)
     examples = [build_example(r, toy, vocabulary, config, settings) for r in read_records(toy / "rl.json")]
     with Counting() as count:
-        policy, reference = (vocabulary.restrict(init_weights(Qwen2_5_VL(config), seed)) for seed in (0, 1))
+        policy, reference = (vocabulary.mask_special_tokens(init_weights(Qwen2_5_VL(config), seed)) for seed in (0, 1))
         policy.save_memory = settings.save_memory
         reference.requires_grad_(False)
         optimizer = sft.make_optimizer(policy, settings)

@@ -165,7 +165,7 @@ class TestVocabulary:
     def test_placeholders_and_ids_without_a_text_are_banned(self, vocabulary, base):
         with torch.device("meta"):
             model = Qwen2_5_VL(read_config(base))
-        vocabulary.restrict(model)
+        vocabulary.mask_special_tokens(model)
         names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
         beyond = range(len(vocabulary.tokenizer), CONFIGS["tiny"].vocab_size)
         assert sorted(model.banned.tolist()) == sorted([*(vocabulary.id[n] for n in names), *beyond])

@@ -240,7 +240,7 @@ class TestSkipping:
     def test_every_question_keeps_its_own_clip(self, records, load, toy, tiny_settings):
         examples = load(without_media(records, {1, 4, 6}))
         steps = [range(0, 5), range(5, 10), range(10, 20)]
-        yielded = [example for step in examples.ahead(steps) for example in step]
+        yielded = [example for step in examples.prefetch(steps) for example in step]
         assert [e.record for e in yielded] == [r for i, r in enumerate(records[:20]) if i not in (1, 4, 6)]
         for e in yielded:
             frames, _ = read_video(toy / e.record.path, tiny_settings)
@@ -249,15 +249,15 @@ class TestSkipping:
     def test_too_many_missing_media_stop_the_run_with_a_hint(self, records, load):
         examples = load(without_media(records, {0, 3, 6, 9, 12}))
         with pytest.raises(ValueError, match=r"5 of 20 media .*gone0\.avi.*right media folder\?.*data.py check"):
-            list(examples.ahead([range(20)]))
+            list(examples.prefetch([range(20)]))
 
     def test_one_in_five_is_borne(self, records, load):
         examples = load(without_media(records, {0, 3, 6, 9}))
-        assert [len(step) for step in examples.ahead([range(20)])] == [16]
+        assert [len(step) for step in examples.prefetch([range(20)])] == [16]
 
     def test_a_few_records_are_no_evidence(self, records, load):
         examples = load(without_media(records, range(5)))
-        assert [len(step) for step in examples.ahead([range(5), range(5, 10)])] == [0, 5]
+        assert [len(step) for step in examples.prefetch([range(5), range(5, 10)])] == [0, 5]
 
     def test_a_prompt_that_is_too_long_is_skipped_and_counted_never_cut(self, records, load, tmp_path):
         whole = load(records)
@@ -277,20 +277,20 @@ class TestAhead:
     @pytest.mark.parametrize("workers", [1, 4])
     def test_steps_come_in_order(self, records, load, workers):
         steps = [step_indices(40, 6, step, seed=1) for step in range(8)]
-        for indices, examples in zip(steps, load(records, workers=workers).ahead(steps), strict=True):
+        for indices, examples in zip(steps, load(records, workers=workers).prefetch(steps), strict=True):
             assert [e.record for e in examples] == [records[i] for i in indices]
 
     def test_only_a_few_steps_are_read_ahead(self, records, load):
         asked = []
         endless = (asked.append(step) or step_indices(40, 2, step, seed=0) for step in itertools.count())
-        reading = load(records).ahead(endless)
+        reading = load(records).prefetch(endless)
         for step in range(4):
             next(reading)
             assert len(asked) <= step + 3
         reading.close()
 
     def test_no_steps_are_no_work(self, records, load):
-        assert list(load(records).ahead([])) == []
+        assert list(load(records).prefetch([])) == []
 
 
 class TestCache:

@@ -149,8 +149,8 @@ def test_a_folder_in_use_can_be_protected(trained, toy, base):
 
 
 def test_two_processes_never_share_a_folder(trained, toy, base, tmp_path):
-    from data import alone_in
-    with alone_in(tmp_path / "sft"), pytest.raises(SystemExit, match="Another process works in"):
+    from data import lock_folder
+    with lock_folder(tmp_path / "sft"), pytest.raises(SystemExit, match="Another process works in"):
         sft.main(sft_flags(tmp_path, toy, base, steps=1))
 
 

@@ -3,7 +3,7 @@ answer from it; no verdict can be written into the observation."""
 import torch
 
 import pagrpo
-from model import Responses, load_model
+from model import Sampled, load_model
 from rewards import Claim, Judge
 from sft import World
 
@@ -17,7 +17,7 @@ def claim(observation, reference="2", problem_type="numerical"):
 
 def judge_of(base, vocabulary, monkeypatch, answer):
     """A reference that finishes with `answer(prompt text)`, and the prompts it was given."""
-    model, seen = vocabulary.restrict(load_model(base)), []
+    model, seen = vocabulary.mask_special_tokens(load_model(base)), []
 
     def generate(prompts, uniforms, stop_ids, temperature):
         assert prompts.pixels is None and temperature == 0.0 and len(prompts.ids) <= 2
@@ -26,7 +26,7 @@ def judge_of(base, vocabulary, monkeypatch, answer):
         said = [f"<think> so </think>\n<answer> {answer(text)} </answer>" for text in texts]
         replies = [vocabulary.encode(text) + stop_ids[:1] for text in said]
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)[:, None]
-        return Responses(tokens, torch.tensor([[len(r)] for r in replies]), tokens * 0.0, tokens[..., 0] > -1)
+        return Sampled(tokens, torch.tensor([[len(r)] for r in replies]), tokens * 0.0, tokens[..., 0] > -1)
     monkeypatch.setattr(model, "generate", generate)
     decide = pagrpo.reference_judge(model, vocabulary, SETTINGS, ALONE)
     return lambda claims: [verdict.sufficient for verdict in Judge(decide, refuse_leaks=False)(claims)], seen

@@ -3,14 +3,14 @@ never be drawn."""
 import torch
 
 from data import Examples, collate, read_records
-from model import choose, load_model
+from model import sample_token, load_model
 from pagrpo import question_uniforms
 
 
 def test_inverting_the_cumulative_distribution_draws_each_token_as_often_as_it_should():
     p = torch.tensor([0.5, 0.0, 0.2, 0.3])
     u = (torch.arange(1000) + 0.5) / 1000
-    tokens, logprobs = choose(p.log().expand(1000, -1).float(), u, 1.0, 1.0)
+    tokens, logprobs = sample_token(p.log().expand(1000, -1).float(), u, 1.0, 1.0)
     assert torch.bincount(tokens, minlength=4).tolist() == [500, 0, 200, 300]
     assert torch.allclose(logprobs.exp(), p[tokens], atol=1e-6)
 
@@ -18,28 +18,28 @@ def test_inverting_the_cumulative_distribution_draws_each_token_as_often_as_it_s
 def test_the_smallest_and_the_largest_number_draw_possible_tokens():
     logits = torch.full((2, 6), -1e30)
     logits[:, 2:4] = 0.0
-    tokens, _ = choose(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
+    tokens, _ = sample_token(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
     assert tokens.tolist() == [2, 3]
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_its_share():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     u = (torch.arange(100) + 0.5) / 100
-    tokens, logprobs = choose(logits.expand(100, -1), u, 1.0, 0.7)
+    tokens, logprobs = sample_token(logits.expand(100, -1), u, 1.0, 0.7)
     assert sorted(set(tokens.tolist())) == [1, 3], "0.5 alone is too little, 0.5 + 0.25 is enough"
     assert torch.allclose(logprobs.exp().unique(), torch.tensor([1 / 3, 2 / 3])), "renormalised: as they were drawn"
-    assert set(choose(logits.expand(100, -1), u, 1.0, 0.001)[0].tolist()) == {1}
+    assert set(sample_token(logits.expand(100, -1), u, 1.0, 0.001)[0].tolist()) == {1}
 
 
 def test_temperature_sharpens_and_zero_is_greedy():
     logits = torch.tensor([[1.0, 2.0, 0.0]])
-    _, logprob = choose(logits, torch.tensor([0.5]), 0.5, 1.0)
+    _, logprob = sample_token(logits, torch.tensor([0.5]), 0.5, 1.0)
     assert torch.allclose(logprob, (logits / 0.5).log_softmax(-1)[:, 1])
-    assert choose(logits, torch.tensor([0.999]), 0.0, 1.0)[0].item() == 1
+    assert sample_token(logits, torch.tensor([0.999]), 0.0, 1.0)[0].item() == 1
 
 
 def test_placeholders_and_padding_are_never_sampled_and_never_scored(toy, base, vocabulary, tiny_settings):
-    model = vocabulary.restrict(load_model(base))
+    model = vocabulary.mask_special_tokens(load_model(base))
     banned = model.banned.tolist()
     with torch.no_grad():                                    # a model that would love to say nothing else
         model.model.embed_tokens.weight[banned] *= 50
@@ -53,7 +53,7 @@ def test_placeholders_and_padding_are_never_sampled_and_never_scored(toy, base, 
 
 
 def test_a_response_ends_with_any_of_several_stop_tokens_and_nothing_follows(toy, base, vocabulary, tiny_settings):
-    model = vocabulary.restrict(load_model(base))
+    model = vocabulary.mask_special_tokens(load_model(base))
     examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
     prompts, uniforms = collate([examples[0]]), torch.rand(1, 32, 40, generator=torch.Generator().manual_seed(1))
     stops = list(range(8, 60))
@@ -66,7 +66,7 @@ def test_a_response_ends_with_any_of_several_stop_tokens_and_nothing_follows(toy
 
 
 def test_a_response_that_meets_the_limit_says_so(toy, base, vocabulary, tiny_settings):
-    model = vocabulary.restrict(load_model(base))
+    model = vocabulary.mask_special_tokens(load_model(base))
     examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
     out = model.generate(collate([examples[0]]), torch.rand(1, 4, 3), stop_ids=[383])
     assert out.lengths.tolist() == [[3, 3, 3, 3]] and not bool(out.finished.any())

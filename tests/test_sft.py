@@ -14,7 +14,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def traces(toy, base, vocabulary, tiny_settings):
-    model = vocabulary.restrict(load_model(base))
+    model = vocabulary.mask_special_tokens(load_model(base))
     examples = Examples(read_records(toy / "sft.json", traces=True), toy, vocabulary, model.config, tiny_settings)
     return model, [examples[i] for i in range(6)]
 

@@ -10,7 +10,7 @@ from model import Prompts, load_model
 @pytest.fixture(scope="module")
 def batch(toy, base, vocabulary, tiny_settings):
     """A model, a ragged batch of three prompts, and two responses to each."""
-    model = vocabulary.restrict(load_model(base))
+    model = vocabulary.mask_special_tokens(load_model(base))
     examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
     prompts = collate([examples[0], examples[1], examples[4]])
     assert len(set(prompts.lengths.tolist())) > 1, "the lesson needs prompts of different lengths"
