@@ -512,7 +512,7 @@ class Vocabulary:
     def mask_special_tokens(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
         """Takes placeholders and the padded end of the vocabulary out of the model's distribution, on every path."""
         padding = range(len(self.bytes), model.config.vocab_size)
-        model.banned = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
+        model.masked_token_ids = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
         return model
 
 

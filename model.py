@@ -1,13 +1,14 @@
-"""Qwen2.5-VL from scratch: looking (vision tower), reading (decoder), speaking (generate), scoring (logprobs).
+"""Qwen2.5-VL from scratch: vision encoder, language model, sampling and log-probabilities, in plain PyTorch.
 
-Read it from top to bottom: settings → building blocks → vision tower → text decoder → the whole model with its four
-entries (`forward`, `prefill`, `generate`, `logprobs`) → checkpoints on disk. Everything is plain PyTorch, and tensors
-carry the names of the official checkpoints, so folders are exchanged with `transformers` without conversion.
+Read it from top to bottom: configuration, building blocks, vision encoder, decoder, then the whole model with its four
+entry points: `forward`, `prefill`, `generate`, `logprobs`. Tensors carry the names of the official checkpoints, so
+`transformers` reads the folders written here, and the other way round.
 
-Shapes stand at line ends, in one notation for the whole project:
+Shapes are given in end-of-line comments, in one notation for the whole project:
     B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
-    S patches of all media  D width  H heads  K key/value heads  E width of a head  V vocabulary
-    N rows of a batch, whatever they are (B, or B·G)             r = H/K query heads to a key head
+    S patches of all media  D width  H heads  K key/value heads  E head_dim  V vocabulary
+    N rows of a batch, B or B·G                               r = H/K query heads per key head
+(In the other files, which know no heads, K is the number of segments of a response.)
 """
 import sys
 
@@ -22,38 +23,59 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+
+def other_programs_run() -> bool:
+    """Does Linux report another runnable thread, five times in a row? False where there is no /proc/loadavg."""
+    try:
+        running = [int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) for _ in range(5)]
+        return min(running) > 1                              # 1 is this process
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+# OpenMP threads wait by spinning. On a busy machine that makes a step three times slower, and sleeping costs 60 % on
+# an idle one. Both variables are read when torch is loaded.
+if other_programs_run():
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # shapes change from step to step
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     sys.exit(f"torch 2.11 or later is needed, this is {torch.__version__}: pip install -r requirements.txt")
-try:  # CUDA only and optional: windows of unequal size then need no padding
+from torch.nn.attention.varlen import varlen_attn
+
+try:                                                         # CUDA only and optional
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
 
+HALF = (torch.bfloat16, torch.float16)                       # what flash kernels on CUDA accept
 
-# ------------------------------------------------------------------------------------------------ settings
+
+# ------------------------------------------------------------------------------------------------ configuration
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Fields of `vision_config` in config.json. Those without a default must stand in the file: there the classes
-    of transformers fall back to other values than the official checkpoints use, so a guess would be silently wrong."""
-    hidden_size: int                                         # D of the tower
+    """Fields of `vision_config` in config.json. Those without a default must be in the file: the classes of
+    transformers fall back to other values than the official checkpoints have, so a guess would be silently wrong."""
+    hidden_size: int                                         # D of the vision encoder
     out_hidden_size: int                                     # D of the decoder
     tokens_per_second: int                                   # temporal positions per second of video
     depth: int = 32
     num_heads: int = 16
     intermediate_size: int = 3420
     patch_size: int = 14                                     # pixels
-    temporal_patch_size: int = 2                             # frames folded into one grid step
+    temporal_patch_size: int = 2                             # frames in one patch
     spatial_merge_size: int = 2                              # 2×2 patches become one token of the decoder
     window_size: int = 112                                   # pixels: windows of 4×4 merged tokens
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks that see the whole frame
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks that attend over the whole frame
 
 
 @dataclass(frozen=True)
@@ -73,18 +95,22 @@ class Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
 
+    def __post_init__(self):
+        if sum(self.mrope_section) != self.head_dim // 2:
+            raise ValueError(f"mrope_section {list(self.mrope_section)} must sum to head_dim / 2 = {self.head_dim // 2}")
+
     @property
     def head_dim(self) -> int:                               # E
         return self.hidden_size // self.num_attention_heads
 
 
 def qwen(hidden, layers, heads, kv_heads, mlp, vocab, tied, sections=(16, 24, 24), ids=(151655, 151656), vision=None):
-    """One row of the table below. Official vision towers differ in `out_hidden_size` only."""
-    tower = dict(hidden_size=1280, out_hidden_size=hidden, tokens_per_second=2) | (vision or {})
-    return Config(VisionConfig(**tower), vocab, hidden, layers, heads, kv_heads, mlp, sections, tied, *ids)
+    """One row of the table below. Official vision encoders differ in `out_hidden_size` only."""
+    encoder = dict(hidden_size=1280, out_hidden_size=hidden, tokens_per_second=2) | (vision or {})
+    return Config(VisionConfig(**encoder), vocab, hidden, layers, heads, kv_heads, mlp, sections, tied, *ids)
 
 
-CONFIGS = {  # one architecture, three sizes: what a class trains on a laptop is what the paper trains on eight GPUs
+CONFIGS = {  # one architecture, three sizes: students train `tiny` on a laptop, the paper trains 3b and 7b
     #            D     layers H  K  MLP    V       tied
     "tiny": qwen(128,  4,     4, 2, 384,   384,    True, sections=(4, 6, 6), ids=(6, 7), vision=dict(
         hidden_size=96, depth=2, num_heads=4, intermediate_size=256, fullatt_block_indexes=(1,))),
@@ -92,6 +118,563 @@ CONFIGS = {  # one architecture, three sizes: what a class trains on a laptop is
     "7b":   qwen(3584, 28,    28, 4, 18944, 152064, False),
 }
 
+
+# ------------------------------------------------------------------------------------------------ building blocks
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight. The kernel computes in fp32 whatever the dtype of x."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down( silu(gate x) · up x )"""
+
+    def __init__(self, width: int, hidden: int, bias: bool):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias), nn.Linear(width, hidden, bias)
+        self.down_proj = nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Rotary(NamedTuple):
+    """Rotary tables that broadcast over heads. cos, sin (N, 1, T, E) for the decoder, (S, 1, E) for the encoder."""
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> Rotary:
+    angles = torch.cat([angles, angles], dim=-1)             # frequency i rotates the pair (i, i + E/2)
+    return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * rotary.cos + torch.cat([-b, a], dim=-1) * rotary.sin
+
+
+def inverse_frequencies(count: int, theta: float, device) -> Tensor:
+    # A function, not a buffer: a model built on the meta device would come back with garbage in its buffers.
+    return 1.0 / theta ** (torch.arange(count, device=device, dtype=torch.float32) / count)
+
+
+# ------------------------------------------------------------------------------------------------ vision encoder
+
+class Blocks(NamedTuple):
+    """A partition of S patches into N consecutive blocks. A patch attends only to patches of its own block."""
+    cu_seqlens: Tensor                                       # (N + 1,) int32: first patch of each block, then S
+    longest: int                                             # L, patches in the largest block
+    index: Tensor | None                                     # (N, L) patch at each place, None if all are equal
+    keep: Tensor | None                                      # (N, L) False at padding
+    places: Tensor | None                                    # (S,) where each patch is in the N·L places
+
+
+def make_blocks(lengths: list[int], device) -> Blocks:
+    """lengths [2, 3] → cu_seqlens [0, 2, 5], index [[0, 1, 0], [2, 3, 4]], keep [[T, T, F], [T, T, T]]"""
+    sizes, longest = torch.tensor(lengths), max(lengths)
+    cu_seqlens = F.pad(sizes.cumsum(0), (1, 0))
+    if min(lengths) == longest:
+        return Blocks(cu_seqlens.int().to(device), longest, None, None, None)
+    keep = torch.arange(longest) < sizes[:, None]
+    index = (cu_seqlens[:-1, None] + torch.arange(longest)) * keep
+    places = keep.flatten().nonzero()[:, 0]
+    return Blocks(cu_seqlens.int().to(device), longest, index.to(device), keep.to(device), places.to(device))
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Softmax attention inside each block. q, k, v and the result (S, H, E)."""
+    if q.is_cuda and q.dtype in HALF:                        # blocks of unequal lengths without padding
+        bounds, longest = blocks.cu_seqlens, blocks.longest
+        attention = flash_attn_varlen_func or varlen_attn
+        return attention(q, k, v, bounds, bounds, longest, longest)
+    if blocks.index is None:
+        q, k, v = (x.unflatten(0, (-1, blocks.longest)).transpose(1, 2) for x in (q, k, v))    # (N, H, L, E)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    q, k, v = (x[blocks.index].transpose(1, 2) for x in (q, k, v))                             # (N, H, L, E)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=blocks.keep[:, None, None, :])
+    return out.transpose(1, 2).flatten(0, 1)[blocks.places]
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv, self.proj = nn.Linear(c.hidden_size, 3 * c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor, rotary: Rotary, blocks: Blocks) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
+        q, k = apply_rotary(torch.cat([q, k], 1).float(), rotary).to(x.dtype).chunk(2, dim=1)
+        return self.proj(block_attention(q, k, v, blocks).flatten(1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.hidden_size), RMSNorm(c.hidden_size)
+        self.attn, self.mlp = VisionAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, rotary: Rotary, blocks: Blocks) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotary, blocks)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """The official 3-D convolution has stride = kernel, so on cut patches it is one matrix product."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.proj = nn.Conv3d(3, c.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:             # (S, 3·2·14·14) → (S, D)
+        return F.linear(pixels, self.proj.weight.flatten(1))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches → one token of the decoder's width."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.width = c.hidden_size * c.spatial_merge_size ** 2
+        self.ln_q = RMSNorm(c.hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
+                                 nn.Linear(self.width, c.out_hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:                  # (S, D) → (S/4, D of the decoder)
+        return self.mlp(self.ln_q(x).view(-1, self.width))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config = c
+        self.patch_embed, self.merger = PatchEmbed(c), PatchMerger(c)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+
+    def layout(self, grid: list[tuple[int, int, int]], device) -> tuple[Tensor, Tensor, Blocks, Blocks]:
+        """Positions and blocks of all patches. `grid` holds (steps in time, rows, columns) of patches of each medium.
+
+        Returns the row and column of each patch (S, 2), the order that sorts merged tokens by window (S/4,), and two
+        partitions of the sorted patches: windows (most layers) and frames (`fullatt_block_indexes`; never across time).
+        One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 → lengths [64, 32].
+        """
+        merge = self.config.spatial_merge_size
+        side = self.config.window_size // self.config.patch_size // merge     # merged tokens along a window's side
+        positions, window_of, frames, count = [], [], [], 0
+        for t, h, w in grid:
+            rows, columns = h // merge, w // merge                            # of merged tokens
+            across, down = -(-columns // side), -(-rows // side)              # windows, cut at the right and lower edge
+            place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(rows, merge, columns, merge, 2)
+            positions.append(place.transpose(1, 2).reshape(-1, 2).repeat(t, 1))   # patches of a token are neighbours
+            window = (torch.arange(rows)[:, None] // side * across + torch.arange(columns) // side).flatten()
+            window_of += [count + step * across * down + window for step in range(t)]
+            count, frames = count + t * across * down, frames + [h * w] * t
+        window_of = torch.cat(window_of)
+        windows = (torch.bincount(window_of, minlength=count) * merge ** 2).tolist()
+        return (torch.cat(positions).to(device), window_of.argsort(stable=True).to(device),
+                make_blocks(windows, device), make_blocks(frames, device))
+
+    def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False) -> Tensor:
+        """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder), same order."""
+        unit = self.config.spatial_merge_size ** 2
+        positions, order, windows, frames = self.layout(grid, pixels.device)
+        quarter = self.config.hidden_size // self.config.num_heads // 4       # frequencies for rows, and for columns
+        angles = positions[:, :, None] * inverse_frequencies(quarter, 10_000.0, pixels.device)   # (S, 2, E/4)
+        x = self.patch_embed(pixels)
+        x, angles = (z.flatten(1).view(len(order), unit, -1)[order].flatten(0, 1) for z in (x, angles))  # by windows
+        rotary = rotary_tables(angles[:, None], torch.float32)
+        for i, block in enumerate(self.blocks):
+            blocks = frames if i in self.config.fullatt_block_indexes else windows
+            x = run_block(block, save_memory, x, rotary, blocks)
+        return self.merger(x)[order.argsort()]
+
+
+def run_block(block: nn.Module, save_memory: bool, *inputs):
+    """A block's forward pass. With `save_memory` it is recomputed in the backward pass (activation checkpointing)."""
+    if not (save_memory and torch.is_grad_enabled()):
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)           # there is no dropout
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+class PackedRow(NamedTuple):
+    """How a row of P + G·T places is split: the prompt, then G responses of T places each."""
+    prompt: int                                              # P
+    group: int                                               # G
+    lengths: list[int] | None                                # tokens of each prompt, None if no prompt is padded
+
+
+class PromptKV(NamedTuple):
+    """Keys and values of the prompts in one layer, computed once and shared by a question's G responses."""
+    k: Tensor                                                # (B, K, P, E)
+    v: Tensor                                                # (B, K, P, E)
+    keep: Tensor | None                                      # (B, P) False at padding, None if no prompt is padded
+
+
+class Cache(NamedTuple):
+    """Preallocated keys and values of the sampled tokens in one layer; `used` places are filled."""
+    k: Tensor                                                # (B·G, K, T, E)
+    v: Tensor                                                # (B·G, K, T, E)
+    used: int
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+    """Attention in training: the prompt attends causally to itself, each response to the prompt and causally to itself.
+
+    The prompt is computed once for its G responses, which gives the numbers of G separate sequences. Padding is at the
+    end of a prompt, so causality hides it from the prompt's own tokens. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
+    """
+    p, g, (b, _, places, _) = row.prompt, row.group, q.shape
+    t = (places - p) // g
+    prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
+    if t == 0:                                               # responses of one token: the prompt's last place predicts it
+        return prompt
+    # (B, H, G·T, E) → (B·G, H, T, E)
+    own_q, own_k, own_v = (x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    if q.is_cuda:                                            # a boolean mask would lose the flash kernel: cut instead
+        parts = []
+        for i, n in enumerate(row.lengths or [p] * b):
+            mine = slice(i * g, (i + 1) * g)
+            parts.append(response_attention(own_q[mine], own_k[mine], own_v[mine], k[i:i + 1, :, :n], v[i:i + 1, :, :n],
+                                            causal_lower_right(t, n + t)))
+        responses = torch.cat(parts)
+    else:
+        mask = torch.ones(t, p + t, dtype=torch.bool).tril(p)                 # every prompt token is seen
+        if row.lengths:
+            real = torch.arange(p + t) < torch.tensor(row.lengths)[:, None]   # (B, P + T)
+            real[:, p:] = True
+            mask = mask & real.repeat_interleave(g, 0)[:, None, None, :]
+        responses = response_attention(own_q, own_k, own_v, k[:, :, :p], v[:, :, :p], mask)
+    return torch.cat([prompt, responses.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
+
+
+def response_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask) -> Tensor:
+    """Attention of whole responses to their prompt and themselves. q (B·G, H, T, E), prompt_k (B, K, P, E)."""
+    b, g = len(prompt_k), len(q) // len(prompt_k)
+    k, v = (torch.cat([prompt[:, None].expand(b, g, -1, -1, -1).flatten(0, 1), own], dim=2)
+            for prompt, own in ((prompt_k, k), (prompt_v, v)))                # (B·G, K, P + T, E)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def decode_attention(q: Tensor, prompt: PromptKV, cache: Cache) -> Tensor:
+    """Attention of one new token of every response, without G copies of the prompt's keys. q (B·G, H, 1, E), as result.
+
+    A softmax over prompt and response is computed in two parts. Where a part's scores are s, its output o is weighted
+    by exp(s), so with the log-sum-exp of both parts:  o = (1 - w) o_response + w o_prompt,  w = sigmoid(lse_prompt -
+    lse_response).
+    """
+    n, h, _, e = q.shape
+    b, g = len(prompt.k), n // len(prompt.k)
+    grouped = q.view(b, g, h, e).transpose(1, 2)                                               # (B, H, G, E)
+    out_p, lse_p = attention_and_lse(grouped, prompt.k, prompt.v, prompt.keep)
+    out_r, lse_r = attention_and_lse(q, cache.k[:, :, :cache.used], cache.v[:, :, :cache.used])
+    out_p, lse_p = out_p.transpose(1, 2).reshape(n, h, 1, e), lse_p.transpose(1, 2).reshape(n, h, 1)
+    weight = torch.sigmoid(lse_p - lse_r)[..., None]                                           # (B·G, H, 1, 1)
+    return torch.lerp(out_r.float(), out_p.float(), weight).to(q.dtype)
+
+
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention without causality, and the log-sum-exp of its scores. No gradient.
+
+    q (N, H, T, E), k, v (N, K, S, E), keep (N, S) False at padding → (N, H, T, E), (N, H, T) in fp32
+    """
+    (n, h, t, e), kv = q.shape, k.shape[1]
+    if keep is None and not q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if keep is None and q.dtype in HALF:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    scores = q.reshape(n, kv, h // kv * t, e).float() * e ** -0.5 @ k.mT.float()               # (N, K, r·T, S)
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+    out = scores.softmax(-1).to(v.dtype) @ v
+    return out.view(n, h, t, e), scores.logsumexp(-1).view(n, h, t)
+
+
+# ------------------------------------------------------------------------------------------------ decoder
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary, row: PackedRow | None, prompt: PromptKV | None, cache: Cache | None
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
+
+        prefill    nothing            prompts, causal among themselves; their keys and values are kept for sampling
+        decoding   prompt and cache   one token of each response; its key and value go into the cache
+        training   row                a prompt and its responses in one row
+        """
+        n, t, _ = x.shape
+        q = self.q_proj(x).view(n, t, self.heads, -1)
+        k = self.k_proj(x).view(n, t, self.kv_heads, -1)
+        v = self.v_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2)                       # (N, K, T, E)
+        both = apply_rotary(torch.cat([q, k], dim=2).transpose(1, 2), rotary)
+        q, k = both.split([self.heads, self.kv_heads], dim=1)                                  # (N, H or K, T, E)
+        if row is not None:
+            out = packed_attention(q, k, v, row)
+        elif cache is not None:
+            cache.k[:, :, cache.used - 1], cache.v[:, :, cache.used - 1] = k[:, :, 0], v[:, :, 0]
+            out = decode_attention(q, prompt, cache)
+        else:                                                # padding is at the end: causality hides it
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(n, t, -1)), k, v
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary, row: PackedRow | None = None, prompt: PromptKV | None = None,
+                cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(self.input_layernorm(x), rotary, row, prompt, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm: the tensors under `model.` in the checkpoint."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list[float], config: Config
+                    ) -> tuple[Tensor, int]:
+    """Multimodal rotary positions of one prompt (section 2.1.2 of the Qwen2.5-VL report).
+
+    A text token has the same position on all three axes, one more than the token before it. A medium begins where the
+    text stopped and has positions (time, row, column). Text resumes after the largest position used.
+
+    ids (P,); grid and `seconds` (per grid step, 0 for an image) of its media in order. Returns positions (3, P) and
+    the position of the first response token. Time is floor(step · seconds · tokens_per_second), as the model was
+    trained; later versions of transformers round `seconds` or let text resume earlier (docs/scaling.md).
+    Raises ValueError if placeholders and grids disagree.
+    """
+    merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
+    media = (ids == config.image_token_id) | (ids == config.video_token_id)
+    pieces, at, start = [], 0, 0                                              # `at` in tokens, `start` in positions
+    places = media.nonzero()[:, 0].tolist()
+    for (t, h, w), step in zip(grid, seconds, strict=True):
+        size = t * (h // merge) * (w // merge)
+        if not places:
+            raise ValueError(f"{len(grid)} media, but the prompt has placeholders for fewer")
+        text = torch.arange(start, start + places[0] - at).expand(3, -1)
+        at, start = places[0], start + places[0] - at
+        if not bool(media[at:at + size].all()) or at + size > len(ids):
+            raise ValueError(f"a medium of {size} tokens does not fit its placeholders at token {at}")
+        time = (torch.arange(t) * step * rate).long()
+        axes = torch.meshgrid(time, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+        pieces += [text, torch.stack(axes).flatten(1) + start]
+        at, start, places = at + size, int(pieces[-1].max()) + 1, places[size:]
+    if places:
+        raise ValueError(f"{len(places)} media placeholders are left over after {len(grid)} media")
+    pieces.append(torch.arange(start, start + len(ids) - at).expand(3, -1))
+    return torch.cat(pieces, dim=1), start + len(ids) - at
+
+
+# ------------------------------------------------------------------------------------------------ the whole model
+
+@dataclass
+class Prompts:
+    """A batch of prompts, padded at the end. The patches of all media are in one tensor, in prompt order."""
+    ids: Tensor                                              # (B, P)
+    lengths: Tensor                                          # (B,)
+    positions: Tensor                                        # (3, B, P)
+    next_position: Tensor                                    # (B,) position of the first response token
+    pixels: Tensor | None                                    # (S, 1176), None for text alone
+    grid: list[tuple[int, int, int]]                         # (steps, rows, columns) of patches of each medium
+
+    def to(self, device) -> "Prompts":
+        return Prompts(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(self).values()))
+
+
+class Sampled(NamedTuple):
+    """What `generate` returns. After its end a response holds token 0 and log-probability 0: build masks from
+    `lengths`, never from token ids."""
+    tokens: Tensor                                           # (B, G, T)
+    lengths: Tensor                                          # (B, G) with the stop token
+    logprobs: Tensor                                         # (B, G, T) log-probabilities of the tokens when sampled
+    finished: Tensor                                         # (B, G) False: cut off by the token limit
+
+
+def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling of one token a row, from a given uniform number, so that the randomness of a response is
+    fixed before it is sampled. logits (N, V) fp32, uniforms (N,) in [0, 1) → tokens (N,), log-probabilities (N,)
+
+    Temperature 0 takes the most likely token (its log-probability is that of temperature 1).
+    """
+    logprobs = (logits / temperature if temperature else logits).log_softmax(-1)
+    if not temperature:
+        tokens = logits.argmax(-1)
+    else:
+        if top_p < 1:  # the smallest set of tokens that holds top_p, always with the most likely one
+            ranked, order = logprobs.exp().sort(descending=True)
+            cut = ranked.cumsum(-1) - ranked >= top_p         # the tokens before it already hold enough
+            logprobs = logprobs.masked_fill(cut.scatter(-1, order, cut), -torch.inf).log_softmax(-1)
+        cumulative = logprobs.double().exp().cumsum(-1)       # fp64: a draw can then never reach past the last token
+        target = uniforms.double()[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Numbers of fp32 logits that exist at one time in training: 128 MiB on a CPU, 512 MiB on CUDA."""
+    return 2 ** 27 if device.type == "cuda" else 2 ** 25
+
+
+class Qwen2_5_VL(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.visual, self.model = VisionEncoder(config.vision), Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.masked_token_ids = torch.empty(0, dtype=torch.long, device="cpu")   # never sampled, see `logits`
+        self.sharded = False                                 # are the weights sharded among ranks?
+        self.save_memory = False                             # activation checkpointing
+
+    # Every probability that leaves the model is computed from these: sampling, training and the KL reference agree.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the masked ids (-inf gives 0 · inf in the entropy)."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        self.masked_token_ids = self.masked_token_ids.to(hidden.device)       # moves once
+        return F.linear(hidden, head.weight).float().index_fill(-1, self.masked_token_ids, -1e30)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of `mrope_section`."""
+        c = self.config
+        angles = positions[..., None] * inverse_frequencies(c.head_dim // 2, c.rope_theta, positions.device)
+        by_axis = [part[axis] for axis, part in enumerate(angles.split(c.mrope_section, dim=-1))]
+        return rotary_tables(torch.cat(by_axis, dim=-1)[:, None], dtype)
+
+    def embed(self, prompts: Prompts) -> Tensor:
+        """Embeddings of the prompts, with the features of the media at their placeholders, (B, P, D)."""
+        x = self.model.embed_tokens(prompts.ids)
+        if prompts.pixels is not None:
+            features = self.visual(prompts.pixels.to(x.dtype), prompts.grid, self.save_memory)
+            here = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
+            return x.masked_scatter(here[..., None], features.to(x.dtype))
+        if self.sharded:  # other ranks may have media: every rank must run the encoder for FSDP's all-gathers
+            c = self.config.vision
+            side, numbers = c.spatial_merge_size, 3 * c.temporal_patch_size * c.patch_size ** 2
+            blank = self.visual(x.new_zeros(side ** 2, numbers), [(1, side, side)], self.save_memory)
+            x = x + 0 * blank.sum()
+        return x
+
+    def prefill(self, prompts: Prompts) -> tuple[Tensor, list[PromptKV]]:
+        """Hidden states of the prompts (B, P, D), and every layer's keys and values."""
+        x = self.embed(prompts)
+        keep = torch.arange(x.shape[1], device=x.device) < prompts.lengths[:, None]            # (B, P)
+        keep = None if bool(keep.all()) else keep
+        rotary, prompt_kv = self.rotary(prompts.positions, x.dtype), []
+        for layer in self.model.layers:
+            x, k, v = layer(x, rotary)
+            prompt_kv.append(PromptKV(k, v, keep))
+        return self.model.norm(x), prompt_kv
+
+    def forward(self, prompts: Prompts) -> Tensor:
+        """Logits at every place of the prompts, (B, P, V). For comparisons; training never holds this tensor."""
+        return self.logits(self.prefill(prompts)[0].flatten(0, 1)).unflatten(0, prompts.ids.shape)
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, uniforms: Tensor, stop_ids: list[int], temperature: float = 1.0,
+                 top_p: float = 1.0) -> Sampled:
+        """Samples G responses to each prompt, at most T tokens long, from given uniform numbers (B, G, T).
+
+        A prompt is computed once; its keys and values serve the whole group. The uniform numbers are given, not drawn
+        here, so that any number of ranks samples the same responses. Sharded weights must be gathered (`gathered`):
+        decoding calls the layers without FSDP's hooks, which would run for every token.
+        """
+        (b, g, limit), device = uniforms.shape, prompts.ids.device
+        uniforms, stops = uniforms.to(device).flatten(0, 1), torch.tensor(stop_ids, device=device)
+        hidden, prompt_kv = self.prefill(prompts)
+        logits = self.logits(hidden[torch.arange(b, device=device), prompts.lengths - 1]).repeat_interleave(g, 0)
+        shape = (b * g, self.config.num_key_value_heads, limit, self.config.head_dim)
+        caches = [(hidden.new_empty(shape), hidden.new_empty(shape)) for _ in prompt_kv]
+        tokens = torch.zeros(b * g, limit, dtype=torch.long, device=device)
+        logprobs = torch.zeros(b * g, limit, device=device)
+        lengths, active = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
+        check_every = 16 if tokens.is_cuda else 1            # asking `active` makes the CPU wait for the GPU
+        for t in range(limit):
+            token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
+            tokens[:, t], logprobs[:, t] = token * active, logprob * active
+            lengths += active
+            active = active & ~torch.isin(token, stops)
+            if t + 1 == limit or (t + 1) % check_every == 0 and not bool(active.any()):
+                break
+            x = self.model.embed_tokens(tokens[:, t, None])                                    # (B·G, 1, D)
+            rotary = self.rotary((start + t).expand(3, -1)[..., None], x.dtype)
+            for layer, prompt, (k, v) in zip(self.model.layers, prompt_kv, caches):
+                x, _, _ = layer.forward(x, rotary, None, prompt, Cache(k, v, t + 1))
+            logits = self.logits(self.model.norm(x)[:, 0])
+        longest = int(lengths.max())
+        return Sampled(tokens[:, :longest].unflatten(0, (b, g)), lengths.view(b, g),
+                       logprobs[:, :longest].unflatten(0, (b, g)), ~active.view(b, g))
+
+    def logprobs(self, prompts: Prompts, tokens: Tensor, lengths: Tensor, temperature: float = 1.0
+                 ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of given responses under this model, with gradient, and the entropy at each token.
+
+        A prompt and its G responses are one row, and each block runs once (`packed_attention`). Logits are computed
+        only where a response token is predicted.
+        tokens (B, G, T), lengths (B, G) → log-probabilities (B, G, T), entropies (B, G, T), both 0 after the end.
+        """
+        (b, g, t), device, p = tokens.shape, tokens.device, prompts.ids.shape[1]
+        responses = self.model.embed_tokens(tokens[:, :, :-1].flatten(1))                      # (B, G·(T-1), D)
+        x = torch.cat([self.embed(prompts), responses], dim=1)                                 # (B, P + G·(T-1), D)
+        behind = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
+        positions = torch.cat([prompts.positions, behind.expand(3, -1, -1)], dim=2)
+        rotary, real = self.rotary(positions, x.dtype), prompts.lengths.tolist()
+        row = PackedRow(p, g, real if min(real) < p else None)
+        for layer in self.model.layers:
+            x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
+        last = x[torch.arange(b, device=device), prompts.lengths - 1]                          # (B, D) predicts token 0
+        hidden = torch.cat([last[:, None, None].expand(b, g, 1, -1), x[:, p:].unflatten(1, (g, t - 1))], dim=2)
+        here = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
+        hidden = self.model.norm(hidden[here])                                                 # (N, D)
+        logprobs, entropies = self.token_logprobs(hidden, tokens[here], temperature)
+        empty = torch.zeros(b, g, t, device=device)
+        return tuple(empty.masked_scatter(here, x) for x in (logprobs, entropies))
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""
+        def chunk(hidden, targets):
+            logprobs = (self.logits(hidden) / temperature).log_softmax(-1)
+            with torch.no_grad():
+                entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+        size = max(1, logits_at_once(hidden.device) // self.config.vocab_size)
+        if len(hidden) <= size:
+            return chunk(hidden, targets)
+        parts = [checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False)
+                 for h, t in zip(hidden.split(size), targets.split(size))]
+        return tuple(torch.cat(x) for x in zip(*parts))
+
+
+# ------------------------------------------------------------------------------------------------ configuration files
 
 def read_config(folder: str | Path) -> Config:
     """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing."""
@@ -128,490 +711,6 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
              "rope_scaling": {"type": "mrope", "mrope_section": config.mrope_section},
              "vision_config": asdict(config.vision) | {"hidden_act": "silu", "in_chans": 3, "model_type": "qwen2_5_vl"}}
     (folder / "config.json").write_text(json.dumps(flat, indent=2) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------ building blocks
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, computed in fp32 whatever the dtype of x."""
-
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class SwiGLU(nn.Module):
-    """down( silu(gate x) · up x )"""
-
-    def __init__(self, width: int, hidden: int, bias: bool):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias), nn.Linear(width, hidden, bias)
-        self.down_proj = nn.Linear(hidden, width, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Rope(NamedTuple):
-    """Rotary tables; they broadcast against heads. cos, sin (…, 1, T, E) for the decoder, (S, 1, E) for the tower."""
-    cos: Tensor
-    sin: Tensor
-
-    @staticmethod
-    def of(angles: Tensor, dtype: torch.dtype) -> "Rope":
-        angles = torch.cat([angles, angles], dim=-1)         # frequency i turns the pair (i, i + E/2)
-        return Rope(angles.cos().to(dtype), angles.sin().to(dtype))
-
-    def turn(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat([-b, a], dim=-1) * self.sin
-
-
-def inverse_frequencies(count: int, theta: float, device) -> Tensor:
-    # A function, not a buffer: a model built on the meta device would come back with garbage in its buffers.
-    return 1.0 / theta ** (torch.arange(count, device=device, dtype=torch.float32) / count)
-
-
-# ------------------------------------------------------------------------------------------------ vision tower
-
-class Spans(NamedTuple):
-    """How S patches fall into consecutive spans that attend only within themselves (windows, or frames)."""
-    lengths: Tensor                                          # (N,) patches in each span
-    index: Tensor                                            # (N, L) where each stands, rows padded with 0
-    keep: Tensor                                             # (N, L) False at padding
-    ragged: bool                                             # are there padded places at all?
-
-    @staticmethod
-    def of(lengths: Tensor) -> "Spans":
-        """lengths [2, 3] → index [[0, 1, 0], [2, 3, 4]], keep [[T, T, F], [T, T, T]]"""
-        places = torch.arange(int(lengths.max()), device=lengths.device)
-        keep = places < lengths[:, None]
-        starts = lengths.cumsum(0) - lengths
-        return Spans(lengths, (starts[:, None] + places) * keep, keep, not bool(keep.all()))
-
-
-def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-    """Softmax attention inside each span. q, k, v and the result (S, H, E)."""
-    if flash_attn_varlen_func and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        bounds, longest = F.pad(spans.lengths.cumsum(0, dtype=torch.int32), (1, 0)), spans.index.shape[1]
-        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest)
-    q, k, v = (x[spans.index].transpose(1, 2) for x in (q, k, v))            # (N, H, L, E)
-    mask = spans.keep[:, None, None, :] if spans.ragged else None           # without it the flash kernel is free
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[spans.keep]
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.heads = c.num_heads
-        self.qkv, self.proj = nn.Linear(c.hidden_size, 3 * c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size)
-
-    def forward(self, x: Tensor, rope: Rope, spans: Spans) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
-        q, k = rope.turn(q.float()).to(x.dtype), rope.turn(k.float()).to(x.dtype)
-        return self.proj(span_attention(q, k, v, spans).flatten(1))
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.norm1, self.norm2 = RMSNorm(c.hidden_size), RMSNorm(c.hidden_size)
-        self.attn, self.mlp = VisionAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
-
-    def forward(self, x: Tensor, rope: Rope, spans: Spans) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, spans)
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """The official 3-D convolution has stride = kernel, so on cut patches it is one matrix product."""
-
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj = nn.Conv3d(3, c.hidden_size, kernel, stride=kernel, bias=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:             # (S, 3·2·14·14) → (S, D)
-        return F.linear(pixels, self.proj.weight.flatten(1))
-
-
-class PatchMerger(nn.Module):
-    """Four neighbouring patches → one token as wide as the decoder."""
-
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.width = c.hidden_size * c.spatial_merge_size ** 2
-        self.ln_q = RMSNorm(c.hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
-                                 nn.Linear(self.width, c.out_hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:                  # (S, D) → (S/4, D of the decoder)
-        return self.mlp(self.ln_q(x).view(-1, self.width))
-
-
-class VisionTower(nn.Module):
-    def __init__(self, c: VisionConfig):
-        super().__init__()
-        self.config = c
-        self.patch_embed, self.merger = PatchEmbed(c), PatchMerger(c)
-        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
-
-    def layout(self, grid: list[tuple[int, int, int]], device) -> tuple[Tensor, Tensor, Spans, Spans]:
-        """Where every patch stands. `grid` holds (steps in time, rows, columns) of patches for each medium.
-
-        Returns positions (S, 2) as row and column, the window order of merged tokens (S/4,), and two ways to
-        part the patches: windows (most layers) and frames (`fullatt_block_indexes`; never across time). Patches are
-        sorted by window, so that a window is one span.
-        One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 → lengths [64, 32].
-        """
-        merge = self.config.spatial_merge_size
-        side = self.config.window_size // self.config.patch_size // merge     # merged tokens along a window's side
-        positions, window_of, frames, windows = [], [], [], 0
-        for t, h, w in grid:
-            rows, columns = h // merge, w // merge                            # of merged tokens
-            across, down = -(-columns // side), -(-rows // side)              # windows, cut at the right and lower edge
-            place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(rows, merge, columns, merge, 2)
-            positions.append(place.transpose(1, 2).reshape(-1, 2).repeat(t, 1))   # patches of a token are neighbours
-            window = (torch.arange(rows)[:, None] // side * across + torch.arange(columns) // side).flatten()
-            window_of += [windows + step * across * down + window for step in range(t)]
-            windows, frames = windows + t * across * down, frames + [h * w] * t
-        window_of = torch.cat(window_of)
-        lengths = torch.bincount(window_of, minlength=windows) * merge ** 2
-        return (torch.cat(positions).to(device), window_of.argsort(stable=True).to(device),
-                Spans.of(lengths.to(device)), Spans.of(torch.tensor(frames, device=device)))
-
-    def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False) -> Tensor:
-        """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder), same order."""
-        unit = self.config.spatial_merge_size ** 2
-        positions, order, windows, frames = self.layout(grid, pixels.device)
-        quarter = self.config.hidden_size // self.config.num_heads // 4       # frequencies for rows, and for columns
-        angles = positions[:, :, None] * inverse_frequencies(quarter, 10_000.0, pixels.device)   # (S, 2, E/4)
-        x = self.patch_embed(pixels)
-        x, angles = (z.flatten(1).view(len(order), unit, -1)[order].flatten(0, 1) for z in (x, angles))  # by windows
-        rope = Rope.of(angles[:, None], torch.float32)
-        save_memory = save_memory and torch.is_grad_enabled()
-        for i, block in enumerate(self.blocks):
-            spans = frames if i in self.config.fullatt_block_indexes else windows
-            x = checkpoint(block, x, rope, spans, use_reentrant=False) if save_memory else block(x, rope, spans)
-        return self.merger(x)[order.argsort()]
-
-
-# ------------------------------------------------------------------------------------------------ text decoder
-
-class Past(NamedTuple):
-    """Keys and values of the prompts in one layer. They are computed once and shared by a question's G responses."""
-    k: Tensor                                                # (B, K, P, E)
-    v: Tensor                                                # (B, K, P, E)
-    keep: Tensor | None                                      # (B, P) False at padding; None if nothing is padded
-
-
-class Cache(NamedTuple):
-    """Static memory for what was sampled so far, in one layer; `used` places are filled."""
-    k: Tensor                                                # (B·G, K, T, E)
-    v: Tensor                                                # (B·G, K, T, E)
-    used: int
-
-
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
-    """Whole responses attend to their prompt and to themselves (training). q (B·G, H, T, E) → (B·G, H, T, E)."""
-    t, p, group = q.shape[2], past.k.shape[2], len(q) // len(past.k)
-    k, v = (torch.cat([old[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1), new], dim=2)
-            for old, new in ((past.k, k), (past.v, v)))                       # (B·G, K, P + T, E)
-    mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # lower right: every prompt token is seen
-    if past.keep is not None:  # prompts of unequal length, at --micro-batch above 1: on a GPU the slower kernel
-        keep = F.pad(past.keep, (0, t), value=True).repeat_interleave(group, 0)                # (B·G, P + T)
-        mask = mask & keep[:, None, None, :]
-    elif q.is_cuda:  # a boolean mask would lose the flash kernel; plain is_causal is aligned top left, wrong here
-        from torch.nn.attention.bias import causal_lower_right
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        mask = causal_lower_right(t, p + t)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def decode_attention(q: Tensor, past: Past, cache: Cache) -> Tensor:
-    """One new token of every response: a softmax over prompt and response without copying the prompt's cache G times.
-
-    The G responses of a question, and the query heads that share a key head, are rows of one product with the prompt.
-    q (B·G, H, 1, E) → (B·G, H, 1, E)
-    """
-    n, h, _, e = q.shape
-    b, kv, p, _ = past.k.shape
-    g, r = n // b, h // kv
-    q = q.view(b, g, kv, r, e).float() * e ** -0.5           # scores in fp32, as the fused kernels of scoring keep them
-    k, v = cache.k[:, :, :cache.used], cache.v[:, :, :cache.used]             # (B·G, K, t, E)
-    to_prompt = q.transpose(1, 2).reshape(b, kv, g * r, e) @ past.k.mT.float()                 # (B, K, G·r, P)
-    if past.keep is not None:
-        to_prompt = to_prompt.masked_fill(~past.keep[:, None, None, :], -torch.inf)
-    to_prompt = to_prompt.view(b, kv, g, r, p).transpose(1, 2)                # (B, G, K, r, P)
-    to_response = (q.reshape(n, kv, r, e) @ k.mT.float()).view(b, g, kv, r, -1)                # (B, G, K, r, t)
-    weights = torch.cat([to_prompt, to_response], -1).softmax(-1).to(v.dtype)
-    w_prompt, w_response = weights.split([p, k.shape[2]], -1)
-    out = (w_prompt.transpose(1, 2).reshape(b, kv, g * r, p) @ past.v).view(b, kv, g, r, e).transpose(1, 2)
-    return (out.reshape(n, kv, r, e) + w_response.reshape(n, kv, r, -1) @ v).reshape(n, h, 1, e)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention: H query heads share K key/value heads."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, rope: Rope, past: Past | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
-
-        prefill    no past          prompts, causal among themselves; their keys and values become the past
-        scoring    past             whole responses behind their prompt, with gradient
-        decoding   past and cache   one token of each response; its key and value go into the cache
-        """
-        n, t, _ = x.shape
-        q = rope.turn(self.q_proj(x).view(n, t, self.heads, -1).transpose(1, 2))               # (N, H, T, E)
-        k = rope.turn(self.k_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2))            # (N, K, T, E)
-        v = self.v_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2).contiguous()          # FSDP wants no views
-        if past is None:       # a prompt: padding stands at its end, so causality alone hides it from every real token
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        elif cache is None:
-            out = prefix_attention(q, k, v, past)
-        else:
-            cache.k[:, :, cache.used - 1], cache.v[:, :, cache.used - 1] = k[:, :, 0], v[:, :, 0]
-            out = decode_attention(q, past, cache)
-        return self.o_proj(out.transpose(1, 2).reshape(n, t, -1)), k, v
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
-
-    def forward(self, x: Tensor, rope: Rope, past: Past | None = None, cache: Cache | None = None):
-        attended, k, v = self.self_attn(self.input_layernorm(x), rope, past, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
-
-
-class Decoder(nn.Module):
-    """Embedding, layers and last norm: what stands under `model.` in the checkpoint."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-
-def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list[float], config: Config
-                    ) -> tuple[Tensor, int]:
-    """Multimodal rotary positions of one prompt (section 2.1.2 of the Qwen2.5-VL report): text counts on alike in
-    all three axes, a medium spreads over (time, row, column) from where the text stopped, text resumes after the
-    largest position used.
-
-    ids (P,); grid and `seconds` (per grid step, 0 for an image) of its media in order. Returns positions (3, P) and
-    the position of the first response token. Time runs in floor(step · seconds · tokens_per_second) as the model
-    was trained; later versions of transformers cut `seconds` to an integer or let text resume earlier (README).
-    Raises ValueError if placeholders and grids disagree.
-    """
-    merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
-    media = (ids == config.image_token_id) | (ids == config.video_token_id)
-    pieces, at, start = [], 0, 0                                              # `at` in tokens, `start` in positions
-    places = media.nonzero()[:, 0].tolist()
-    for (t, h, w), step in zip(grid, seconds, strict=True):
-        size = t * (h // merge) * (w // merge)
-        if not places:
-            raise ValueError(f"{len(grid)} media, but the prompt has placeholders for fewer")
-        text = torch.arange(start, start + places[0] - at).expand(3, -1)
-        at, start = places[0], start + places[0] - at
-        if not bool(media[at:at + size].all()) or at + size > len(ids):
-            raise ValueError(f"a medium of {size} tokens does not fit its placeholders at token {at}")
-        time = (torch.arange(t) * step * rate).long()
-        axes = torch.meshgrid(time, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
-        pieces += [text, torch.stack(axes).flatten(1) + start]
-        at, start, places = at + size, int(pieces[-1].max()) + 1, places[size:]
-    if places:
-        raise ValueError(f"{len(places)} media placeholders are left over after {len(grid)} media")
-    pieces.append(torch.arange(start, start + len(ids) - at).expand(3, -1))
-    return torch.cat(pieces, dim=1), start + len(ids) - at
-
-
-# ------------------------------------------------------------------------------------------------ the whole model
-
-@dataclass
-class Prompts:
-    """A batch of prompts, padded at the end. All media stand in prompt order in one tensor of patches."""
-    ids: Tensor                                              # (B, P)
-    lengths: Tensor                                          # (B,)
-    positions: Tensor                                        # (3, B, P)
-    next_position: Tensor                                    # (B,) position of the first response token
-    pixels: Tensor | None                                    # (S, 1176), None for text alone
-    grid: list[tuple[int, int, int]]                         # (steps, rows, columns) of patches of each medium
-
-    def to(self, device) -> "Prompts":
-        return Prompts(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(self).values()))
-
-
-class Sampled(NamedTuple):
-    """What was sampled. Places after the end hold token 0 and log-probability 0: build masks from `lengths`."""
-    tokens: Tensor                                           # (B, G, T)
-    lengths: Tensor                                          # (B, G) with the stop token
-    logprobs: Tensor                                         # (B, G, T) log-probabilities they were sampled with
-    finished: Tensor                                         # (B, G) False: cut off by the token limit
-
-
-def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Samples a token a row by inverting the cumulative distribution at a given uniform number, so that a response's
-    randomness is fixed before it is sampled. logits (N, V) fp32, uniforms (N,) in [0, 1) → tokens (N,), logprobs (N,)
-
-    Temperature 0 takes the most likely token (its log-probability is that of temperature 1).
-    """
-    logprobs = (logits / temperature if temperature else logits).log_softmax(-1)
-    if not temperature:
-        tokens = logits.argmax(-1)
-    else:
-        if top_p < 1:  # the smallest set of tokens that holds top_p, the most likely one always in it
-            ranked, order = logprobs.exp().sort(descending=True)
-            cut = ranked.cumsum(-1) - ranked >= top_p         # what stands before a token is enough already
-            logprobs = logprobs.masked_fill(cut.scatter(-1, order, cut), -torch.inf).log_softmax(-1)
-        cumulative = logprobs.double().exp().cumsum(-1)       # fp64: a draw can then never reach past the last token
-        target = uniforms.double()[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
-
-
-LOGITS_AT_ONCE = 2 ** 25                                     # 128 MiB of fp32, whatever V is
-
-
-class Qwen2_5_VL(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.visual, self.model = VisionTower(config.vision), Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.banned = torch.empty(0, dtype=torch.long, device="cpu")   # ids that no distribution of this model contains
-        self.sharded = False                                 # are the weights parted among ranks?
-        self.save_memory = False                             # activation checkpointing: recompute blocks in backward
-
-    # Everything that leaves the model as a probability passes here, so sampling, scoring and the KL reference agree.
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the banned ids (-inf: 0 · inf in the entropy)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        self.banned = self.banned.to(hidden.device)          # moves once
-        return F.linear(hidden, head.weight).float().index_fill(-1, self.banned, -1e30)
-
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of `mrope_section`."""
-        c = self.config
-        angles = positions[..., None] * inverse_frequencies(c.head_dim // 2, c.rope_theta, positions.device)
-        by_axis = [part[axis] for axis, part in enumerate(angles.split(c.mrope_section, dim=-1))]
-        return Rope.of(torch.cat(by_axis, dim=-1)[:, None], dtype)
-
-    def run(self, layer: DecoderLayer, *inputs):
-        """A layer, recomputed in backward instead of remembered where `save_memory` asks for it."""
-        save = self.save_memory and torch.is_grad_enabled()
-        return checkpoint(layer, *inputs, use_reentrant=False) if save else layer(*inputs)
-
-    def prefill(self, prompts: Prompts) -> tuple[Tensor, list[Past]]:
-        """Reads the prompts. Returns hidden states (B, P, D) and every layer's keys and values, in the graph."""
-        x = self.model.embed_tokens(prompts.ids)                                               # (B, P, D)
-        if prompts.pixels is None and self.sharded:          # other ranks may have media: they must meet in the tower
-            c = self.config.vision
-            side, blank = c.spatial_merge_size, 3 * c.temporal_patch_size * c.patch_size ** 2
-            x = x + 0 * self.visual(x.new_zeros(side ** 2, blank), [(1, side, side)], self.save_memory).sum()
-        elif prompts.pixels is not None:
-            features = self.visual(prompts.pixels.to(x.dtype), prompts.grid, self.save_memory)
-            here = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
-            x = x.masked_scatter(here[..., None], features.to(x.dtype))
-        keep = torch.arange(x.shape[1], device=x.device) < prompts.lengths[:, None]            # (B, P)
-        keep = None if bool(keep.all()) else keep
-        rope, past = self.rope(prompts.positions, x.dtype), []
-        for layer in self.model.layers:
-            x, k, v = self.run(layer, x, rope)
-            past.append(Past(k, v, keep))
-        return self.model.norm(x), past
-
-    def forward(self, prompts: Prompts) -> Tensor:
-        """Logits at every place of the prompts, (B, P, V). For comparisons; training never holds this tensor."""
-        return self.logits(self.prefill(prompts)[0].flatten(0, 1)).unflatten(0, prompts.ids.shape)
-
-    @torch.no_grad()
-    def generate(self, prompts: Prompts, uniforms: Tensor, stop_ids: list[int], temperature: float = 1.0,
-                 top_p: float = 1.0) -> Sampled:
-        """Samples G responses to each prompt, at most T tokens long, from given uniform numbers (B, G, T).
-
-        A prompt is read once; its cache serves the whole group. Sampled have a static cache of their own. The numbers
-        are given, not drawn here, so that any number of processes samples the same responses.
-        """
-        (b, g, limit), device = uniforms.shape, prompts.ids.device
-        uniforms, stops = uniforms.to(device).flatten(0, 1), torch.tensor(stop_ids, device=device)
-        hidden, past = self.prefill(prompts)
-        logits = self.logits(hidden[torch.arange(b, device=device), prompts.lengths - 1]).repeat_interleave(g, 0)
-        shape = (b * g, self.config.num_key_value_heads, limit, self.config.head_dim)
-        caches = [(hidden.new_empty(shape), hidden.new_empty(shape)) for _ in past]
-        tokens = torch.zeros(b * g, limit, dtype=torch.long, device=device)
-        logprobs = torch.zeros(b * g, limit, device=device)
-        lengths, going = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
-        start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
-        for t in range(limit):
-            token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
-            tokens[:, t], logprobs[:, t] = token * going, logprob * going
-            lengths += going
-            going = going & ~torch.isin(token, stops)
-            if t + 1 == limit or not bool(going.any()):
-                break
-            x = self.model.embed_tokens(tokens[:, t, None])                                    # (B·G, 1, D)
-            rope = self.rope((start + t).expand(3, -1)[..., None], x.dtype)
-            for layer, before, (k, v) in zip(self.model.layers, past, caches):
-                x, _, _ = layer(x, rope, before, Cache(k, v, t + 1))
-            logits = self.logits(self.model.norm(x)[:, 0])
-        fold = lambda x: x[..., :t + 1].unflatten(0, (b, g)) if x.dim() > 1 else x.view(b, g)
-        return Sampled(fold(tokens), fold(lengths), fold(logprobs), fold(~going))
-
-    def logprobs(self, prompts: Prompts, tokens: Tensor, lengths: Tensor, temperature: float = 1.0
-                 ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of given responses under this model, with gradient, and the entropy where they were drawn.
-
-        The prompt is computed once for its group and stays in the graph; logits exist only where a response token is
-        predicted. tokens (B, G, T), lengths (B, G) → logprobs (B, G, T), entropies (B, G, T), both 0 after the end.
-        """
-        (b, g, t), device = tokens.shape, tokens.device
-        hidden, past = self.prefill(prompts)
-        last = hidden[torch.arange(b, device=device), prompts.lengths - 1]                     # (B, D) predicts token 0
-        hidden = last[:, None, None].expand(b, g, 1, -1).flatten(0, 1)                         # (B·G, 1, D)
-        if t > 1:
-            x = self.model.embed_tokens(tokens.flatten(0, 1)[:, :-1])                          # (B·G, T-1, D)
-            start = prompts.next_position.repeat_interleave(g, 0)[:, None]
-            rope = self.rope((start + torch.arange(t - 1, device=device)).expand(3, -1, -1), x.dtype)
-            for layer, before in zip(self.model.layers, past):
-                x, _, _ = self.run(layer, x, rope, before)
-            hidden = torch.cat([hidden, self.model.norm(x)], dim=1)                            # (B·G, T, D)
-        real = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
-        logprobs, entropies = self.score(hidden.view(b, g, t, -1)[real], tokens[real], temperature)
-        empty = torch.zeros(b, g, t, device=device)
-        return tuple(empty.masked_scatter(real, x) for x in (logprobs, entropies))
-
-    def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""
-        def chunk(hidden, targets):
-            logprobs = (self.logits(hidden) / temperature).log_softmax(-1)
-            with torch.no_grad():
-                entropy = -(logprobs.exp() * logprobs).sum(-1)
-            return logprobs.gather(-1, targets[:, None])[:, 0], entropy
-
-        size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(hidden) <= size:
-            return chunk(hidden, targets)
-        parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
-        return tuple(torch.cat(x) for x in zip(*parts))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 # Before torch: model.py checks the versions of Python and torch.
-from model import (CONFIGS, LOGITS_AT_ONCE, SHARD_BYTES, STEPS, SUMS, Config, Qwen2_5_VL, exchange, load_model,
+from model import (CONFIGS, SHARD_BYTES, STEPS, SUMS, Config, Qwen2_5_VL, exchange, load_model,
                    load_weights, newest_checkpoint, read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
@@ -366,7 +366,7 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
     tower = v.depth * patches * (c * v.hidden_size if s.save_memory else patch)
     past, own = (layers * kept[0], layers * kept[1]) if s.save_memory else (layers * reading, layers * writing)
     block = lambda tokens, remembered: remembered * s.save_memory + 3 * c * f * tokens      # recomputed, and backward
-    logits = min(LOGITS_AT_ONCE, written * config.vocab_size) * (12 + c)
+    logits = min(2 ** 25, written * config.vocab_size) * (12 + c)
     # … and weights: two blocks gathered, a third on its way, the gradients of one; the root's own are sent at the end.
     gathered = c * (root + 3 * layer) * sharded
     sent = (4 + c) * sharded

@@ -121,10 +121,10 @@ def placeholders(config: Config) -> Tensor:
 @torch.no_grad()
 def ask_ours(model: Qwen2_5_VL, prompts: Prompts, length: int, group: int = 2) -> Answers:
     logits = model(prompts)[real_tokens(prompts)]
-    before, model.banned = model.banned, placeholders(model.config)     # a sampled placeholder would ask for pixels
+    before, model.masked_token_ids = model.masked_token_ids, placeholders(model.config)     # a sampled placeholder would ask for pixels
     drawn = model.generate(prompts, torch.zeros(len(prompts.ids), group, length), stop_ids=[-1], temperature=0)
     scored, _ = model.logprobs(prompts, drawn.tokens, drawn.lengths)
-    model.banned = before
+    model.masked_token_ids = before
     return Answers(*(x.cpu() for x in (logits, drawn.tokens, drawn.logprobs, scored)))
 
 

@@ -10,7 +10,7 @@ import torch
 from parity import (CASES, Medium, ask_ours, ask_transformers, compare, load_reference, make_prompts, random_model,
                     real_tokens)
 
-from model import CONFIGS, Spans, span_attention, load_model, mrope_positions, qwen, save_model, write_config
+from model import CONFIGS, block_attention, load_model, make_blocks, mrope_positions, qwen, save_model, write_config
 
 SMALL = {  # what official rows have in common is varied here: a value that one side ignores would pass unnoticed
     "tied": qwen(96, 3, 6, 2, 80, 97, True, sections=(2, 3, 3), ids=(5, 6), vision=dict(
@@ -63,7 +63,8 @@ def test_windows_are_cut_at_the_edges_of_the_odd_grids(both):
     model, _ = both
     grids = [x.grid for x in CASES["odd grids"][0] if isinstance(x, Medium)]
     _, order, windows, frames = model.visual.layout(grids, "cpu")
-    assert windows.ragged and len(windows.lengths) > len(frames.lengths) == sum(t for t, _, _ in grids)
+    assert windows.index is not None
+    assert len(windows.cu_seqlens) > len(frames.cu_seqlens) == 1 + sum(t for t, _, _ in grids)
     assert order.tolist() != list(range(len(order))), "patches are really gathered by windows"
 
 
@@ -83,12 +84,12 @@ def test_tokens_of_another_prompt_or_of_padding_change_nothing(both):
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [16, 8, 4, 2, 16]], ids=["equal blocks", "ragged blocks"])
-def test_span_attention_is_plain_attention_inside_each_block(lengths):
+def test_block_attention_is_plain_attention_inside_each_block(lengths):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), 2, 8, generator=generator) for _ in range(3))                     # (S, H, E)
     expected = [torch.einsum("hqk,khe->qhe", (torch.einsum("qhe,khe->hqk", a, b) * 8 ** -0.5).softmax(-1), c)
                 for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths))]
-    result = span_attention(q, k, v, Spans.of(torch.tensor(lengths)))
+    result = block_attention(q, k, v, make_blocks(lengths, "cpu"))
     assert torch.allclose(result, torch.cat(expected), atol=1e-6)
 
 

@@ -168,8 +168,8 @@ class TestVocabulary:
         vocabulary.mask_special_tokens(model)
         names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
         beyond = range(len(vocabulary.tokenizer), CONFIGS["tiny"].vocab_size)
-        assert sorted(model.banned.tolist()) == sorted([*(vocabulary.id[n] for n in names), *beyond])
-        assert len(beyond) > 0 and not set(model.banned.tolist()) & set(vocabulary.stop_ids)
+        assert sorted(model.masked_token_ids.tolist()) == sorted([*(vocabulary.id[n] for n in names), *beyond])
+        assert len(beyond) > 0 and not set(model.masked_token_ids.tolist()) & set(vocabulary.stop_ids)
 
     def test_a_folder_without_a_tokenizer_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}.*tokenizer.json"):

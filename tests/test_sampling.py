@@ -40,7 +40,7 @@ def test_temperature_sharpens_and_zero_is_greedy():
 
 def test_placeholders_and_padding_are_never_sampled_and_never_scored(toy, base, vocabulary, tiny_settings):
     model = vocabulary.mask_special_tokens(load_model(base))
-    banned = model.banned.tolist()
+    banned = model.masked_token_ids.tolist()
     with torch.no_grad():                                    # a model that would love to say nothing else
         model.model.embed_tokens.weight[banned] *= 50
     examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
