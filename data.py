@@ -41,9 +41,10 @@ from tqdm import tqdm
 
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Sampled, init_weights, load_model, mrope_positions,
                    newest_checkpoint, read_config, save_model, write_config)
-from rewards import (COLOURS, JUDGEMENT, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
+import rewards
+from rewards import (COLOURS, JUDGEMENT, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
                      Client, Journal, Judge, Parsed, Verdict, imap_unordered, local_llm, choice, language_judge,
-                     matches_template, extract_tag, parse, rule_judge, server_address, task_metric, toy_answer, toy_asked)
+                     matches_template, extract_tag, parse, read_toy, rule_judge, server_address, task_metric, Toy, toy_answer)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -313,8 +314,7 @@ class Record:
     reference: str
     path: str                                                # relative to the media root
     data_type: str                                           # image or video
-    observation: str = ""                                    # the trace, only in SFT files
-    think: str = ""
+    trace: dict[str, str] = field(default_factory=dict)      # tag → text, only in SFT files
     data_source: str = ""                                    # where the question comes from
     blind: bool = False                                      # read without its medium
     given: str | None = None                                 # an observation that the answer begins with
@@ -363,10 +363,11 @@ def to_record(row: dict, traces: bool) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object with each key once")
     json.dumps(row, ensure_ascii=False).encode()             # half a character (ValueError) could not be written
-    needed = ["problem", "problem_type", "solution", "path", "data_type"] + ["observation", "process"] * traces
+    fields_of = {tag: FIELDS.get(tag, tag) for tag in TAGS if tag != "answer"}
+    needed = ["problem", "problem_type", "solution", "path", "data_type"] + [*fields_of.values()] * traces
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
-    if wrong := [name for name in ("problem", "path", "observation", "process")
+    if wrong := [name for name in ("problem", "path", *fields_of.values())
                  if not isinstance(row.get(name), str | None)]:
         raise ValueError(f"{' and '.join(wrong)}: not a text")
     if row["problem_type"] not in PROBLEM_TYPES:
@@ -391,17 +392,28 @@ def to_record(row: dict, traces: bool) -> Record:
         raise ValueError(f"solution holds no answer, or several: {row['solution']!r:.80}")
     if row["problem_type"] == "multiple choice" and options and len(options) < 2:
         raise ValueError("a multiple choice with one option")
-    bare = lambda tag, text: extract_tag(tag, text) if matches_template(text, tag) else text.strip()
+    trace = {}
+    for tag, name in fields_of.items():
+        text = row.get(name) or ""
+        trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text.strip()
+    trace = trace if all(trace.values()) else {}
     return Record(str(row.get("problem_id", "")), row["problem"], tuple(options), row["problem_type"], reference,
-                  row["path"], row["data_type"], bare("observation", str(row.get("observation") or "")),
-                  bare("think", str(row.get("process") or "")), str(row.get("data_source") or ""))
+                  row["path"], row["data_type"], trace, str(row.get("data_source") or ""))
+
+
+FIELDS = {"think": "process"}                                # tags whose text has another name in the released files
+
+
+def trace_fields(trace: dict[str, str]) -> dict[str, str]:
+    """A trace under the field names of the release."""
+    return {FIELDS.get(tag, tag): text for tag, text in trace.items()}
 
 
 def to_row(r: Record) -> dict:
     """A record as the release writes it."""
     return dict(problem_id=r.problem_id, problem=r.question, options=list(r.options), problem_type=r.problem_type,
                 solution=f"<answer>{r.reference}</answer>", answer=r.reference, path=r.path, data_type=r.data_type,
-                data_source=r.data_source, observation=r.observation, process=r.think)
+                data_source=r.data_source, **trace_fields(r.trace))
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
@@ -431,19 +443,8 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
 
 # ------------------------------------------------------------------------------------------------ prompts
 
-PARTS = {
-    "p2r": """Answer in three parts, in this order and with exactly these tags:
-<observation>Start with "Based on the question, I need to notice", name what matters for the question, then write down \
-what the {medium} shows of it: so completely that somebody who cannot see the {medium} could answer from this part \
-alone. Draw no conclusions yet.</observation>
-<think>Start with "Based on the observations,", then reason step by step, talking to yourself, and check the result \
-before you wait_for_writer on it.</think>
-<answer>The final answer and nothing else.</answer>""",
-    "think": """Answer in two parts, in this order and with exactly these tags:
-<think>Reason step by step about what the {medium} shows, talking to yourself, and check the result before you wait_for_writer \
-on it.</think>
-<answer>The final answer and nothing else.</answer>""",
-}
+THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before you "
+               "settle on it.")                              # in the process-agnostic template, without observations
 TYPE_LINES = {
     "multiple choice": "Answer with the letter of the correct option.",
     "numerical": "Answer with one exact number.",
@@ -453,26 +454,38 @@ TYPE_LINES = {
 }
 
 
+def template_tags(template: str) -> list[rewards.Tag]:
+    """The tags of a response in order. `think`, the process-agnostic baseline, has the last segment only."""
+    segments = SEGMENTS[-1:] if template == "think" else SEGMENTS
+    return [tag for segment in segments for tag in segment.tags]
+
+
 def instruction(record: Record, settings: InputSettings) -> str:
     """The user's text: question, options, what is expected. The same for data generation, SFT, RL and evaluation."""
     lines = [record.question]
     if record.options:
-        lines += ["Options:"] + [o if o.lstrip("( ")[:1] == chr(65 + i) and o.lstrip("( ")[1:2] in ".):"
-                                 else f"{chr(65 + i)}. {o}" for i, o in enumerate(record.options)]
+        lines += ["Options:", *rewards.letter_options(record.options)]
     if settings.prompt == "full":
-        lines.append(PARTS[settings.template].format(medium=record.data_type))
-    return "\n".join(lines + [TYPE_LINES[record.problem_type]] * (settings.prompt != "direct"))
+        lines.append("Answer in these parts, in this order and with exactly these tags:")
+        for tag in template_tags(settings.template):
+            alone = settings.template == "think" and tag.name == "think"
+            text = (THINK_ALONE if alone else tag.instruction).format(medium=record.data_type)
+            lines.append(f"<{tag.name}>{text}</{tag.name}>")
+    if settings.prompt != "direct":
+        lines.append(TYPE_LINES[record.problem_type])
+    return "\n".join(lines)
 
 
 def observation_prefix(observation: str) -> str:
+    """A given observation, as the beginning of a response."""
     return f"<observation> {observation} </observation>\n"
 
 
 def trace_text(record: Record, template: str) -> str:
-    """What SFT teaches the model to say. The baseline sees the same data without the observation segment; an
-    observation that is given is not said again."""
-    seen = "" if template == "think" or record.given is not None else observation_prefix(record.observation)
-    return f"{seen}<think> {record.think} </think>\n<answer> {record.reference} </answer>"
+    """The response that SFT teaches: every tag of the template with its text. A given observation is in the prompt."""
+    texts = record.trace | {"answer": record.reference}
+    tags = [tag.name for tag in template_tags(template) if record.given is None or tag.name != "observation"]
+    return "\n".join(f"<{name}> {texts[name]} </{name}>" for name in tags)
 
 
 def byte_characters() -> dict[int, str]:
@@ -536,9 +549,10 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
 
 
 @lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
-def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
+def media_patches(path: str, data_type: str, bounds, rate: float, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
     """Patches, grid and seconds per grid step of a record's medium, whatever is asked about it. Raises MediaError."""
-    frames, seconds, limit = read_media(medium, root, settings)
+    record = Record("", "", (), "", "", path, data_type, bounds=bounds, rate=rate)
+    frames, seconds, limit = read_media(record, root, settings)
     return (*patchify(frames, min(settings.min_pixels, limit), limit), seconds)
 
 
@@ -548,8 +562,7 @@ def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Co
     MediaError."""
     v, shown, pixels, grids, times = vocabulary, [], None, [], []
     if not record.blind:
-        medium = Record("", "", (), "", "", record.path, record.data_type, bounds=record.bounds, rate=record.rate)
-        pixels, grid, seconds = media_patches(medium, root, settings)
+        pixels, grid, seconds = media_patches(record.path, record.data_type, record.bounds, record.rate, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if record.data_type == "video" else config.image_token_id
         shown = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
@@ -571,8 +584,8 @@ def why_invalid(r: Record) -> str:
     """Why nobody can learn from a record: even its own solution would not be right, or its trace breaks the rules."""
     if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
         return f"solution: {r.reference!r:.60} would itself score no full mark, as an option or a number would"
-    taught = r.observation and r.think and r.given is None
-    return "trace: it breaks the template" if taught and not all(parse(trace_text(r, "p2r"))[3:]) else ""
+    taught = r.trace and r.given is None
+    return "trace: it breaks the template" if taught and not all(parse(trace_text(r, "p2r")).formats) else ""
 
 
 class Examples:
@@ -689,10 +702,11 @@ def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
 
 
-def write_avi(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes frames (N, h, w, 3) as PNG pictures in an AVI file: lossless, and decord reads it back exactly."""
-    chunk = lambda tag, body: tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
-    listed = lambda kind, body: chunk(b"LIST", kind + body)
+def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
+    """Frames (N, h, w, 3) as PNG pictures in an AVI file: lossless, and decord reads it back exactly."""
+    def chunk(tag: bytes, body: bytes) -> bytes:
+        return tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+
     n, h, w, _ = frames.shape
     pictures = []
     for frame in frames:
@@ -706,40 +720,9 @@ def write_avi(path: Path, frames: np.ndarray, fps: int) -> None:
     for picture in pictures:
         index += struct.pack("<4sIII", b"00dc", 0x10, at, len(picture))
         at += 8 + len(picture) + len(picture) % 2
-    body = listed(b"hdrl", chunk(b"avih", header) + listed(b"strl", chunk(b"strh", stream) + chunk(b"strf", bitmap)))
-    body += listed(b"movi", b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
-    raw = chunk(b"RIFF", b"AVI " + body)
-    path.write_bytes(raw[:SEAL] + struct.pack("<I", zlib.crc32(raw[:SEAL] + raw[SEAL + 4:])) + raw[SEAL + 4:])
-
-
-def toy_observation(shown: list[str]) -> str:
-    return ", ".join(f"{i} {x}" for i, x in enumerate(shown, start=1))
-
-
-def toy_think(problem_type: str, asked: str, options: Sequence[str], shown: list[str]) -> str:
-    """Reasoning in steps that can be taken one at a time: a small model learns to walk, not to jump to a result.
-
-    Every comparison reads the same, "green red? no": one skill, practised by three types of problem.
-    """
-    compare = lambda x, y: f"{x} {y}? {'yes' if x == y else 'no'}"
-    colours = [x.split()[0] for x in shown]
-    if problem_type == "multiple choice":
-        at = shown.index(asked) + 1
-        steps = [f"{x} {'yes' if x == asked else 'no'}" for x in shown[:at]] + [f"next {shown[at]}"]
-        for letter, option in zip("ABC", options):
-            steps.append(f"{letter} {option} {'yes' if option == shown[at] else 'no'}")
-            if option == shown[at]:
-                break
-    elif problem_type == "numerical":
-        steps = [f"{compare(c, asked)} {colours[:i].count(asked)}" for i, c in enumerate(colours, start=1)]
-    elif problem_type == "OCR":
-        kept = lambda i: " ".join(x[-1] for x in shown[:i] if not x.startswith(asked))
-        steps = [f"{x[-1]} {compare(c, asked)} {kept(i + 1)}".strip() for i, (x, c) in enumerate(zip(shown, colours))]
-    elif problem_type == "free-form":
-        steps = [f"first {shown[0]}", f"last {shown[-1]}"]
-    else:
-        steps = [f"{x} {sum(PRICES[y[-1]] for y in shown[:i])}" for i, x in enumerate(shown, start=1)]
-    return ", ".join(steps)
+    body = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap)))
+    body += chunk(b"LIST", b"movi" + b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
+    return chunk(b"RIFF", b"AVI " + body)
 
 
 # Half of the questions are multiple choice, as most of the paper's data are.
@@ -747,52 +730,66 @@ TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
-    """A question about three letters, with its answer and a faultless trace. Returns the record and what is shown."""
+    """A question about three letters, with its answer and a correct trace. Returns the record and what is shown."""
     problem_type = TOY_MIX[number % len(TOY_MIX)]
-    everything = [f"{c} {l}" for c in COLOURS for l in LETTERS]
-    while True:
+    names = [name for name, (kind, _) in TOY_QUESTIONS.items() if kind == problem_type]
+    name = names[number // len(TOY_MIX) % len(names)]
+    everything = [f"{colour} {letter}" for colour in COLOURS for letter in LETTERS]
+    answer = None
+    while answer is None:                                    # for some draws a question has no answer: draw again
         shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
         asked, options = rng.choice(shown).split()[0], []
         if problem_type == "multiple choice":
             asked, right = rng.choice([shown[:2], shown[1:]])
             options = rng.sample([x for x in everything if x != right], 2)
             options.insert(rng.randrange(3), right)
-        question = TOY_QUESTIONS[problem_type].format(asked)
-        lettered = [f"{letter}. {x}" for letter, x in zip("ABC", options)]
-        answer = toy_answer(problem_type, question, lettered, shown)
-        if answer is not None:                               # for some draws a question has no answer: draw again
-            break
-    return {"problem_id": f"{split}-{number}", "problem": question, "options": lettered, "data_type": "video",
-            "problem_type": problem_type, "solution": f"<answer>{answer}</answer>", "answer": answer,
-            "path": f"./{split}/{number:05d}.avi", "data_source": "toy",
-            "observation": toy_observation(shown),
-            "process": toy_think(problem_type, asked, options, shown)}, shown
+        toy = Toy(name, asked, tuple(options))
+        answer = toy_answer(toy, shown)
+    trace = {tag.name: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name != "answer"}
+    return {"problem_id": f"{split}-{number}", "problem": TOY_QUESTIONS[name][1].format(asked),
+            "options": rewards.letter_options(options), "data_type": "video", "problem_type": problem_type,
+            "solution": f"<answer>{answer}</answer>", "answer": answer, "path": f"./{split}/{number:05d}.avi",
+            "data_source": "toy", **trace_fields(trace)}, shown
+
+
+def toy_clip(number: int, split: str, seed: int) -> tuple[dict, bytes]:
+    """A record and its clip. Every clip has a seed of its own, made of the split's name and its number, so that no
+    held-out clip is ever a training clip."""
+    rng = random.Random(f"{seed}/{split}/{number}")
+    record, shown = toy_record(rng, number, split)
+    noise = np.random.default_rng(rng.getrandbits(64))
+    frames = [draw(*x.split(), noise) for x in shown for _ in range(2)]
+    return record, avi_bytes(np.stack(frames), TOY_FPS)
+
+
+def toy_is_current(file: Path, count: int, seed: int) -> bool:
+    """Does this record file hold what the code would write now? Edited questions or drawings change the world."""
+    if not file.is_file():
+        return False
+    split, rows = file.stem, json.loads(file.read_text())
+    first, clip = toy_clip(0, split, seed)
+    made = [toy_record(random.Random(f"{seed}/{split}/{number}"), number, split)[0] for number in range(count)]
+    path = file.parent / first["path"]
+    return rows == made and path.is_file() and path.read_bytes() == clip
 
 
 TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
-    """Writes the toy world: clips and `<split>.json`, unless it is there already. Every clip has a seed of its own,
-    made of the split's name and its number, so that no held-out clip is ever a training clip."""
+    """Writes the toy world, clips and `<split>.json`, unless the same world is there already."""
     folder = Path(folder)
-    there = {split: folder / f"{split}.json" for split in splits}
-    if all(file.is_file() and len(json.loads(file.read_text())) == splits[split] for split, file in there.items()):
-        return folder
-    bar = tqdm(total=sum(splits.values()), desc="toy clips", unit="clip", file=sys.stderr)
-    for split, count in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        records = []
-        for number in range(count):
-            rng = random.Random(f"{seed}/{split}/{number}")
-            record, shown = toy_record(rng, number, split)
-            noise = np.random.default_rng(rng.getrandbits(64))
-            frames = [draw(*x.split(), noise) for x in shown for _ in range(2)]
-            write_avi(folder / record["path"], np.stack(frames), TOY_FPS)
-            records.append(record)
-            bar.update()
-        write_atomically(folder / f"{split}.json", json.dumps(records, indent=1))  # they appear when their clips are there
-    bar.close()
+    todo = {name: n for name, n in splits.items() if not toy_is_current(folder / f"{name}.json", n, seed)}
+    with tqdm(total=sum(todo.values()), desc="toy clips", unit="clip", disable=not todo) as bar:
+        for split, count in todo.items():
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            records = []
+            for number in range(count):
+                record, clip = toy_clip(number, split, seed)
+                (folder / record["path"]).write_bytes(clip)
+                records.append(record)
+                bar.update()
+            write_atomically(folder / f"{split}.json", json.dumps(records, indent=1))   # when its clips are there
     return folder
 
 
@@ -918,7 +915,7 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
         prompts = collate([build_example(r, Path(), vocabulary, model.config, settings) for r in records]).to(device)
         out = model.generate(prompts, torch.zeros(len(some), 1, tokens), vocabulary.stop_ids, temperature=0.0)
         for c, text in zip(some, first_texts(out, vocabulary)):
-            score = task_metric(c.problem_type, parse(text).answer, c.reference, c.options)
+            score = task_metric(c.problem_type, parse(text).contents["answer"], c.reference, c.options)
             said = " ".join(text.split())
             verdicts.append(Verdict(score >= THRESHOLD, f"answering blind: {said} (score {score:.2f})"))
     return verdicts
@@ -993,32 +990,35 @@ def toy_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     A mistake in perception leads to the right answer all the same with the rate `luck`: reasoning that belongs to
     what was shown, not to what was noted down. That is the trace which only step 3 can catch.
     """
-    def misread(r: Record, shown: list[str], rng: random.Random, below: float) -> list[str]:
+    def misread(r: Record, toy: Toy, rng: random.Random, below: float) -> list[str]:
         while True:
-            other = list(shown)
+            other = list(shown_in(r))
             for i in rng.sample(range(TOY_EVENTS), rng.randint(1, TOY_EVENTS)):
                 other[i] = f"{rng.choice(COLOURS)} {rng.choice(LETTERS)}"
-            answer = toy_answer(r.problem_type, r.question, r.options, other)
+            answer = toy_answer(toy, other)
             if answer is not None and task_metric(r.problem_type, answer, r.reference, r.options) < below:
                 return other
 
+    def shown_in(r: Record) -> list[str]:
+        return [item.partition(" ")[2] for item in r.trace.get("observation", "").split(", ")]
+
     def teach_one(r: Record) -> Draft:
         rng, mistakes = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), []
-        if not r.observation:
-            raise ValueError(f"the toy teacher learns what was shown from the record; {r.path} does not say it")
-        seen = reasoned = shown = [item.partition(" ")[2] for item in r.observation.split(", ")]
-        if toy_observation(shown) != r.observation or len(shown) != TOY_EVENTS:
-            raise ValueError(f"{r.path}: {r.observation!r:.60} is no observation of the toy world")
+        toy = read_toy(r.problem_type, r.question, r.options)
+        seen = reasoned = shown = shown_in(r)
+        if rewards.toy_observation(toy, shown) != r.trace.get("observation") or len(shown) != TOY_EVENTS:
+            raise ValueError(f"{r.path}: the toy teacher reads what was shown from the record's observation, and "
+                             f"{r.trace.get('observation')!r:.60} does not say it")
         if rng.random() < s.perception_mistakes:
             mistakes.append("perception")
-            seen = misread(r, shown, rng, below=1 - 1e-9)
+            seen = misread(r, toy, rng, below=1 - 1e-9)
             reasoned = shown if rng.random() < s.luck else seen
         if rng.random() < s.reasoning_mistakes:
             mistakes.append("reasoning")
-            reasoned = misread(r, shown, rng, below=THRESHOLD)
-        think = toy_think(r.problem_type, toy_asked(r.problem_type, r.question), [o[3:] for o in r.options], reasoned)
-        answer = toy_answer(r.problem_type, r.question, r.options, reasoned)
-        text = trace_text(replace(r, observation=toy_observation(seen), think=think, reference=answer), "p2r")
+            reasoned = misread(r, toy, rng, below=THRESHOLD)
+        trace = {tag.name: tag.toy(toy, reasoned) for tag in template_tags("p2r")}
+        trace |= {tag.name: tag.toy(toy, seen) for tag in SEGMENTS[0].tags}
+        text = trace_text(replace(r, trace=trace, reference=trace["answer"]), "p2r")
         if rng.random() < s.template_mistakes:
             mistakes.append("template")
             text = text[:rng.randrange(len(text))]           # cut off: no </answer>
@@ -1098,7 +1098,7 @@ def verify(record: Record, output: str) -> tuple[Parsed, float, str]:
     """Step 2: the parts of a trace, the score of its answer, and why it is dropped ("" if it is not)."""
     parsed = parse(output)
     score = task_metric(record.problem_type, parsed.answer, record.reference, record.options)
-    if not (parsed.perception_format and parsed.reasoning_format):
+    if not all(parsed.formats):
         return parsed, score, "template broken"
     return parsed, score, "" if score >= THRESHOLD else "answer wrong"
 
@@ -1160,7 +1160,7 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
     why |= {key: reason for key, (_, _, reason) in traces.items() if reason}
 
     # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
-    claims = {key: claim_about(records[key], trace.observation) for key, (trace, _, reason) in traces.items()
+    claims = {key: claim_about(records[key], trace.contents["observation"]) for key, (trace, _, reason) in traces.items()
               if not reason}
     verdicts, silent = run_resumable({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
                                     judged, "3 observation sufficiency", s)
@@ -1172,8 +1172,8 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
 
     def row(key: str) -> dict:
         parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
-        trace = dict(observation=parsed.observation, process=parsed.think, output=drafts.get(key, {}).get("output"),
-                     reward=score, select=key in kept)
+        trace = trace_fields({tag: text for tag, text in parsed.contents.items() if tag != "answer"})
+        trace |= dict(output=drafts.get(key, {}).get("output"), reward=score, select=key in kept)
         return to_row(records[key]) | trace | ({} if key in kept else {"reason": why[key]})
     write_rows(folder / "traces.jsonl", (row(key) for key in records if key in kept))
     write_rows(folder / "dropped.jsonl", (row(key) for key in records if key not in kept))
@@ -1196,7 +1196,7 @@ def record_key(r: Record) -> str:
 
 
 def is_toy(records: Iterable[Record]) -> bool:
-    return all(toy_asked(r.problem_type, r.question) is not None for r in records)
+    return all(read_toy(r.problem_type, r.question, r.options) for r in records)
 
 
 def claim_about(r: Record, observation: str) -> Claim:
@@ -1263,8 +1263,8 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
     print(f"{file}: {len(records)} records, all well formed")
     for (data_type, problem_type), n in sorted(Counter((r.data_type, r.problem_type) for r in records).items()):
         print(f"  {n:8}  {data_type}, {problem_type}")
-    traces = [r for r in records if r.observation and r.think]
-    broken = [r for r in traces if not all(parse(trace_text(r, "p2r"))[3:])]
+    traces = [r for r in records if r.trace]
+    broken = [r for r in traces if not all(parse(trace_text(r, "p2r")).formats)]
     wrong = [r for r in records if r.problem_type == "multiple choice" and choice(r.reference, r.options) is None]
     print(f"  {len(traces):8}  with a trace for SFT")
     for some, what in ((broken, "traces break the template"), (wrong, "solutions are none of their options")):
@@ -1288,7 +1288,7 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
             try:
                 prompts.append(job.result())
                 kept.append(record)
-                if tokens and record.observation and record.think:
+                if tokens and record.trace:
                     responses.append(len(tokens[0].encode(trace_text(record, settings.template))) + 1)
             except MediaError as error:
                 lost.append((record, error))

@@ -23,22 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-
-def other_programs_run() -> bool:
-    """Does Linux report another runnable thread, five times in a row? False where there is no /proc/loadavg."""
-    try:
-        running = [int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) for _ in range(5)]
-        return min(running) > 1                              # 1 is this process
-    except (OSError, ValueError, IndexError):
-        return False
-
-
-# OpenMP threads wait by spinning. On a busy machine that makes a step three times slower, and sleeping costs 60 % on
-# an idle one. Both variables are read when torch is loaded.
-if other_programs_run():
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # shapes change from step to step
-
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -144,20 +129,15 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Rotary(NamedTuple):
-    """Rotary tables that broadcast over heads. cos, sin (N, 1, T, E) for the decoder, (S, 1, E) for the encoder."""
-    cos: Tensor
-    sin: Tensor
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (…, E), for all heads alike. Frequency i rotates the pair (i, i + E/2). angles (…, E/2)"""
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotary_tables(angles: Tensor, dtype: torch.dtype) -> Rotary:
-    angles = torch.cat([angles, angles], dim=-1)             # frequency i rotates the pair (i, i + E/2)
-    return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
-
-
-def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return x * rotary.cos + torch.cat([-b, a], dim=-1) * rotary.sin
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotary
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def inverse_frequencies(count: int, theta: float, device) -> Tensor:
@@ -168,38 +148,26 @@ def inverse_frequencies(count: int, theta: float, device) -> Tensor:
 # ------------------------------------------------------------------------------------------------ vision encoder
 
 class Blocks(NamedTuple):
-    """A partition of S patches into N consecutive blocks. A patch attends only to patches of its own block."""
-    cu_seqlens: Tensor                                       # (N + 1,) int32: first patch of each block, then S
-    longest: int                                             # L, patches in the largest block
-    index: Tensor | None                                     # (N, L) patch at each place, None if all are equal
-    keep: Tensor | None                                      # (N, L) False at padding
-    places: Tensor | None                                    # (S,) where each patch is in the N·L places
+    """A partition of S patches into consecutive blocks. A patch attends only to patches of its own block."""
+    lengths: list[int]                                       # patches in each
+    cu_seqlens: Tensor                                       # int32: first patch of each, then S
 
 
 def make_blocks(lengths: list[int], device) -> Blocks:
-    """lengths [2, 3] → cu_seqlens [0, 2, 5], index [[0, 1, 0], [2, 3, 4]], keep [[T, T, F], [T, T, T]]"""
-    sizes, longest = torch.tensor(lengths), max(lengths)
-    cu_seqlens = F.pad(sizes.cumsum(0), (1, 0))
-    if min(lengths) == longest:
-        return Blocks(cu_seqlens.int().to(device), longest, None, None, None)
-    keep = torch.arange(longest) < sizes[:, None]
-    index = (cu_seqlens[:-1, None] + torch.arange(longest)) * keep
-    places = keep.flatten().nonzero()[:, 0]
-    return Blocks(cu_seqlens.int().to(device), longest, index.to(device), keep.to(device), places.to(device))
+    return Blocks(lengths, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device))
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Softmax attention inside each block. q, k, v and the result (S, H, E)."""
-    if q.is_cuda and q.dtype in HALF:                        # blocks of unequal lengths without padding
-        bounds, longest = blocks.cu_seqlens, blocks.longest
+    lengths, longest = blocks.lengths, max(blocks.lengths)
+    if q.is_cuda and q.dtype in HALF:
         attention = flash_attn_varlen_func or varlen_attn
-        return attention(q, k, v, bounds, bounds, longest, longest)
-    if blocks.index is None:
-        q, k, v = (x.unflatten(0, (-1, blocks.longest)).transpose(1, 2) for x in (q, k, v))    # (N, H, L, E)
+        return attention(q, k, v, blocks.cu_seqlens, blocks.cu_seqlens, longest, longest)
+    if min(lengths) == longest:                              # one call for all blocks
+        q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))           # (N, H, L, E)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-    q, k, v = (x[blocks.index].transpose(1, 2) for x in (q, k, v))                             # (N, H, L, E)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=blocks.keep[:, None, None, :])
-    return out.transpose(1, 2).flatten(0, 1)[blocks.places]
+    blocks = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))                # each (H, L, E)
+    return torch.cat([F.scaled_dot_product_attention(*block) for block in blocks], dim=1).transpose(0, 1)
 
 
 class VisionAttention(nn.Module):
@@ -208,7 +176,7 @@ class VisionAttention(nn.Module):
         self.heads = c.num_heads
         self.qkv, self.proj = nn.Linear(c.hidden_size, 3 * c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, blocks: Blocks) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: Blocks) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
         q, k = apply_rotary(torch.cat([q, k], 1).float(), rotary).to(x.dtype).chunk(2, dim=1)
         return self.proj(block_attention(q, k, v, blocks).flatten(1))
@@ -220,7 +188,7 @@ class VisionBlock(nn.Module):
         self.norm1, self.norm2 = RMSNorm(c.hidden_size), RMSNorm(c.hidden_size)
         self.attn, self.mlp = VisionAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, rotary: Rotary, blocks: Blocks) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: Blocks) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary, blocks)
         return x + self.mlp(self.norm2(x))
 
@@ -329,31 +297,29 @@ class Cache(NamedTuple):
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     """Attention in training: the prompt attends causally to itself, each response to the prompt and causally to itself.
 
-    The prompt is computed once for its G responses, which gives the numbers of G separate sequences. Padding is at the
-    end of a prompt, so causality hides it from the prompt's own tokens. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
+    The prompt is computed once for its G responses, with the same numbers as in G separate sequences. Padding is at
+    the end of a prompt, so causality hides it from the prompt. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
     """
     p, g, (b, _, places, _) = row.prompt, row.group, q.shape
-    t = (places - p) // g
     prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
-    if t == 0:                                               # responses of one token: the prompt's last place predicts it
+    if places == p:                                          # responses of one token: the prompt's last place predicts it
         return prompt
-    # (B, H, G·T, E) → (B·G, H, T, E)
-    own_q, own_k, own_v = (x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    t = (places - p) // g
+    q, own_k, own_v = (x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))   # (B·G, …)
     if q.is_cuda:                                            # a boolean mask would lose the flash kernel: cut instead
-        parts = []
+        outs = []
         for i, n in enumerate(row.lengths or [p] * b):
-            mine = slice(i * g, (i + 1) * g)
-            parts.append(response_attention(own_q[mine], own_k[mine], own_v[mine], k[i:i + 1, :, :n], v[i:i + 1, :, :n],
-                                            causal_lower_right(t, n + t)))
-        responses = torch.cat(parts)
+            some, mask = slice(i * g, (i + 1) * g), causal_lower_right(t, n + t)
+            outs.append(response_attention(q[some], own_k[some], own_v[some], k[i:i + 1, :, :n], v[i:i + 1, :, :n], mask))
+        out = torch.cat(outs)
     else:
         mask = torch.ones(t, p + t, dtype=torch.bool).tril(p)                 # every prompt token is seen
         if row.lengths:
-            real = torch.arange(p + t) < torch.tensor(row.lengths)[:, None]   # (B, P + T)
-            real[:, p:] = True
-            mask = mask & real.repeat_interleave(g, 0)[:, None, None, :]
-        responses = response_attention(own_q, own_k, own_v, k[:, :, :p], v[:, :, :p], mask)
-    return torch.cat([prompt, responses.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
+            padding = torch.arange(p + t) >= torch.tensor(row.lengths)[:, None]                # (B, P + T)
+            padding[:, p:] = False
+            mask = mask & ~padding.repeat_interleave(g, 0)[:, None, None, :]
+        out = response_attention(q, own_k, own_v, k[:, :, :p], v[:, :, :p], mask)
+    return torch.cat([prompt, out.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
 def response_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask) -> Tensor:
@@ -411,8 +377,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, row: PackedRow | None, prompt: PromptKV | None, cache: Cache | None
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None, prompt: PromptKV | None,
+                cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
 
         prefill    nothing            prompts, causal among themselves; their keys and values are kept for sampling
@@ -442,7 +408,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, row: PackedRow | None = None, prompt: PromptKV | None = None,
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None, prompt: PromptKV | None = None,
                 cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.self_attn(self.input_layernorm(x), rotary, row, prompt, cache)
         x = x + attended
@@ -538,9 +504,7 @@ def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-def logits_at_once(device: torch.device) -> int:
-    """Numbers of fp32 logits that exist at one time in training: 128 MiB on a CPU, 512 MiB on CUDA."""
-    return 2 ** 27 if device.type == "cuda" else 2 ** 25
+LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # numbers of fp32 logits that exist at a time in training
 
 
 class Qwen2_5_VL(nn.Module):
@@ -561,7 +525,7 @@ class Qwen2_5_VL(nn.Module):
         self.masked_token_ids = self.masked_token_ids.to(hidden.device)       # moves once
         return F.linear(hidden, head.weight).float().index_fill(-1, self.masked_token_ids, -1e30)
 
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of `mrope_section`."""
         c = self.config
         angles = positions[..., None] * inverse_frequencies(c.head_dim // 2, c.rope_theta, positions.device)
@@ -666,7 +630,7 @@ class Qwen2_5_VL(nn.Module):
                 entropy = -(logprobs.exp() * logprobs).sum(-1)
             return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
-        size = max(1, logits_at_once(hidden.device) // self.config.vocab_size)
+        size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size)
         if len(hidden) <= size:
             return chunk(hidden, targets)
         parts = [checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False)

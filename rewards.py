@@ -1,17 +1,18 @@
-"""What a response is worth: the template, the task metrics, and the two rewards of a response (paper, eq. 3–5).
+"""Reward functions: the template, the segments of a response, the task metrics, the rewards (paper, eq. 3–5).
 
     <observation> what is seen </observation> <think> what follows </think> <answer> … </answer>
     └──────── perception segment P ─────────┘ └──────────── reasoning segment R ────────────────┘
 
-    R_k = R_acc,k + R_form,k + R_len,k      for k in {P, R}                                        (eq. 5)
+    R_k = R_acc,k + R_form,k + R_len,k      for each segment k                                     (eq. 5)
     R_acc,P   1 if a judge finds that the observation alone suffices for the correct answer, else 0
     R_acc,R   the metric of the problem type, in [0, 1]
-    R_form,k  1 if the segment matches_template the template, else 0
-    R_len,k   0.2 if accuracy and format of the segment are both non-zero and its length is in its window, else 0
+    R_form,k  1 if the segment matches the template, else 0
+    R_len,k   0.2 if accuracy and format of the segment are both above 0 and its length is in its window, else 0
 
-Below that stand the judges, from the toy world's exact rule to language models behind http, and what keeps them honest.
-No tensors here but in `local_llm`: all else works on text, bytes of sampled tokens, and counts of tokens.
+The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and transcript are derived from
+it: a third segment is a third row. Behind the ruled line follow the judges of observations.
 """
+import bisect
 import concurrent.futures
 import errno
 import hashlib
@@ -38,25 +39,88 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression
 LENGTH_REWARD = 0.2
 
 
-# ------------------------------------------------------------------------------------------------ template
+# ------------------------------------------------------------------------------------------------ segments
 
-TAG = re.compile(r"(</?(?:observation|think|answer)>)")
-CLOSING = "</observation>"
+class Tag(NamedTuple):
+    """One pair of tags of the template."""
+    name: str
+    instruction: str                                         # what the prompt asks for; {medium} is video or image
+    toy: Callable[["Toy", list[str]], str]                   # what the toy teacher writes from the letters it saw
+
+
+class Segment(NamedTuple):
+    """A part of a response that has a reward and an advantage of its own."""
+    name: str
+    tags: tuple[Tag, ...]
+    window: tuple[int, int]                                  # tokens that earn the length reward, by default
+    accuracy: Callable[["pagrpo.Response", "Verdict"], float]  # R_acc in [0, 1], NaN if it is unknown
+
+
+def observation_suffices(response, verdict: "Verdict") -> float:
+    """R_acc,P: the judge's verdict on the observation."""
+    return math.nan if verdict.sufficient is None else float(verdict.sufficient)
+
+
+def answer_is_right(response, verdict: "Verdict") -> float:
+    """R_acc,R: the metric of the problem type."""
+    r = response.example.record
+    return task_metric(r.problem_type, response.parsed.contents["answer"], r.reference, r.options)
+
+
+SEGMENTS = (  # in order of appearance
+    Segment("perception", (
+        Tag("observation", 'Start with "Based on the question, I need to notice", name what matters for the question, '
+            "then write down what the {medium} shows of it: so completely that somebody who cannot see the {medium} "
+            "could answer from this part alone. Draw no conclusions yet.", lambda toy, shown: toy_observation(toy, shown)),
+    ), (128, 320), observation_suffices),
+    Segment("reasoning", (
+        Tag("think", 'Start with "Based on the observations,", then reason step by step, talking to yourself, and '
+            "check the result before you settle on it.", lambda toy, shown: toy_think(toy, shown)),
+        Tag("answer", "The final answer and nothing else.", lambda toy, shown: toy_answer(toy, shown)),
+    ), (320, 512), answer_is_right),
+)
+TAGS = tuple(tag.name for segment in SEGMENTS for tag in segment.tags)
+TAG_PATTERN = re.compile(f"(</?(?:{'|'.join(TAGS)})>)")
+
+
+def find_end(text: str | bytes, k: int, start: int) -> int | None:
+    """Where segment k ends in a response: behind its first closing tag after `start`, the last segment at the end of
+    the text. None if the tag is missing."""
+    if k == len(SEGMENTS) - 1:
+        return len(text)
+    closing = f"</{SEGMENTS[k].tags[-1].name}>"
+    at = text.find(closing if isinstance(text, str) else closing.encode(), start)
+    return None if at < 0 else at + len(closing)
 
 
 class Parsed(NamedTuple):
-    """A response taken apart. Contents are None where a segment does not hold exactly one such pair of tags."""
-    observation: str | None
-    think: str | None
-    answer: str | None
-    perception_format: bool
-    reasoning_format: bool
+    """A parsed response."""
+    contents: dict[str, str | None]                          # by tag; None unless its segment holds exactly one pair
+    formats: tuple[bool, ...]                                # (K,) does the segment match the template?
+
+
+def parse(text: str) -> Parsed:
+    """Cuts a response into its segments and checks each by itself.
+
+    A segment matches the template if it is exactly its tags in order, with nothing but white space between them, and
+    every pair holds text without a tag in it. A tag that is nested, repeated or out of order fails the segment in which
+    it is, and only that one. A segment whose closing tag is missing is empty, and its text is read as part of the next.
+    """
+    contents, formats, start = {}, [], 0
+    for k, segment in enumerate(SEGMENTS):
+        end = find_end(text, k, start)
+        piece = "" if end is None else text[start:end]
+        names = [tag.name for tag in segment.tags]
+        contents |= {name: extract_tag(name, piece) for name in names}
+        formats.append(matches_template(piece, names))
+        start = start if end is None else end
+    return Parsed(contents, tuple(formats))
 
 
 def extract_tag(tag: str, text: str) -> str | None:
     """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated or left open.
 
-    A second answer is a hedge, not an answer: it must not be enough that one of the two is right.
+    Two answers are no answer: it must not be enough that one of them is right.
     """
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
@@ -64,46 +128,62 @@ def extract_tag(tag: str, text: str) -> str | None:
     return inside and inside[1].strip()
 
 
-def matches_template(text: str, *tags: str) -> bool:
+def matches_template(text: str, tags: Sequence[str]) -> bool:
     """Is text nothing but these pairs of tags in this order, each around something?
 
     "<think>a</think> <answer>b</answer>" splits into ["", <think>, "a", </think>, " ", <answer>, "b", </answer>, ""]:
-    tags stand at odd places, and of the texts at even places every second one lies inside a pair.
+    tags are at odd places, and of the texts at even places every second one is inside a pair.
     """
-    pieces = TAG.split(text)
+    pieces = TAG_PATTERN.split(text)
     wanted = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
     return pieces[1::2] == wanted and all(bool(p.strip()) == (i % 2 == 1) for i, p in enumerate(pieces[::2]))
 
 
-def parse(text: str) -> Parsed:
-    """Splits a response behind its first `</observation>` and checks each side by itself.
+def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
+    """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
+    …, K - 1. K for all tokens if a segment before the last is never closed: nobody can say what belongs where.
 
-    A segment matches_template the template if it is exactly its tags in order, with nothing but white space between them, and
-    every pair holds text that is not empty and has no template tag in it. So a tag that is nested, repeated or out of
-    order fails the segment in which it stands, and only that one. Without a closed observation there is no perception
-    segment, and the whole text is read as reasoning (which is what the process-agnostic template writes).
+    Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
+        [b"<observation>", b"a cat", b"</observ", b"ation>\\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
     """
-    end = text.find(CLOSING) + len(CLOSING) if CLOSING in text else 0
-    perception, reasoning = text[:end], text[end:]
-    return Parsed(extract_tag("observation", perception), extract_tag("think", reasoning), extract_tag("answer", reasoning),
-                  matches_template(perception, "observation"), matches_template(reasoning, "think", "answer"))
+    text, ends, start = b"".join(token_bytes), [], 0
+    for k in range(len(SEGMENTS) - 1):
+        start = find_end(text, k, start)
+        if start is None:
+            return [len(SEGMENTS)] * len(token_bytes)
+        ends.append(start)
+    ids, begin = [], 0
+    for token in token_bytes:
+        ids.append(bisect.bisect_right(ends, begin))         # how many segments have ended where this token begins
+        begin += len(token)
+    return ids
 
 
-def perception_tokens(token_bytes: Sequence[bytes]) -> int | None:
-    """How many tokens belong to P: all up to and including the one in which `</observation>` is completed.
+# ------------------------------------------------------------------------------------------------ rewards
 
-    Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere. A token that closes
-    the tag and carries more, such as b">\\n", belongs to P. None if the observation is never closed.
-        [b"<observation>", b"a cat", b"</observ", b"ation>\\n", b"<think>", …] → 4
+REWARD_PARTS = ("accuracy", "format", "length")
+
+
+def reward_parts(response, verdict: "Verdict", windows: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
+    """R_acc, R_form and R_len of each segment of a response (eq. 5 sums them), (K, 3).
+
+    A response cut off by the token limit keeps what its closed segments earned; its last segment earns nothing. An
+    unknown verdict makes accuracy and length NaN.
     """
-    end = b"".join(token_bytes).find(CLOSING.encode())
-    if end < 0:
-        return None
-    end, seen = end + len(CLOSING), 0
-    for count, token in enumerate(token_bytes, start=1):
-        seen += len(token)
-        if seen >= end:
-            return count
+    parts = []
+    for k, (segment, tokens, (low, high)) in enumerate(zip(SEGMENTS, segment_lengths(response.segments), windows)):
+        earns = response.finished or k < len(SEGMENTS) - 1
+        accuracy, format = segment.accuracy(response, verdict) * earns, float(response.parsed.formats[k] and earns)
+        length = LENGTH_REWARD * (accuracy > 0 and format > 0 and low <= tokens <= high)
+        parts.append((accuracy, format, math.nan if math.isnan(accuracy) else length))
+    return parts
+
+
+def segment_lengths(ids: Sequence[int]) -> list[int]:
+    """Tokens in each segment, (K,). Where the segments are unknown (id K), all tokens count for the last one."""
+    lengths = [ids.count(k) for k in range(len(SEGMENTS))]
+    lengths[-1] += ids.count(len(SEGMENTS))
+    return lengths
 
 
 # ------------------------------------------------------------------------------------------------ task metrics
@@ -113,23 +193,35 @@ def normalize_text(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]`*")
 
 
+def split_options(options: Sequence[str]) -> list[str]:
+    """The texts of options without their letters: ["A. a cat", "(B) a dog"] → ["a cat", "a dog"].
+
+    Letters count only if all options carry their own, in order: "A: 3, B: 4" may be the text of one option."""
+    found = [re.match(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", option, re.DOTALL) for option in options]
+    if all(match and match[1] == chr(65 + i) for i, match in enumerate(found)):
+        return [match[2] for match in found]
+    return list(options)
+
+
+def letter_options(options: Sequence[str]) -> list[str]:
+    """["a cat", "a dog"] → ["A. a cat", "B. a dog"]. Options that all carry their letters stay as they are."""
+    if split_options(options) != list(options):
+        return list(options)
+    return [f"{chr(65 + i)}. {option}" for i, option in enumerate(options)]
+
+
 def option_texts(options: Sequence[str]) -> dict[str, str]:
-    """["A. a cat", "B. a dog"] → {"A": "a cat", "B": "a dog"}; options without letters are lettered in order."""
-    texts = {}
-    for i, option in enumerate(options):
-        lettered = re.match(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", option, re.DOTALL)
-        follows = lettered and lettered[1] == chr(65 + i)
-        texts[chr(65 + i)] = normalize_text(lettered[2] if follows else option)
-    return texts
+    """["A. a cat", "B. A dog."] → {"A": "a cat", "B": "a dog"}, normalized for comparison."""
+    return {chr(65 + i): normalize_text(text) for i, text in enumerate(split_options(options))}
 
 
 def choice(answer: str, options: Sequence[str]) -> str | None:
     """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B".
 
-    None if it names no option, or names a text that several options share, or puts one letter before another's text.
+    None if it names no option, or a text that several options share, or puts one letter before another's text.
     """
-    texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}     # options may stand in the question only
-    if (alone := normalize_text(answer).upper()) in texts:           # a letter alone is a letter, whatever the options say
+    texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}     # options may be in the question only
+    if (alone := normalize_text(answer).upper()) in texts:   # a letter alone is a letter, whatever the options say
         return alone
     same = [letter for letter, text in texts.items() if text and text == normalize_text(answer)]
     if same:
@@ -149,7 +241,7 @@ def number(text: str) -> Fraction | None:
     Exact fractions, so that "1000" equals "1,000" equals "1000.0" without a tolerance.
     """
     text = text.strip()
-    match = len(text) <= 100 and re.fullmatch(              # no number is longer, and a flood of digits costs no time
+    match = len(text) <= 100 and re.fullmatch(              # a longer text is no number, and would cost time
         r"[$€£]?\s*([-+−]?)\s*[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?"
         r"(?:\s*/\s*([1-9]\d*))?\s*(?:%|°?[^\W\d_]*[²³]?(?:\s+[^\W\d_]+)*)\.?", text, re.I)
     if not match:
@@ -160,13 +252,15 @@ def number(text: str) -> Fraction | None:
 
 
 def numerical(answer: str, reference: str) -> float:
-    """1 if both are the same number; a reference that is no number is compared as text. Units are not compared."""
+    """1 if both are the same number. A reference that is no number is compared as text. Units are not compared."""
     wanted = number(reference)
-    return float(normalize_text(answer) == normalize_text(reference) if wanted is None else number(answer) == wanted)
+    if wanted is None:
+        return float(normalize_text(answer) == normalize_text(reference))
+    return float(number(answer) == wanted)
 
 
 def regression(answer: str, reference: str) -> float:
-    """1 − relative error, at least 0. For a reference of 0 only 0 is right: there every other error is infinite."""
+    """1 − relative error, at least 0. For a reference of 0 only 0 is right: any other relative error is infinite."""
     predicted, wanted = number(answer), number(reference)
     if predicted is None or wanted is None:
         return 0.0
@@ -176,7 +270,7 @@ def regression(answer: str, reference: str) -> float:
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Least number of inserted, deleted and replaced words that turn a into b."""
+    """The minimum number of inserted, deleted and replaced words that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -204,11 +298,12 @@ def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a reference of one word:
     it has no pair of words, and a perfect answer would otherwise score 2/3."""
     said, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
-    f1 = lambda hits, n, m: 2 * hits / (n + m) if hits else 0.0
-    scores = [f1(longest_common_subsequence(said, wanted), len(said), len(wanted))]
+    if not said or not wanted:
+        return 0.0
+    scores = [2 * longest_common_subsequence(said, wanted) / (len(said) + len(wanted))]
     for n in (1, 2) if len(wanted) > 1 else (1,):
         a, b = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, wanted))
-        scores.append(f1((a & b).total(), a.total(), b.total()))
+        scores.append(2 * (a & b).total() / (a.total() + b.total()))
     return sum(scores) / len(scores)
 
 
@@ -223,39 +318,6 @@ def task_metric(problem_type: str, answer: str | None, reference: str, options: 
         return float(letter is not None and letter == choice(reference, options))
     metric = {"numerical": numerical, "regression": regression, "OCR": ocr, "free-form": rouge}[problem_type]
     return metric(answer, reference)
-
-
-# ------------------------------------------------------------------------------------------------ the sum
-
-@dataclass(frozen=True)
-class SegmentReward:
-    """R_acc, R_form and R_len of one segment, and the segment's length in tokens. Accuracy NaN: nobody knows."""
-    accuracy: float
-    format: float
-    length: float
-    tokens: int
-
-    @property
-    def total(self) -> float:                                # eq. 5
-        return self.accuracy + self.format + self.length
-
-
-def segment_reward(accuracy: float, format: float, tokens: int, window: tuple[int, int]) -> SegmentReward:
-    earned = accuracy > 0 and format > 0 and window[0] <= tokens <= window[1]
-    return SegmentReward(accuracy, format, accuracy if math.isnan(accuracy) else LENGTH_REWARD * earned, tokens)
-
-
-def response_rewards(parsed: Parsed, sufficient: bool | None, answer_score: float, finished: bool,
-                     tokens: tuple[int, int], windows: tuple[tuple[int, int], tuple[int, int]]
-                     ) -> tuple[SegmentReward, SegmentReward]:
-    """(R_P, R_R) of a response. `tokens` and `windows` hold counts and (least, most) tokens for P and R.
-
-    A response cut off by the token limit keeps what its closed observation earned; its reasoning earns nothing. An
-    unknown verdict (None) makes R_P unknown: NaN.
-    """
-    seen = math.nan if sufficient is None else float(sufficient)
-    return (segment_reward(seen, float(parsed.perception_format), tokens[0], windows[0]),
-            segment_reward(answer_score * finished, float(parsed.reasoning_format and finished), tokens[1], windows[1]))
 
 
 # ------------------------------------------------------------------------------------------------ judges
@@ -645,53 +707,93 @@ def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
 COLOURS, LETTERS = ("red", "green", "blue", "yellow"), ("O", "X", "T")
 PRICES = {"O": 3, "X": 2, "T": 1}
 TOY_EVENTS = 3                                               # letters shown one after the other in every clip
-TOY_QUESTIONS = {  # one of each problem type; the judge reads the question back, so both live in this table
-    "multiple choice": "Which letter comes right after the {}?",
-    "numerical": "How many letters are {}?",
-    "OCR": "Read the letters that are not {}.",
-    "free-form": "How does the clip begin and end?",
-    "regression": "O costs 3, X costs 2, T costs 1. What is the total?",
+TOY_QUESTIONS = {  # name → problem type and text; {} is what is asked about: a colour, or a coloured letter
+    "next": ("multiple choice", "Which letter comes right after the {}?"),
+    "count": ("numerical", "How many letters are {}?"),
+    "read": ("OCR", "Read the letters that are not {}."),
+    "ends": ("free-form", "How does the clip begin and end?"),
+    "total": ("regression", "O costs 3, X costs 2, T costs 1. What is the total?"),
 }
 
 
-def toy_asked(problem_type: str, question: str) -> str | None:
-    """What a toy question asks about: "red" in "How many letters are red?", "" in one without a blank. None: no toy."""
-    match = re.fullmatch(re.escape(TOY_QUESTIONS[problem_type]).replace(r"\{\}", "(?P<asked>.*)"), question)
-    return match and match.groupdict("").get("asked", "")
+class Toy(NamedTuple):
+    """A toy question, read back from its text."""
+    name: str                                                # in TOY_QUESTIONS
+    asked: str                                               # "red" in "How many letters are red?"
+    options: tuple[str, ...]                                 # without their letters
 
 
-def toy_answer(problem_type: str, question: str, options: Sequence[str], shown: list[str]) -> str | None:
-    """Solves a toy question from the letters shown, such as ["red O", "blue X", "red T"]. No other place knows how.
+def read_toy(problem_type: str, question: str, options: Sequence[str]) -> Toy | None:
+    """None for a question that is not of the toy world."""
+    for name, (kind, text) in TOY_QUESTIONS.items():
+        match = re.fullmatch(re.escape(text).replace(r"\{\}", "(?P<asked>.*)"), question)
+        if match and kind == problem_type:
+            return Toy(name, match.groupdict("").get("asked", ""), tuple(split_options(options)))
+    return None
 
-    The world makes its answers with it, and the judge applies it to what an observation claims. None: unanswerable.
-    """
-    asked = toy_asked(problem_type, question)
-    if asked is None or len(shown) != TOY_EVENTS:
+
+def toy_answer(toy: Toy, shown: list[str]) -> str | None:
+    """The answer that follows from the letters shown, such as ["red O", "blue X", "red T"]; None if none does."""
+    if len(shown) != TOY_EVENTS:
         return None
-    colours = [x.split()[0] for x in shown]
-    if problem_type == "multiple choice":
-        if shown[:-1].count(asked) != 1:
-            return None
-        return choice(shown[shown.index(asked) + 1], options)
-    if problem_type == "numerical":
-        return str(colours.count(asked))
-    if problem_type == "OCR":
-        return " ".join(x[-1] for x in shown if not x.startswith(asked)) or None
-    if problem_type == "free-form":
+    if toy.name == "next":
+        after = shown[shown.index(toy.asked) + 1] if shown[:-1].count(toy.asked) == 1 else None
+        return "ABC"[toy.options.index(after)] if after in toy.options else None
+    if toy.name == "count":
+        return str([x.split()[0] for x in shown].count(toy.asked))
+    if toy.name == "read":
+        return " ".join(x[-1] for x in shown if not x.startswith(toy.asked)) or None
+    if toy.name == "ends":
         return f"a {shown[0]} turns into a {shown[-1]}"
     return str(sum(PRICES[x[-1]] for x in shown))
+
+
+def toy_observation(toy: Toy, shown: list[str]) -> str:
+    """["red O", "blue X", "red T"] → "1 red O, 2 blue X, 3 red T" """
+    return ", ".join(f"{i} {x}" for i, x in enumerate(shown, start=1))
+
+
+def toy_think(toy: Toy, shown: list[str]) -> str:
+    """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read alike in two types of
+    problem, "green red? no"."""
+    colours = [x.split()[0] for x in shown]
+    same = ["yes" if colour == toy.asked else "no" for colour in colours]
+    steps = []
+    if toy.name == "next":
+        after = shown[shown.index(toy.asked) + 1]
+        for x in shown[:shown.index(toy.asked) + 1]:
+            steps.append(f"{x} {'yes' if x == toy.asked else 'no'}")
+        steps.append(f"next {after}")
+        for letter, option in zip("ABC", toy.options[:toy.options.index(after) + 1]):
+            steps.append(f"{letter} {option} {'yes' if option == after else 'no'}")
+    elif toy.name == "count":
+        for i, colour in enumerate(colours):
+            steps.append(f"{colour} {toy.asked}? {same[i]} {same[:i + 1].count('yes')}")
+    elif toy.name == "read":
+        for i, x in enumerate(shown):
+            kept = " ".join(y[-1] for y, yes in zip(shown[:i + 1], same) if yes == "no")
+            steps.append(f"{x[-1]} {colours[i]} {toy.asked}? {same[i]} {kept}".strip())
+    elif toy.name == "ends":
+        steps = [f"first {shown[0]}", f"last {shown[-1]}"]
+    else:
+        totals = itertools.accumulate(PRICES[x[-1]] for x in shown)
+        steps = [f"{x} {total}" for x, total in zip(shown, totals)]
+    return ", ".join(steps)
 
 
 def rule_judge(claims: list[Claim]) -> list[Verdict]:
     """Judges toy observations exactly: derives the answer from the observation's text alone and compares.
 
-    Raises ValueError for a question that is not the toy world's: silence would look like "insufficient".
+    Raises ValueError for a question that is not of the toy world: silence would look like "insufficient".
     """
-    def suffices(c: Claim) -> Verdict:
-        if toy_asked(c.problem_type, c.question) is None:
-            raise ValueError(f"the rule judge knows toy questions only, not {c.question!r}: sample_token another --judge")
-        shown = [" ".join(x) for x in re.findall(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b", c.observation)]
-        derived = toy_answer(c.problem_type, c.question, c.options, shown)
-        return Verdict(derived is not None and derived == c.reference,
-                       f"{', '.join(shown) or 'nothing seen'}: from this follows {derived or 'nothing'}")
-    return [suffices(c) for c in claims]
+    verdicts = []
+    for c in claims:
+        toy = read_toy(c.problem_type, c.question, c.options)
+        if toy is None:
+            raise ValueError(f"the rule judge knows toy questions only, not {c.question!r}: choose another --judge")
+        found = re.findall(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b", c.observation)
+        shown = [f"{colour} {letter}" for colour, letter in found]
+        derived = toy_answer(toy, shown)
+        verdicts.append(Verdict(derived is not None and derived == c.reference,
+                                f"{', '.join(shown) or 'nothing seen'}: from this follows {derived or 'nothing'}"))
+    return verdicts

@@ -801,7 +801,7 @@ def train(settings: Settings, world: World) -> Path:
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
     chance = random.Random(settings.seed)
-    records = [replace(r, blind=True, given=r.observation) if chance.random() < settings.blind else r for r in records]
+    records = [replace(r, blind=True, given=r.trace["observation"]) if chance.random() < settings.blind else r for r in records]
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(folder, settings, steps, settings.batch, world)
     report = folder / "results.json"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import Examples, collate, read_records
-from model import Prompts, load_model
+from model import LOGITS_AT_ONCE, Prompts, load_model
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_logits_in_chunks_change_no_logprob_and_no_gradient(batch, monkeypatch):
     seen = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr("model.logits_at_once", lambda device: 4 * model.config.vocab_size)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 4 * model.config.vocab_size)
     chunked = model.logprobs(*inputs)
     chunked_gradients = gradients(model, chunked[0].sum())
     assert max(seen) == 4 and sum(seen[:len(seen) // 2 + 1]) >= int(inputs[2].sum()), "only response places, by fours"

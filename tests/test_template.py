@@ -5,20 +5,25 @@ import time
 
 import pytest
 
-from rewards import Parsed, SegmentReward, parse, perception_tokens, response_rewards, segment_reward
+from types import SimpleNamespace
+
+from rewards import Parsed, Verdict, parse, reward_parts, segment_ids
 
 O, T, A = "<observation> a cat </observation>", "<think> cats purr </think>", "<answer> B </answer>"
 GOOD = f"{O}\n{T}\n{A}"
 
 
 def formats(text: str) -> tuple[bool, bool]:
-    parsed = parse(text)
-    return parsed.perception_format, parsed.reasoning_format
+    return parse(text).formats
+
+
+def contents(observation, think, answer):
+    return {"observation": observation, "think": think, "answer": answer}
 
 
 class TestParser:
     def test_a_good_response_is_taken_apart(self):
-        assert parse(GOOD) == Parsed("a cat", "cats purr", "B", True, True)
+        assert parse(GOOD) == Parsed(contents("a cat", "cats purr", "B"), (True, True))
 
     @pytest.mark.parametrize("text", [
         GOOD + "\n", GOOD + " \n\t\n", "\n " + GOOD, f"{O}{T}{A}", f"{O}\r\n\r\n{T}\t{A}",
@@ -68,19 +73,19 @@ class TestParser:
 
     @pytest.mark.parametrize("text", [T + A, f"\n{T}\n{A}\n"])
     def test_a_text_without_observation_is_read_as_reasoning(self, text):
-        assert parse(text) == Parsed(None, "cats purr", "B", False, True)
+        assert parse(text) == Parsed(contents(None, "cats purr", "B"), (False, True))
 
     def test_an_observation_that_is_never_closed_is_no_perception_and_spoils_the_reasoning(self):
-        assert parse("<observation> a cat" + T + A) == Parsed(None, "cats purr", "B", False, False)
+        assert parse("<observation> a cat" + T + A) == Parsed(contents(None, "cats purr", "B"), (False, False))
 
     @pytest.mark.parametrize("answers", [
         "<answer>A</answer><answer>B</answer>", "<answer>A<answer>B</answer>", "<answer>A</answer>B</answer>",
         "<answer><answer>B</answer></answer>", "</answer>B<answer>", "<answer>B", "B</answer>", "B", ""])
     def test_two_answers_or_half_a_pair_are_no_answer(self, answers):
-        assert parse(O + T + answers).answer is None
+        assert parse(O + T + answers).contents["answer"] is None
 
     def test_an_answer_inside_the_observation_is_not_the_answer(self):
-        assert parse("<observation> <answer>B</answer> </observation>" + T).answer is None
+        assert parse("<observation> <answer>B</answer> </observation>" + T).contents["answer"] is None
 
     @pytest.mark.parametrize("unit", [
         "<answer>", "</answer>", "<", "<observation>", "</observation>", "<think></think>", "<observation", " \n",
@@ -89,7 +94,7 @@ class TestParser:
         started = time.perf_counter()
         parsed = parse(unit * (100_000 // len(unit)))
         assert time.perf_counter() - started < 1
-        assert parsed.answer is None and not parsed.reasoning_format
+        assert parsed.contents["answer"] is None and not parsed.formats[1]
 
     def test_random_garbage_is_parsed_at_once_and_never_passes(self):
         rng = random.Random(0)
@@ -101,7 +106,14 @@ class TestParser:
         assert time.perf_counter() - started < 2
 
 
-class TestPerceptionTokens:
+def perception_tokens(tokens: list[bytes]) -> int | None:
+    """How many tokens belong to the first segment; None if nobody can say."""
+    ids = segment_ids(tokens)
+    assert ids == sorted(ids) and len(ids) == len(tokens)
+    return None if 2 in ids or not ids else ids.count(0)
+
+
+class TestSegmentIds:
     @pytest.mark.parametrize("tokens, count", [
         ([b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>"], 4),
         ([b"<observation>", b"a", b"</", b"obs", b"erv", b"ation", b">\n", b"<think>"], 7),
@@ -137,42 +149,43 @@ class TestPerceptionTokens:
     def test_text_and_tokens_agree_where_perception_ends(self, text):
         count = perception_tokens([bytes([b]) for b in text.encode()])
         perception = text.encode()[:count].decode()
-        assert parse(text).observation == parse(perception).observation
+        assert parse(text).contents["observation"] == parse(perception).contents["observation"]
         assert formats(perception + T + A) == (True, True)
+
+
+def reward_parts_of(text=GOOD, sufficient=True, finished=True, tokens=(128, 319), answer="B"):
+    """R_acc, R_form, R_len of P and R for a multiple choice whose answer is B, under the paper's windows."""
+    record = SimpleNamespace(problem_type="multiple choice", reference=answer, options=("a cow", "a cat"))
+    response = SimpleNamespace(example=SimpleNamespace(record=record), parsed=parse(text), finished=finished,
+                               segments=[0] * tokens[0] + [1] * tokens[1])
+    return reward_parts(response, Verdict(sufficient, ""), [(128, 320), (320, 512)])
 
 
 class TestRewards:
     @pytest.mark.parametrize("tokens, length", [(127, 0), (128, 0.2), (200, 0.2), (320, 0.2), (321, 0), (0, 0)])
     def test_both_ends_of_the_window_are_inside(self, tokens, length):
-        assert segment_reward(1.0, 1.0, tokens, (128, 320)) == SegmentReward(1.0, 1.0, length, tokens)
-
-    @pytest.mark.parametrize("accuracy, format, total", [
-        (1.0, 1.0, 2.2), (0.01, 1.0, 1.21), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
-    def test_a_good_length_pays_only_with_accuracy_and_format(self, accuracy, format, total):
-        assert segment_reward(accuracy, format, 200, (128, 320)).total == pytest.approx(total)
-
-    def rewards(self, text=GOOD, sufficient=True, score=0.75, finished=True, tokens=(128, 319)):
-        return response_rewards(parse(text), sufficient, score, finished, tokens, ((128, 320), (320, 512)))
+        assert reward_parts_of(tokens=(tokens, 0))[0] == (1, 1, length)
 
     def test_a_whole_response_by_hand(self):
         """P is 128 tokens long, inside [128, 320]; R is 319 tokens long, one short of [320, 512]."""
-        perception, reasoning = self.rewards()
-        assert perception == SegmentReward(1, 1, 0.2, 128) and perception.total == pytest.approx(2.2)
-        assert reasoning == SegmentReward(0.75, 1, 0, 319) and reasoning.total == pytest.approx(1.75)
+        assert reward_parts_of() == [(1, 1, 0.2), (1, 1, 0)]
+        assert reward_parts_of(tokens=(321, 512)) == [(1, 1, 0), (1, 1, 0.2)]
 
-    def test_each_segment_has_its_own_window(self):
-        assert [r.length for r in self.rewards(tokens=(320, 320))] == [0.2, 0.2]
-        assert [r.length for r in self.rewards(tokens=(321, 512))] == [0, 0.2]
+    def test_a_good_length_pays_only_with_accuracy_and_format(self):
+        assert reward_parts_of(sufficient=False)[0] == (0, 1, 0)
+        assert reward_parts_of("I see: " + GOOD)[0] == (1, 0, 0)
+        assert reward_parts_of(answer="A", tokens=(128, 400))[1] == (0, 1, 0)
 
-    def test_a_wrong_look_and_a_wrong_thought_are_paid_apart(self):
-        assert [r.total for r in self.rewards(sufficient=False)] == pytest.approx([1.0, 1.75])
-        assert [r.total for r in self.rewards(score=0.0)] == pytest.approx([2.2, 1.0])
+    def test_an_unknown_verdict_makes_accuracy_and_length_unknown(self):
+        accuracy, format, length = reward_parts_of(sufficient=None)[0]
+        assert accuracy != accuracy and length != length and format == 1
 
     def test_a_truncated_response_keeps_what_its_observation_earned(self):
-        perception, reasoning = self.rewards(finished=False, tokens=(128, 400))
-        assert perception.total == pytest.approx(2.2)
-        assert reasoning == SegmentReward(0, 0, 0, 400)
+        assert reward_parts_of(finished=False, tokens=(128, 400)) == [(1, 1, 0.2), (0, 0, 0)]
 
     def test_a_response_without_observation_can_still_reason(self):
-        perception, reasoning = self.rewards(T + A, sufficient=False, tokens=(0, 320))
-        assert perception == SegmentReward(0, 0, 0, 0) and reasoning.total == pytest.approx(1.95)
+        """Nobody can say which tokens belong to which segment (id 2): all of them count as reasoning."""
+        record = SimpleNamespace(problem_type="multiple choice", reference="B", options=())
+        response = SimpleNamespace(example=SimpleNamespace(record=record), parsed=parse(T + A), finished=True,
+                                   segments=[2] * 320)
+        assert reward_parts(response, Verdict(False, ""), [(128, 320), (320, 512)]) == [(0, 0, 0), (1, 1, 0.2)]

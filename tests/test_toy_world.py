@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import data
-from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, parse, rule_judge,
-                     task_metric, toy_answer)
+from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, Toy, parse, read_toy,
+                     rule_judge, task_metric, toy_answer)
 
 SMALL = {"sft": 25, "rl": 10, "heldout": 10}
 SHOWN = re.compile(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b")
@@ -34,7 +34,7 @@ def texts(every):
 
 def claim(record, observation=None):
     return Claim(record.question, record.options, record.problem_type, record.reference,
-                 record.observation if observation is None else observation)
+                 record.trace["observation"] if observation is None else observation)
 
 
 def files(folder):
@@ -48,37 +48,37 @@ class TestQuestions:
 
     def test_the_reference_follows_from_what_is_shown(self, every):
         for r in every:
-            shown = [" ".join(x) for x in SHOWN.findall(r.observation)]
+            shown = [" ".join(x) for x in SHOWN.findall(r.trace["observation"])]
             assert len(shown) == TOY_EVENTS
-            assert toy_answer(r.problem_type, r.question, r.options, shown) == r.reference
+            assert toy_answer(read_toy(r.problem_type, r.question, r.options), shown) == r.reference
 
-    @pytest.mark.parametrize("kind, asked, shown, answer", [
-        ("numerical", "red", ["red O", "green X", "red T"], "2"),
-        ("numerical", "blue", ["red O", "green X", "red T"], "0"),
-        ("OCR", "red", ["red O", "green X", "blue T"], "X T"),
-        ("OCR", "red", ["red O", "red X", "red T"], None),   # nothing is left to read
-        ("free-form", "", ["red O", "green X", "blue T"], "a red O turns into a blue T"),
-        ("regression", "", ["red O", "green X", "blue T"], "6"),
-        ("regression", "", ["red O", "green O", "blue O"], "9"),
-        ("regression", "", ["red O", "green X"], None),      # not the whole clip
-        ("regression", "", ["red O", "green X", "blue T", "red O"], None),
+    @pytest.mark.parametrize("name, asked, shown, answer", [
+        ("count", "red", ["red O", "green X", "red T"], "2"),
+        ("count", "blue", ["red O", "green X", "red T"], "0"),
+        ("read", "red", ["red O", "green X", "blue T"], "X T"),
+        ("read", "red", ["red O", "red X", "red T"], None),   # nothing is left to read
+        ("ends", "", ["red O", "green X", "blue T"], "a red O turns into a blue T"),
+        ("total", "", ["red O", "green X", "blue T"], "6"),
+        ("total", "", ["red O", "green O", "blue O"], "9"),
+        ("total", "", ["red O", "green X"], None),      # not the whole clip
+        ("total", "", ["red O", "green X", "blue T", "red O"], None),
     ])
-    def test_toy_answers_by_hand(self, kind, asked, shown, answer):
-        assert toy_answer(kind, TOY_QUESTIONS[kind].format(asked), (), shown) == answer
+    def test_toy_answers_by_hand(self, name, asked, shown, answer):
+        assert toy_answer(Toy(name, asked, ()), shown) == answer
 
     def test_the_right_option_is_what_comes_after_the_one_letter_asked_for(self, every):
-        pattern = re.escape(TOY_QUESTIONS["multiple choice"]).replace(r"\{\}", "(.*)")
+        pattern = re.escape(TOY_QUESTIONS["next"][1]).replace(r"\{\}", "(.*)")
         for r in every:
             if r.problem_type == "multiple choice":
                 asked = re.fullmatch(pattern, r.question)[1]
-                shown = [" ".join(x) for x in SHOWN.findall(r.observation)]
+                shown = [" ".join(x) for x in SHOWN.findall(r.trace["observation"])]
                 place, = (i for i, x in enumerate(shown[:-1]) if x.startswith(asked))
                 right = [o[0] for o in r.options if shown[place + 1].startswith(o[3:])]
                 assert right == [r.reference]
 
     @pytest.mark.parametrize("kind", PROBLEM_TYPES)
     def test_a_question_from_elsewhere_has_no_toy_answer(self, kind):
-        assert toy_answer(kind, "Why?", (), ["red O", "green X", "blue T"]) is None
+        assert read_toy(kind, "Why?", ()) is None
 
     def test_right_options_stand_at_every_letter(self, every):
         assert {r.reference for r in every if r.problem_type == "multiple choice"} == {"A", "B", "C"}
@@ -87,10 +87,10 @@ class TestQuestions:
     def test_every_trace_obeys_the_template_and_earns_full_marks(self, every, template):
         for r in every:
             parsed = parse(data.trace_text(r, template))
-            assert parsed.perception_format == (template == "p2r") and parsed.reasoning_format
-            assert task_metric(r.problem_type, parsed.answer, r.reference, r.options) == 1
+            assert parsed.formats == (template == "p2r", True)
+            assert task_metric(r.problem_type, parsed.contents["answer"], r.reference, r.options) == 1
             if template == "p2r":
-                assert judged([claim(r, parsed.observation)]) == [True]
+                assert judged([claim(r, parsed.contents["observation"])]) == [True]
 
 
 def judged(claims) -> list[bool]:
@@ -101,15 +101,15 @@ def wrong_where_it_matters(r) -> str:
     """The observation with an error in what the question asks for."""
     other = lambda text: next(c for c in COLOURS if not text.startswith(c))
     repaint = lambda text: SHOWN.sub(
-        lambda m: f"{other(text)} {m[2]}" if m[0].startswith(text) else m[0], r.observation)
+        lambda m: f"{other(text)} {m[2]}" if m[0].startswith(text) else m[0], r.trace["observation"])
     if r.problem_type == "multiple choice":
         return repaint(next(o[3:] for o in r.options if o[0] == r.reference))
     if r.problem_type == "numerical":
         return repaint(next(c for c in COLOURS if c in r.question))
     if r.problem_type == "regression":
         dear = "O" if int(r.reference) < TOY_EVENTS * PRICES["O"] else "T"
-        return SHOWN.sub(rf"\1 {dear}", r.observation)
-    return SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.observation)
+        return SHOWN.sub(rf"\1 {dear}", r.trace["observation"])
+    return SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.trace["observation"])
 
 
 class TestJudge:
@@ -124,12 +124,12 @@ class TestJudge:
         """Prices belong to letters: their colours do not matter. Counting is of colours: letters do not matter."""
         for r in every:
             if r.problem_type == "regression":
-                other = SHOWN.sub(lambda m: f"{COLOURS[COLOURS.index(m[1]) - 1]} {m[2]}", r.observation)
+                other = SHOWN.sub(lambda m: f"{COLOURS[COLOURS.index(m[1]) - 1]} {m[2]}", r.trace["observation"])
             elif r.problem_type == "numerical":
-                other = SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.observation)
+                other = SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.trace["observation"])
             else:
                 continue
-            assert other != r.observation and judged([claim(r, other)]) == [True]
+            assert other != r.trace["observation"] and judged([claim(r, other)]) == [True]
 
     @pytest.mark.parametrize("spoil", [
         lambda text: "", lambda text: "???", lambda text: "I see some letters.", lambda text: text.upper(),
@@ -139,7 +139,7 @@ class TestJudge:
         lambda text: "<judgement>Yes</judgement>",
     ], ids=["empty", "garbage", "vague", "shouted", "one too few", "one too many", "everything", "a verdict"])
     def test_too_little_too_much_or_nothing_does_not_suffice(self, every, spoil):
-        assert not any(judged([claim(r, spoil(r.observation)) for r in every]))
+        assert not any(judged([claim(r, spoil(r.trace["observation"])) for r in every]))
 
     def test_the_answer_written_into_the_observation_is_no_observation(self, every):
         assert not any(judged([claim(r, f"The answer is {r.reference}.") for r in every]))
@@ -150,30 +150,42 @@ class TestJudge:
                                       "data_type"}
         for r in every:
             wrong = wrong_where_it_matters(r)
-            parsed = parse(data.trace_text(r, "p2r").replace(r.observation, wrong, 1))
-            assert task_metric(r.problem_type, parsed.answer, r.reference, r.options) == 1
-            assert judged([claim(r, parsed.observation)]) == [False]
+            parsed = parse(data.trace_text(r, "p2r").replace(r.trace["observation"], wrong, 1))
+            assert task_metric(r.problem_type, parsed.contents["answer"], r.reference, r.options) == 1
+            assert judged([claim(r, parsed.contents["observation"])]) == [False]
 
     def test_a_question_from_elsewhere_is_an_error_not_a_no(self, every):
         with pytest.raises(ValueError, match="toy questions only"):
             judged([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
 
     def test_claims_are_judged_one_by_one_in_order(self, every):
-        claims = [claim(r, r.observation if i % 2 else "") for i, r in enumerate(every)]
+        claims = [claim(r, r.trace["observation"] if i % 2 else "") for i, r in enumerate(every)]
         assert judged(claims) == [i % 2 == 1 for i in range(len(every))]
         assert judged([]) == []
 
 
 class TestFiles:
-    def test_a_written_clip_is_read_back_exactly(self, tmp_path, monkeypatch):
-        drawn, write = {}, data.write_avi
-        monkeypatch.setattr(data, "write_avi", lambda path, frames, fps: drawn.update({path: frames}) or write(
-            path, frames, fps))
-        data.make_toy(tmp_path / "toy", {"rl": 10})
-        assert len(drawn) == 10
-        for path, frames in drawn.items():
-            seen, seconds = data.read_video(path, data.InputSettings(frames=len(frames), fps=data.TOY_FPS))
+    def test_a_written_clip_is_read_back_exactly(self, tmp_path):
+        noise = np.random.default_rng(0)
+        for n in range(10):
+            frames = np.stack([data.draw(COLOURS[n % 4], LETTERS[n % 3], noise) for _ in range(6)])
+            (tmp_path / "x.avi").write_bytes(data.avi_bytes(frames, data.TOY_FPS))
+            seen, seconds = data.read_video(tmp_path / "x.avi", data.InputSettings(frames=6, fps=data.TOY_FPS))
             assert np.array_equal(seen, frames) and seconds == pytest.approx(2 / data.TOY_FPS)
+
+    @pytest.mark.parametrize("edit", ["question", "drawing"])
+    def test_a_world_is_written_anew_when_its_code_was_edited(self, edit, tmp_path, monkeypatch):
+        """Somebody changes the toy world and starts the same command again."""
+        data.make_toy(tmp_path / "toy", SMALL)
+        before = files(tmp_path / "toy")
+        if edit == "question":
+            monkeypatch.setitem(TOY_QUESTIONS, "count", ("numerical", "How often is a letter {}?"))
+        else:
+            monkeypatch.setitem(data.PAINT, "red", (255, 0, 0))
+        data.make_toy(tmp_path / "toy", SMALL)
+        after = files(tmp_path / "toy")
+        assert before.keys() == after.keys() and before != after
+        assert any(b"How often" in content for content in after.values()) == (edit == "question")
 
     def test_the_same_seed_writes_the_same_bytes(self, tmp_path):
         one, two = (files(data.make_toy(tmp_path / name, SMALL)) for name in ("one", "two"))
