@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 pagrpo.py                the 7b preset: the paper's settings on eight GPUs
 
 GRPO samples G responses to a question and reinforces those with an above-average reward. PA-GRPO gives each segment of a
-response, perception and reasoning, a reward and an advantage of its own. One step is the loop in `train`:
+response, perception and reasoning, a reward and an advantage of its own. A step is the loop in `train`:
     1. rollout      sample G responses to each question
     2. rewards      R_P = does the observation suffice (judge) + format + length,  R_R = is the answer right + …
     3. advantages   the rewards of each segment are normalized in their own group: A_P, A_R            (eq. 6)
@@ -12,20 +12,19 @@ response, perception and reasoning, a reward and an advantage of its own. One st
                     keeps the policy near the frozen SFT model                                         (eq. 7)
     5. update       AdamW, one optimizer step for all questions of all ranks
 
-Left out, and why
-    against the paper   ratios of whole segments: over hundreds of tokens they leave the clip range at once, so each token
-                        has its own; a rollout GPU: every rank samples; Claude as judge: `--judge` takes any server
-    against PPO         the value network and GAE: the mean of the group is the baseline; several epochs on one batch:
-                        one update per rollout, so the ratio is 1 (--updates-per-rollout makes more)
-    against TRL         rollout servers, LoRA, reward models, other losses: each would hide the algorithm
+Left out against the paper: ratios of whole segments (over hundreds of tokens they leave the clip range at once: each
+token has its own), a GPU only for rollouts (every rank samples), Claude as judge (`--judge` takes any server). Against
+PPO: the value network (the mean of the group is the baseline) and several epochs on a batch (with one update per
+rollout the ratio is 1). Against TRL: rollout servers, LoRA, reward models, other losses. They would hide the algorithm.
 
-"Loss is 0, is it broken?" No. With one advantage per response (grpo, joint) the advantages of a group sum to 0 and so
-does the loss, apart from the KL term. With one per segment it is small, because segments differ in length. Either way it
+"Loss is 0, is it broken?" No. With one advantage a response (grpo, joint) the advantages of a group sum to 0, and so
+does the loss, apart from the KL term. With one a segment it is small, since segments differ in length. Either way it
 says nothing, and its gradient is not 0: watch the rewards.
 """
 import gc
 import json
 import math
+import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, make_dataclass, replace
@@ -75,11 +74,7 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
         sft.TrainSettings.__post_init__(self)
         data.JudgeSettings.__post_init__(self)
         data.check_minimum(self, questions=1, group_size=2, max_response=1, updates_per_rollout=1, transcript_every=1,
-                           steps=1, kl_beta=0, clip_eps=0)
-        if self.judge.startswith(data.HTTP) and self.patience * 60 < rewards.PATIENCE + self.timeout:
-            raise SystemExit(f"--patience must leave a judge {(rewards.PATIENCE + self.timeout) / 60:.1f} minutes")
-        if not self.temperature > 0:
-            raise SystemExit("--temperature must be above 0: a greedy policy gives equal responses and learns nothing")
+                           steps=1, kl_beta=0, clip_eps=0, temperature=0.01)
 
 
 REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference")
@@ -109,7 +104,7 @@ def train(t: "Setup") -> None:
             batches = make_batches(groups, t.policy, t.reference, t.vocabulary, settings, t.world)
             clock.lap("scoring")
             verdicts = verdicts()
-            metrics = check_verdicts(groups, verdicts, t)
+            metrics = judge_metrics(verdicts, groups, t) | check_verdicts(verdicts, run.stop, settings, t.world)
             clock.lap("judging")
             run.end_of_step(step, t.policy, t.optimizer, t.start)             # stops here if asked to
 
@@ -124,7 +119,9 @@ def train(t: "Setup") -> None:
             clock.lap("training")
 
             metrics |= step_metrics(groups, parts, totals, values, settings, t.world) | clock.seconds
-            metrics |= heldout_metrics(step + 1, t)
+            if settings.eval_every and (step + 1) % settings.eval_every == 0:
+                rows = evaluate(t.policy, t.heldout, t.judge, run.stop, settings, 0.0, t.world)
+                metrics |= {f"heldout/{name}": cell["value"] for name, cell in summarise(rows).items()}
             run.log({"step": step + 1, "lr": lr, **metrics})
             bar.update()
             run.end_of_step(step + 1, t.policy, t.optimizer, t.start, score=metrics.get("heldout/answer"))
@@ -168,6 +165,9 @@ def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: data.Vo
 
 # ------------------------------------------------------------------------------------------------ 2. rewards
 
+UNCLOSED = Verdict(False, "there is no closed observation")
+
+
 def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callable[[], list[list[Verdict]]]:
     """Sends all observations to the judge together and does not wait. Call the result for the verdicts, B lists of G."""
     observed = [r for group in groups for r in group if r.parsed.contents["observation"] is not None]
@@ -175,8 +175,7 @@ def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callabl
 
     def verdicts() -> list[list[Verdict]]:
         found = {id(r): verdict for r, verdict in zip(observed, answer(), strict=True)}
-        unclosed = Verdict(False, "there is no closed observation")
-        return [[found.get(id(r), unclosed) for r in group] for group in groups]
+        return [[found.get(id(r), UNCLOSED) for r in group] for group in groups]
     return verdicts
 
 
@@ -353,9 +352,9 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[M
     return values
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The algorithm ends here, a first reader may stop. Below: set-up, metrics, the held-out table.
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm ends here, and a first reader may stop. Below: set-up, metrics, the held-out table.
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Setup(NamedTuple):
     """What the loop works with."""
@@ -368,14 +367,14 @@ class Setup(NamedTuple):
     optimizer: torch.optim.Optimizer
     reference: Qwen2_5_VL | None                             # the frozen SFT model
     judge: Judge
-    rule: Judge | None                                       # the toy world's exact judge, beside another one
+    rule: Judge | None                                       # the toy world's exact judge, to compare another one with
     questions: Iterator[list[Example]]                       # this rank's part of each step
     heldout: data.Examples
 
 
 def prepare(settings: Settings, run: sft.Run, world: World) -> Setup:
     """Loads models, judge and questions, and continues from the newest checkpoint."""
-    start, records = Path(settings.model), data.read_records(settings.data)
+    start = Path(settings.model)
     vocabulary = data.Vocabulary(start)
     reference, judge = load_judge(settings, run, vocabulary, world)
     policy = model.build_model(run.last_checkpoint or start, vocabulary, world, settings.save_memory, settings.shards)
@@ -383,13 +382,18 @@ def prepare(settings: Settings, run: sft.Run, world: World) -> Setup:
     if run.step:
         run.restore(policy, optimizer)
         world.print0(f"{run.folder.name} continues after step {run.step}")
-    examples = data.Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
-    mine = (data.step_indices(len(records), settings.questions, step, settings.seed)[world.rank::world.size]
+    examples = open_examples(settings.data, settings, run, vocabulary)
+    mine = (data.step_indices(len(examples), settings.questions, step, settings.seed)[world.rank::world.size]
             for step in range(run.step, run.steps))
-    compare = settings.judge != "rule" and data.is_toy(records)
-    return Setup(settings, world, run, start, vocabulary, policy, optimizer, reference, judge,
-                 Judge(rewards.rule_judge, settings.refuse_leaks) if compare else None, examples.prefetch(mine),
-                 open_heldout(settings, run, vocabulary))
+    compare = settings.judge != "rule" and data.is_toy(examples.records)
+    rule = Judge(rewards.rule_judge, settings.refuse_leaks) if compare else None
+    return Setup(settings, world, run, start, vocabulary, policy, optimizer, reference, judge, rule,
+                 examples.prefetch(mine), open_examples(settings.heldout, settings, run, vocabulary))
+
+
+def open_examples(file: str, settings: Settings, run: sft.Run, vocabulary: data.Vocabulary) -> data.Examples:
+    return data.Examples(data.read_records(file) if file else [], settings.media, vocabulary,
+                         model.read_config(settings.model), settings, run.folder / "skipped.log")
 
 
 def load_judge(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary, world: World
@@ -406,12 +410,6 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary, wo
                                       max(1, len(claims)), world.device)
     cache = run.folder / f"judge-{world.rank}.jsonl"
     return reference, data.make_judge(settings, cache, answer_from_observation, str(world.device))
-
-
-def open_heldout(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary) -> data.Examples:
-    records = data.read_records(settings.heldout) if settings.heldout else []
-    return data.Examples(records, settings.media, vocabulary, model.read_config(settings.model), settings,
-                         run.folder / "skipped.log")
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -465,40 +463,31 @@ def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: boo
     return result
 
 
-class JudgeDown(ValueError):
-    """Too many verdicts are unknown."""
-
-
-def count_verdicts(verdicts: list[Verdict], settings: Settings, world: World) -> dict[str, int]:
-    """Counts verdicts. Raises JudgeDown, on all ranks alike, if a larger share than --max-unknown is unknown."""
-    unknown = [v.error for v in verdicts if v.sufficient is None]
-    sums = world.all_reduce_sum({"judge/claims": len(verdicts), "judge/unknown": len(unknown)})
-    if sums["judge/unknown"] > settings.max_unknown * sums["judge/claims"]:
-        reason = Counter(unknown).most_common(1)[0][0][:200] if unknown else "see the other ranks"
-        raise JudgeDown(f"{sums['judge/unknown']:.0f} of {sums['judge/claims']:.0f} verdicts stayed unknown, more than "
-                        f"--max-unknown {settings.max_unknown:g} allows. Most often: {reason}")
-    return {name: int(n) for name, n in sums.items()}
-
-
-def check_verdicts(groups: list[list[Response]], verdicts: list[list[Verdict]], t: Setup) -> dict:
-    """Metrics of the judge. Asks the run to stop before this update if too many verdicts are unknown."""
-    exact, values, judged = start_judging(t.rule, groups)() if t.rule else verdicts, defaultdict(list), []
-    for group, its_verdicts, rules in zip(groups, verdicts, exact):
-        for r, v, rule in zip(group, its_verdicts, rules):
-            if r.parsed.contents["observation"] is not None:
-                judged.append(v)
-                values["judge/leak"].append(float(v.leak))
-                if t.rule and v.sufficient is not None:      # accepted what does not suffice: a false positive
-                    values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
-                    values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))
+def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], t: Setup) -> dict:
+    """How the judge works and, in the toy world, how often it says what the exact rule says."""
+    values, rules = defaultdict(list), start_judging(t.rule, groups)() if t.rule else verdicts
+    for v, rule in zip(sum(verdicts, []), sum(rules, [])):
+        if v is UNCLOSED:
+            continue
+        values["judge/leak"].append(float(v.leak))
+        if t.rule and v.sufficient is not None:              # a false positive accepts what does not suffice
+            values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
+            values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))
     requests = {f"judge/{name}": t.judge.counts.pop(name, 0) for name in ("requests", "cached")}
-    metrics = {**mean_over_ranks(values, t.world), **t.world.all_reduce_sum(requests),
-               "judge/seconds": t.world.all_reduce_max(t.judge.seconds)}
-    try:
-        return metrics | count_verdicts(judged, t.settings, t.world)
-    except JudgeDown as error:
-        t.run.stop(str(error))
-        return metrics
+    return {**mean_over_ranks(values, t.world), **t.world.all_reduce_sum(requests),
+            "judge/seconds": t.world.all_reduce_max(t.judge.seconds)}
+
+
+def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], settings: Settings, world: World) -> dict:
+    """Counts unknown verdicts. Calls `stop` with the reason, on all ranks alike, if there are more than --max-unknown."""
+    asked = [v for v in sum(verdicts, []) if v is not UNCLOSED]
+    errors = [v.error for v in asked if v.sufficient is None]
+    sums = world.all_reduce_sum({"judge/claims": len(asked), "judge/unknown": len(errors)})
+    if sums["judge/unknown"] > settings.max_unknown * sums["judge/claims"]:
+        reason = Counter(errors).most_common(1)[0][0][:200] if errors else "see the other ranks"
+        stop(f"{sums['judge/unknown']:.0f} of {sums['judge/claims']:.0f} verdicts stayed unknown, more than "
+             f"--max-unknown {settings.max_unknown:g} allows. Most often: {reason}")
+    return sums
 
 
 def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: Tensor) -> str:
@@ -508,7 +497,7 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
              f"question    {r.question}  {'  '.join(r.options)}".rstrip(), f"reference   {r.reference}",
              response.text.strip() + ("" if response.finished else " … (cut off)"),
-             f"judge       {says}: {verdict.error} {verdict.explanation}".rstrip()]
+             f"judge       {says}: {verdict.error or verdict.explanation}"]
     for k, segment in enumerate(SEGMENTS):
         accuracy, format, length = parts[k].tolist()
         tokens = rewards.segment_lengths(response.segments)[k]
@@ -520,10 +509,10 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 # ------------------------------------------------------------------------------------------------ held-out table
 
 @torch.no_grad()
-def evaluate(policy: Qwen2_5_VL, held: data.Examples, judge: Judge, settings: Settings, temperature: float, world: World
-             ) -> list[dict]:
-    """One response to each held-out record, greedy (temperature 0) or sampled. Returns this rank's rows. Raises
-    JudgeDown. The toy world has an exact judge."""
+def evaluate(policy: Qwen2_5_VL, held: data.Examples, judge: Judge, stop: Callable[[str], None], settings: Settings,
+             temperature: float, world: World) -> list[dict]:
+    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together. Returns a row a
+    record, all of them on every rank. `stop` is for `check_verdicts`. The toy world has an exact judge."""
     judge = Judge(rewards.rule_judge, settings.refuse_leaks) if data.is_toy(held.records) else judge
     rows, size = [], settings.questions * settings.group_size                 # as many responses at once as in a step
     mine = [[*range(i, min(i + size, len(held)))][world.rank::world.size] for i in range(0, len(held), size)]
@@ -532,26 +521,13 @@ def evaluate(policy: Qwen2_5_VL, held: data.Examples, judge: Judge, settings: Se
                              disable=not world.first):
             groups = rollout(policy, examples, held.vocabulary, settings, "evaluation", 1, temperature)
             verdicts = start_judging(judge, groups)()
-            count_verdicts([v for (v,) in verdicts], settings, world)
+            check_verdicts(verdicts, stop, settings, world)
             for (r,), parts in zip(groups, reward_tensor(groups, verdicts, settings)[:, 0].tolist()):
                 row = {segment.name: parts[k][0] for k, segment in enumerate(SEGMENTS)}
                 row["answer"] = float(row.pop(SEGMENTS[-1].name) > 1 - 1e-9)                   # right or not
                 rows.append(row | {"format": float(all(r.parsed.formats)), "text": r.text,
-                                   "problem_id": r.example.record.problem_id,
                                    "problem_type": r.example.record.problem_type})
-    return rows
-
-
-def heldout_metrics(step: int, t: Setup) -> dict[str, float]:
-    """Greedy held-out accuracies, at the steps that --eval-every names."""
-    if not t.settings.eval_every or step % t.settings.eval_every:
-        return {}
-    try:
-        rows = evaluate(t.policy, t.heldout, t.judge, t.settings, 0.0, t.world)
-    except JudgeDown as error:
-        t.run.stop(str(error))
-        return {}
-    return {f"heldout/{name}": cell["value"] for name, cell in summarise(rows, t.world).items()}
+    return sum(world.gather(rows), [])
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -562,13 +538,12 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def summarise(rows: list[dict], world: World) -> dict[str, dict[str, float]]:
+def summarise(rows: list[dict]) -> dict[str, dict[str, float]]:
     """Percentages with intervals: {"perception": {"value", "low", "high", "n"}, …, "answer", "format", by type}."""
-    everybody = [row for part in world.gather(rows) for row in part]
     columns = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"]
-    picked = {name: [row[name] for row in everybody if not math.isnan(row[name])] for name in columns}
+    picked = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in columns}
     for kind in rewards.PROBLEM_TYPES:
-        picked[f"answer: {kind}"] = [row["answer"] for row in everybody if row["problem_type"] == kind]
+        picked[f"answer: {kind}"] = [row["answer"] for row in rows if row["problem_type"] == kind]
     result = {}
     for name, values in picked.items():
         if values:
@@ -581,11 +556,11 @@ def summarise(rows: list[dict], world: World) -> dict[str, dict[str, float]]:
 def results_table(results: dict[str, dict[str, dict]]) -> str:
     """{"SFT, greedy": summary, …} as a table, one row a model and way of sampling."""
     columns = list(dict.fromkeys(name for summary in results.values() for name in summary))
-    rows = [["", *(name.removeprefix("answer: ") for name in columns)]]
+    rows, n = [["", *(name.removeprefix("answer: ") for name in columns)]], 0
     for title, summary in results.items():
-        cells = [summary.get(name) for name in columns]
-        rows.append([title, *(f"{c['value']:5.1f} ({c['low']:.0f}–{c['high']:.0f})" if c else "–" for c in cells)])
-    n = max(cell["n"] for summary in results.values() for cell in summary.values())
+        cells = [summary.get(name, {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}) for name in columns]
+        rows.append([title, *(f"{c['value']:5.1f} ({c['low']:.0f}–{c['high']:.0f})" for c in cells)])
+        n = max(n, *(c["n"] for c in cells))
     title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
     return "\n".join([title, *data.format_table(rows)])
 
@@ -593,15 +568,16 @@ def results_table(results: dict[str, dict[str, dict]]) -> str:
 def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) -> str:
     """The held-out table: the model before SFT (toy world), after SFT, and this run's."""
     vocabulary = data.Vocabulary(settings.model)
-    held, (_, judge) = open_heldout(settings, run, vocabulary), load_judge(settings, run, vocabulary, world)
+    held = open_examples(settings.heldout, settings, run, vocabulary)
+    _, judge = load_judge(settings, run, vocabulary, world)
     models = {"base": Path(settings.out) / "base"} if toy else {}
     models |= {"SFT": Path(settings.model), run.folder.name: run.last_checkpoint}
     results = {}
     for name, path in models.items():
         policy = model.build_model(path, vocabulary, world, shards=settings.shards, frozen=True)
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            results[f"{name}, {how}"] = summarise(
-                evaluate(policy, held, judge, settings, temperature, world), world)
+            rows = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
+            results[f"{name}, {how}"] = summarise(rows)
     if world.first:
         data.write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results_table(results)
@@ -623,8 +599,6 @@ def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
                          f"Finish it first, or start from this one with --model {start}")
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
-    if settings.judge == "rule" and not data.is_toy(data.read_records(settings.data)):
-        raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
@@ -643,20 +617,7 @@ def run_stage(settings: Settings, world: World) -> None:
         torch.cuda.empty_cache()
     if not settings.heldout:
         return world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
-    table = compare_models(settings, run, toy, world)
-    world.print0(judge_agreement(run, settings.judge) + table)
-
-
-def judge_agreement(run: sft.Run, judge: str) -> str:
-    """How often a judge and the toy world's exact rule agreed over a whole run; "" where they were not compared."""
-    rows = [row for row in rewards.read_jsonl(run.folder / "metrics.jsonl")[0] if "judge/agreement" in row]
-    known = [row["judge/claims"] - row["judge/unknown"] for row in rows]
-    if not sum(known):
-        return ""
-    agreed, too_kind = (sum(n * row[f"judge/{name}"] for n, row in zip(known, rows)) / sum(known)
-                        for name in ("agreement", "false_positive"))
-    return (f"Judge {judge} agreed with the exact rule on {agreed:.1%} of {sum(known)} observations; it accepted "
-            f"{too_kind:.1%} that do not suffice and refused {max(0, 1 - agreed - too_kind):.1%} that do.\n")
+    world.print0(compare_models(settings, run, toy, world))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
