@@ -1,8 +1,7 @@
-"""Qwen2.5-VL from scratch: vision encoder, language model, sampling and log-probabilities, in plain PyTorch.
+"""Qwen2.5-VL from scratch: vision encoder, decoder, sampling and log-probabilities, in plain PyTorch.
 
-Read it from top to bottom: configuration, building blocks, vision encoder, decoder, then the whole model with its four
-entry points: `forward`, `prefill`, `generate`, `logprobs`. Tensors carry the names of the official checkpoints, so
-`transformers` reads the folders written here, and the other way round.
+Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then the whole model with
+its entry points `forward`, `prefill`, `generate`, `logprobs`. Tensors carry the names of the official checkpoints.
 
 Shapes are given in end-of-line comments, in one notation for the whole project:
     B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
@@ -280,18 +279,12 @@ class PackedRow(NamedTuple):
     lengths: list[int] | None                                # tokens of each prompt, None if no prompt is padded
 
 
-class PromptKV(NamedTuple):
-    """Keys and values of the prompts in one layer, computed once and shared by a question's G responses."""
-    k: Tensor                                                # (B, K, P, E)
-    v: Tensor                                                # (B, K, P, E)
-    keep: Tensor | None                                      # (B, P) False at padding, None if no prompt is padded
-
-
-class Cache(NamedTuple):
-    """Preallocated keys and values of the sampled tokens in one layer; `used` places are filled."""
-    k: Tensor                                                # (B·G, K, T, E)
-    v: Tensor                                                # (B·G, K, T, E)
-    used: int
+class KV(NamedTuple):
+    """Keys and values in one layer: of the prompts, computed once for a question's G responses, or of the tokens sampled
+    so far."""
+    k: Tensor                                                # (B, K, P, E) or (B·G, K, T, E)
+    v: Tensor
+    keep: Tensor | None = None                               # (B, P) False at padding, None if no prompt is padded
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
@@ -330,7 +323,7 @@ def response_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def decode_attention(q: Tensor, prompt: PromptKV, cache: Cache) -> Tensor:
+def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
     """Attention of one new token of every response, without G copies of the prompt's keys. q (B·G, H, 1, E), as result.
 
     A softmax over prompt and response is computed in two parts. Where a part's scores are s, its output o is weighted
@@ -340,8 +333,8 @@ def decode_attention(q: Tensor, prompt: PromptKV, cache: Cache) -> Tensor:
     n, h, _, e = q.shape
     b, g = len(prompt.k), n // len(prompt.k)
     grouped = q.view(b, g, h, e).transpose(1, 2)                                               # (B, H, G, E)
-    out_p, lse_p = attention_and_lse(grouped, prompt.k, prompt.v, prompt.keep)
-    out_r, lse_r = attention_and_lse(q, cache.k[:, :, :cache.used], cache.v[:, :, :cache.used])
+    out_p, lse_p = attention_and_lse(grouped, *prompt)
+    out_r, lse_r = attention_and_lse(q, *own)
     out_p, lse_p = out_p.transpose(1, 2).reshape(n, h, 1, e), lse_p.transpose(1, 2).reshape(n, h, 1)
     weight = torch.sigmoid(lse_p - lse_r)[..., None]                                           # (B·G, H, 1, 1)
     return torch.lerp(out_r.float(), out_p.float(), weight).to(q.dtype)
@@ -377,13 +370,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None, prompt: PromptKV | None,
-                cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
+                prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
 
-        prefill    nothing            prompts, causal among themselves; their keys and values are kept for sampling
-        decoding   prompt and cache   one token of each response; its key and value go into the cache
-        training   row                a prompt and its responses in one row
+        prefill    nothing          prompts, causal among themselves; their keys and values are kept for sampling
+        decoding   prompt and own   one token of each response; its key and value go to the last place of `own`
+        training   row              a prompt and its responses in one row
         """
         n, t, _ = x.shape
         q = self.q_proj(x).view(n, t, self.heads, -1)
@@ -393,9 +386,9 @@ class Attention(nn.Module):
         q, k = both.split([self.heads, self.kv_heads], dim=1)                                  # (N, H or K, T, E)
         if row is not None:
             out = packed_attention(q, k, v, row)
-        elif cache is not None:
-            cache.k[:, :, cache.used - 1], cache.v[:, :, cache.used - 1] = k[:, :, 0], v[:, :, 0]
-            out = decode_attention(q, prompt, cache)
+        elif own is not None:
+            own.k[:, :, -1], own.v[:, :, -1] = k[:, :, 0], v[:, :, 0]
+            out = decode_attention(q, prompt, own)
         else:                                                # padding is at the end: causality hides it
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(n, t, -1)), k, v
@@ -408,9 +401,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None, prompt: PromptKV | None = None,
-                cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn(self.input_layernorm(x), rotary, row, prompt, cache)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
+                prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(self.input_layernorm(x), rotary, row, prompt, own)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
@@ -546,7 +539,7 @@ class Qwen2_5_VL(nn.Module):
             x = x + 0 * blank.sum()
         return x
 
-    def prefill(self, prompts: Prompts) -> tuple[Tensor, list[PromptKV]]:
+    def prefill(self, prompts: Prompts) -> tuple[Tensor, list[KV]]:
         """Hidden states of the prompts (B, P, D), and every layer's keys and values."""
         x = self.embed(prompts)
         keep = torch.arange(x.shape[1], device=x.device) < prompts.lengths[:, None]            # (B, P)
@@ -554,7 +547,7 @@ class Qwen2_5_VL(nn.Module):
         rotary, prompt_kv = self.rotary(prompts.positions, x.dtype), []
         for layer in self.model.layers:
             x, k, v = layer(x, rotary)
-            prompt_kv.append(PromptKV(k, v, keep))
+            prompt_kv.append(KV(k.contiguous(), v, keep))    # without the queries that share its memory
         return self.model.norm(x), prompt_kv
 
     def forward(self, prompts: Prompts) -> Tensor:
@@ -591,7 +584,7 @@ class Qwen2_5_VL(nn.Module):
             x = self.model.embed_tokens(tokens[:, t, None])                                    # (B·G, 1, D)
             rotary = self.rotary((start + t).expand(3, -1)[..., None], x.dtype)
             for layer, prompt, (k, v) in zip(self.model.layers, prompt_kv, caches):
-                x, _, _ = layer.forward(x, rotary, None, prompt, Cache(k, v, t + 1))
+                x, _, _ = layer.forward(x, rotary, None, prompt, KV(k[:, :, :t + 1], v[:, :, :t + 1]))
             logits = self.logits(self.model.norm(x)[:, 0])
         longest = int(lengths.max())
         return Sampled(tokens[:, :longest].unflatten(0, (b, g)), lengths.view(b, g),
