@@ -284,7 +284,7 @@ class KV(NamedTuple):
     so far."""
     k: Tensor                                                # (B, K, P, E) or (B·G, K, T, E)
     v: Tensor
-    keep: Tensor | None = None                               # (B, P) False at padding, None if no prompt is padded
+    mask: Tensor | None = None                               # (B, 1, 1, P) -inf at padding, None if no prompt is padded
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
@@ -340,21 +340,20 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
     return torch.lerp(out_r.float(), out_p.float(), weight).to(q.dtype)
 
 
-def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention without causality, and the log-sum-exp of its scores. No gradient.
 
-    q (N, H, T, E), k, v (N, K, S, E), keep (N, S) False at padding → (N, H, T, E), (N, H, T) in fp32
+    q (N, H, T, E), k, v (N, K, S, E), mask (N, 1, 1, S) added to the scores → (N, H, T, E), (N, H, T) in fp32
     """
     (n, h, t, e), kv = q.shape, k.shape[1]
-    if keep is None and not q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if keep is None and q.dtype in HALF:
+    if not q.is_cuda:
+        mask = None if mask is None else mask.expand(-1, -1, t, -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    if mask is None and q.dtype in HALF:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     scores = q.reshape(n, kv, h // kv * t, e).float() * e ** -0.5 @ k.mT.float()               # (N, K, r·T, S)
-    if keep is not None:
-        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
-    out = scores.softmax(-1).to(v.dtype) @ v
-    return out.view(n, h, t, e), scores.logsumexp(-1).view(n, h, t)
+    scores = scores if mask is None else scores + mask
+    return (scores.softmax(-1).to(v.dtype) @ v).view(n, h, t, e), scores.logsumexp(-1).view(n, h, t)
 
 
 # ------------------------------------------------------------------------------------------------ decoder
@@ -379,11 +378,9 @@ class Attention(nn.Module):
         training   row              a prompt and its responses in one row
         """
         n, t, _ = x.shape
-        q = self.q_proj(x).view(n, t, self.heads, -1)
-        k = self.k_proj(x).view(n, t, self.kv_heads, -1)
+        q = apply_rotary(self.q_proj(x).view(n, t, self.heads, -1).transpose(1, 2), rotary)    # (N, H, T, E)
+        k = apply_rotary(self.k_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2), rotary)
         v = self.v_proj(x).view(n, t, self.kv_heads, -1).transpose(1, 2)                       # (N, K, T, E)
-        both = apply_rotary(torch.cat([q, k], dim=2).transpose(1, 2), rotary)
-        q, k = both.split([self.heads, self.kv_heads], dim=1)                                  # (N, H or K, T, E)
         if row is not None:
             out = packed_attention(q, k, v, row)
         elif own is not None:
@@ -542,12 +539,12 @@ class Qwen2_5_VL(nn.Module):
     def prefill(self, prompts: Prompts) -> tuple[Tensor, list[KV]]:
         """Hidden states of the prompts (B, P, D), and every layer's keys and values."""
         x = self.embed(prompts)
-        keep = torch.arange(x.shape[1], device=x.device) < prompts.lengths[:, None]            # (B, P)
-        keep = None if bool(keep.all()) else keep
+        padding = torch.arange(x.shape[1], device=x.device) >= prompts.lengths[:, None]        # (B, P)
+        mask = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None] if padding.any() else None
         rotary, prompt_kv = self.rotary(prompts.positions, x.dtype), []
         for layer in self.model.layers:
             x, k, v = layer(x, rotary)
-            prompt_kv.append(KV(k.contiguous(), v, keep))    # without the queries that share its memory
+            prompt_kv.append(KV(k, v, mask))
         return self.model.norm(x), prompt_kv
 
     def forward(self, prompts: Prompts) -> Tensor:

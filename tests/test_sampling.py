@@ -2,9 +2,8 @@
 never be drawn."""
 import torch
 
-from data import Examples, collate, read_records
+from data import Examples, collate, question_uniforms, read_records
 from model import sample_token, load_model
-from pagrpo import question_uniforms
 
 
 def test_inverting_the_cumulative_distribution_draws_each_token_as_often_as_it_should():
