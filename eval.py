@@ -1,4 +1,4 @@
-"""What has a model learned? Seven benchmarks, the toy world, the paper's analyses, and single questions about any clip.
+"""Evaluation: seven video benchmarks, the toy world, the paper's analyses, and single questions about any clip.
 
     python eval.py --bench toy                                   the newest finished run, on held-out toy clips
     python eval.py --bench mvbench --model runs/7b/pagrpo        reads data/mvbench as it is downloaded
@@ -8,11 +8,11 @@
     python eval.py --compare runs/tiny/sft/eval/toy runs/tiny/pagrpo/eval/toy
     python eval.py --video clip.avi --question "Which letter comes right after the red O?" --options "red X" "blue T"
 
-Protocol, unless flags say otherwise (the paper's): 32 frames spread over the whole video, always with the first and the
-last, at most 256·28·28 pixels each, temperature 0.01, top-p 0.001, the prompt that the model was trained with. The toy
-world and --video keep the run's own frames and pixels. An evaluation is a folder, by default MODEL/eval/BENCH:
-responses.jsonl (a record a question), summary.json, settings.json. It goes on where it was stopped, on any number of
-ranks.
+Protocol of the seven, unless flags say otherwise (Video-R1's, to which the paper's numbers belong): 2 frames a second
+but at most 32, always with the first and the last, at most 256·28·28 pixels each; temperature 0.01, top-p 0.001; at
+most 1,024 tokens; the prompt the model was trained with. The toy world and --video keep the run's frames and pixels.
+Results are written to MODEL/eval/BENCH: responses.jsonl (one row for each question), summary.json, settings.json. The
+same command resumes an evaluation that was stopped, on any number of ranks.
 """
 import argparse
 import ast
@@ -22,825 +22,327 @@ import json
 import math
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, lock_folder, blind_answers,
-                  build_example, given_flags, instruction, load_local, make_judge, make_toy, format_table,
-                  check_settings, to_record, write_rows, write_atomically)
-from pagrpo import PRESETS, Response, Settings, ask, rollout, wilson
-from rewards import PROBLEM_TYPES, Journal, choice, number, option_texts, normalize_text, task_metric, read_jsonl
-from sft import QWEN, World, newest_checkpoint, start_world
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+import data
+import pagrpo
+import rewards
+import sft
+from model import newest_checkpoint
 
 
-# ------------------------------------------------------------------------------------------------ 1. benchmarks
+# ------------------------------------------------------------------------------------------------ 1. reading answers
+
+def answer_text(response: str, finished: bool = True) -> str | None:
+    """The part of a response in which its answer is read: the last <answer>; without one, what follows the last closed
+    segment; without tags, everything. None if it was cut off before an <answer>, or ends inside a segment."""
+    if "<answer>" in response:
+        return response.rsplit("<answer>", 1)[1].split("</answer>")[0]
+    rest = response.rsplit("</observation>", 1)[-1].rsplit("</think>", 1)[-1]
+    inside = "<observation>" in rest or "<think>" in rest
+    return rest if finished and not inside else None
+
+
+def strip_markup(text: str) -> str:
+    """Text without Markdown, \\boxed{}, $ and LaTeX spaces. Every minus sign becomes a hyphen."""
+    text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
+    text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{|[*$`}\\]", "", text)
+    return re.sub(r"[^\S\n]+", " ", text).strip()
+
+
+def option_names(options: Sequence[str], labels: Sequence[str] = ()) -> dict[str, str]:
+    """Text, label ("option 2", and "2") or letter of an option → its letter; "" where two options share a text."""
+    texts, names = rewards.option_texts(options), {}
+    called = [*texts.items(), *zip(texts, labels), *((letter, label[-1]) for letter, label in zip(texts, labels))]
+    for letter, name in called:
+        name = rewards.normalize_text(strip_markup(name))
+        names[name] = letter if names.get(name, letter) == letter else ""
+    names.pop("", None)
+    return names | {letter.lower(): letter for letter in texts}
+
+
+VERBS = r"(?:is|was|because|since|as|fits|seems|would|or|and)\b"              # before these, A is a letter
+CUE = re.compile(r"\b(?:answer|option|choice)(?:\W*:|\s+(?:is|(?:would|should|must) be)\b)(?:(?!-)\W|\bthe\b)*", re.I)
+ENDORSED = re.compile(r"\W{0,3}(?:is|was|seems) (?:(?:the|most|my) )*(?:best|correct|right|answer)\b", re.I)
+
+
+def mentions(text: str, names: dict[str, str]) -> list[tuple[str, re.Match]]:
+    """(letter, match) of the options that a text mentions, in order. match.lastgroup is `text` (an option's), `capital`
+    (a letter alone) or `short` ("b)"). None are the article A, the pronoun I, the A of "5 A", and what follows "not"."""
+    long = sorted((re.escape(name) for name in names if len(name) > 1 or name.isdigit()), key=len, reverse=True)
+    short = [re.escape(name) for name in names if len(name) == 1 and not name.isdigit()]
+    pattern = (r"(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?(?:"
+               rf"(?P<text>(?i:{'|'.join(long) or '(?!)'}))|"
+               rf"(?P<capital>(?<!\d )(?!A (?!{VERBS})[a-z])(?!I(?![.):]|\W*$))[{''.join(names.values()) or '-'}])|"
+               rf"(?P<short>(?![AI])(?i:{'|'.join(short) or '(?!)'}))(?=[).,:;\]]|\W*$))(?!\w|['’-]\w|[.,/]\d)")
+    return [(names.get(m[m.lastgroup].casefold(), ""), m) for m in re.finditer(pattern, text)]
+
+
+def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] = ()) -> str | None:
+    """The letter of the option that an answer names, None if it names none. `labels` are other names of the options.
+
+    An exact letter or option text decides; otherwise the first of these that applies:
+        1. a letter that begins the text, alone on its line or before punctuation: "B) a dog", "(D) F"
+        2. the last "answer/option/choice is X" or "X is the best": "Answer: (A) C", "so option A is correct"
+        3. the option whose text is named first: "It shows a dog. There is no cat."
+        4. the last capital letter that stands alone: "It must be B"
+    """
+    plain, names = strip_markup(text or ""), option_names(options, labels)
+    if exact := names.get(rewards.normalize_text(plain)):
+        return exact
+    found = [(letter, m) for letter, m in mentions(plain, names) if letter]
+    cues = {cue.end() for cue in CUE.finditer(plain)}
+    first = [x for x, m in found[:1] if m.lastgroup != "text" and not plain[:m.start()].strip("([\"'“‘")
+             and plain[m.end():m.end() + 1] in ("", *".):,;]\n")]
+    stated = [x for x, m in found if m.start() in cues or ENDORSED.match(plain, m.end())]
+    texts = [x for x, m in found if m.lastgroup == "text"]
+    capitals = [x for x, m in found if m.lastgroup == "capital"]
+    return next(iter(first + stated[-1:] + texts[:1] + capitals[-1:]), None)
+
+
+def ends_on(think: str, options: Sequence[str]) -> str | None:
+    """The option that a think mentions last, None without one. In "C red T" the letter decides for both."""
+    plain = strip_markup(think)
+    found = mentions(plain, option_names(options))
+    if len(found) > 1 and not plain[found[-2][1].end():found[-1][1].start()].strip(" .:)(\"'"):
+        found.pop()
+    return found[-1][0] or None if found else None
+
+
+def first_number(text: str) -> Fraction | None:
+    """The first number in an answer, in digits, behind the last "=" or "answer is": "about 3.5 m", "4 m × 5 m = 20"."""
+    text = strip_markup(text)
+    behind = re.split(r"=|\banswer is\b", text, flags=re.I)[-1]
+    found = re.search(r"-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?", behind if re.search(r"\d", behind) else text)
+    return rewards.number(found[0].rstrip(",.")) if found else None
+
+
+# ------------------------------------------------------------------------------------------------ 2. metrics
 
 @dataclass(frozen=True)
-class Item:
+class Question:
     """One question of a benchmark."""
-    record: Record                                           # as the training prompt asks it
+    record: data.Record                                      # as the training prompt asks it
     metric: str                                              # task (as in training), choice, mra or open
-    groups: dict[str, str]                                   # {"task": "action_count", …}; the first makes readings
+    groups: dict[str, str]                                   # {"task": "action_count", …}; `mean` selects by the first
     direct: str = ""                                         # the official short-answer prompt
     labels: tuple[str, ...] = ()                             # what that prompt calls its options, if not A, B, C
 
 
-Find = Callable[..., str]                                    # the first of some paths that is on disk, else the first
+def mean_relative_accuracy(predicted: float, wanted: float) -> float:
+    """MRA (VSI-Bench): the share of the ten tolerances 50 %, 45 % … 5 % within which the relative error lies.
 
-
-def item(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict, direct: str,
-         metric: str = "choice", labels: Sequence[str] = (), **more) -> Item:
-    """Checks a question and puts it into the words of training. `metric` is for a question without options. Raises
-    ValueError for one that could not be scored."""
-    options, reference = tuple(map(str, options)), str(answer)
-    metric = "choice" if options else metric
-    if metric == "choice" and (len(options) < 2 or (reference := choice(reference, options)) is None):
-        raise ValueError(f"the answer {answer!r} is none of the options {list(options)}")
-    if metric == "mra" and number(reference) is None:
-        raise ValueError(f"the answer {answer!r} is no number")
-    question, groups = str(question).strip(), {name: str(label) for name, label in groups.items()}
-    (question + "".join(options) + direct).encode()          # half a character is a ValueError
-    kind = {"choice": "multiple choice", "mra": "regression", "open": "free-form"}[metric]
-    return Item(Record(str(key), question, options, kind, reference, path, "video", **more), metric, groups, direct,
-                tuple(labels))
-
-
-LETTER_ONLY = "Answer with the letter of the correct option."
-
-
-def lettered(options: Sequence[str], form: str = "{}. {}") -> str:
-    return "\n".join(form.format(chr(65 + i), o) for i, o in enumerate(options))
-
-
-def toy(row: dict, part: str, keys: tuple, find: Find) -> Item:
-    record = to_record(row, traces=False)
-    return Item(record, "task", {"problem type": record.problem_type})
-
-
-def vsibench(row: dict, part: str, keys: tuple, find: Find) -> Item:
-    if row["question_type"] not in VSI_NUMERIC + VSI_CHOICE + VSI_DIRECTION:
-        raise ValueError(f"unknown question_type {row['question_type']!r}")
-    options = row["options"] or ()                           # they carry their letters
-    asked = ["These are frames of a video.", row["question"]] + (["Options:", *options] if options else []) + [
-        "Answer with the option's letter from the given choices directly." if options else
-        "Please answer the question using a single word or phrase."]
-    return item(row["id"], row["question"], options, row["ground_truth"],
-                find(f"{row['dataset']}/{row['scene_name']}.mp4"), {"task": row["question_type"]}, "\n".join(asked),
-                metric="mra")
-
-
-DISCIPLINES = {subject: discipline for discipline, subjects in {
-    "Art": "Art Art_Theory Design Music", "Business": "Accounting Economics Finance Manage Marketing",
-    "Science": "Biology Chemistry Geography Math Physics", "Humanities": "History Literature Sociology Psychology",
-    "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
-    "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
-                   "Mechanical_Engineering"}.items() for subject in subjects.split()}
-
-
-IGNORE = "Please ignore the Quiz question in last frame of the video."
-
-
-def videommmu(row: dict, part: str, keys: tuple, find: Find) -> Item:
-    """Multiple choice where there are options: `question_type` is missing or null in places."""
-    options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"] or ()
-    discipline = DISCIPLINES["_".join(row["id"].split("_")[1:-1])]
-    if part == "Adaptation":                                 # these sentences belong to the question in any prompt
-        question = ("You should watch and learn the video content. Then apply what you learned to answer the "
-                    f"following {'multi-choice' if options else 'open-ended'} question. The image for this question is "
-                    f"at the end of the video.\n{row['question']}")
-    else:
-        question = f"{row['question']}\n{IGNORE}"
-    direct = f"{question}\n{lettered(options)}" if part == "Adaptation" else (
-        f"{row['question']}\n{lettered(options)}\n{IGNORE}")
-    return item(f"{part}/{row['id']}", question, options, row["answer"], find(f"{discipline}/{row['id']}.mp4"),
-                {"track": part, "discipline": discipline}, direct.strip(), metric="open")
-
-
-def mmvu(row: dict, part: str, keys: tuple, find: Find) -> Item | None:
-    if row["question_type"] != "multiple-choice":
-        return None
-    options = list(row["choices"].values())
-    direct = f"Question: {row['question']}\n{lettered(options, '{}: {}')}\n{LETTER_ONLY}"
-    return item(row["id"], row["question"], options, row["answer"], find(row["video"].split("/resolve/main/")[-1]),
-                {"subject": row["metadata"]["subject"]}, direct)
-
-
-def vcrbench(row: dict, part: str, keys: tuple, find: Find) -> Item | None:
-    """The options stand inside the question, the first glued to it: cut there, they are shown once."""
-    if str(row["multiple-choice"]).lower() != "true":
-        return None
-    choices = ast.literal_eval(row["choices"]) if isinstance(row["choices"], str) else row["choices"]
-    options, question = list(choices.values()), row["question"]
-    inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(str(options[0])[:20]), question)
-    seconds = float(row.get("duration") or 0)
-    return item(row["id"], question[:inside.start()] if inside else question, options, row["answer"],
-                find(f"v1/videos/{row['video_path']}", row["video_path"]),
-                {"dimension": row["dimension"],
-                 "duration": "up to 60 s" if seconds <= 60 else "up to 300 s" if seconds <= 300 else "over 300 s"},
-                "\n".join([question.strip()] + [lettered(options)] * (not inside) + [LETTER_ONLY]))
-
-
-# json name → folder in `main` (under video/, raw videos), folder in the branch `video` (clips already cut)
-MVBENCH = {
-    **dict.fromkeys(("action_sequence", "action_prediction", "object_interaction"),
-                    ("star/Charades_v1_480", "star/Charades_segment")),
-    "action_localization": ("sta/sta_video", "sta/sta_video_segment"),
-    "episodic_reasoning": ("tvqa/frames_fps3_hq", "tvqa/video_fps3_hq_segment"),
-    "action_antonym": ("ssv2_video", "ssv2_video_mp4"),
-    "fine_grained_action": ("Moments_in_Time_Raw/videos",) * 2, "unexpected_action": ("FunQA_test/test",) * 2,
-    **dict.fromkeys(("object_existence", "moving_direction", "moving_count", "moving_attribute",
-                     "counterfactual_inference"), ("clevrer/video_validation",) * 2),
-    **dict.fromkeys(("object_shuffle", "action_count", "state_change", "character_order"),
-                    ("perception/videos",) * 2),
-    "scene_transition": ("scene_qa/video",) * 2, "fine_grained_pose": ("nturgbd", "nturgbd_convert"),
-    "egocentric_navigation": ("vlnqa",) * 2,
-}
-
-
-def mvbench(row: dict, part: str, keys: tuple, find: Find) -> Item:
-    """The official prompt has a system line and begins the answer with "Best option:("; both are left out here."""
-    main, branch = MVBENCH[part]
-    name, options = row["video"], row["candidates"]
-    path = find(f"video/{main}/{name}", f"{branch}/{name}", f"video/data0613/{main}/{name}")
-    direct = f"Question: {row['question']}\nOptions:\n{lettered(options, '({}) {}')}\nOnly give the best option."
-    bounds = (float(row["start"]), float(row["end"])) if "start" in row and path.startswith("video/") else None
-    return item(f"{part}/{keys[-1]}", row["question"], options, chr(65 + options.index(row["answer"])), path,
-                {"task": part}, direct, bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
-
-
-def tempcompass(row: dict, part: str, keys: tuple, find: Find) -> Item:
-    """Options stand in the question, a line each. The training prompt knows no yes/no question and no "Option 1":
-    there both are multiple choice between two texts."""
-    video, dimension = row.get("video_id") or keys[0], row.get("dim") or keys[1]
-    key = f"{part}/{video}/{dimension}/{hashlib.sha256(row['question'].encode()).hexdigest()[:8]}"
-    how = dict(path=find(f"videos/{video}.mp4"), groups={"format": part, "dimension": dimension})
-    if part == "yes_no":
-        return item(key, row["question"], ("yes", "no"), row["answer"],
-                    direct=row["question"] + "\nPlease answer yes or no:", **how)
-    lines = [re.fullmatch(r"[\s*-]*(?:((?:Option|Caption|Sentence) \w)|[A-D])\s*[.:)]\s*(.+)", line)
-             for line in row["question"].split("\n")]
-    asked = [line for line, found in zip(row["question"].split("\n"), lines) if not found]
-    found = [line for line in lines if line]
-    same = [chr(65 + i) for i, line in enumerate(found) if normalize_text(line[0]) == normalize_text(row["answer"])]
-    return item(key, "\n".join(asked), [line[2] for line in found], same[0] if same else row["answer"],
-                direct=row["question"] + "\nPlease directly give the best option:",
-                labels=[line[1] for line in found if line[1]], **how)
-
-
-def videomme(row: dict, part: str, keys: tuple, find: Find) -> Item:
-    options = list(row["options"])                           # they carry their letters
-    asked = ["Select the best answer to the following multiple-choice question based on the video. Respond with only "
-             "the letter (A, B, C, or D) of the correct option.", row["question"], *options, "The best answer is:"]
-    return item(row["question_id"], row["question"], options, row["answer"],
-                find(*(f"data/{row['videoID']}.{kind}" for kind in ("mp4", "MP4", "mkv"))),
-                {"duration": row["duration"], "domain": row["domain"], "task": row["task_type"]}, "\n".join(asked))
-
-
-# A reading is a mean over parts, each a mean over leaves, each a mean over the questions of some labels (None: of all).
-ALL = ((None,),)
-VSI_NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
-VSI_DIRECTION = tuple(f"object_rel_direction_{level}" for level in ("easy", "medium", "hard"))
-VSI_CHOICE = ("object_rel_distance", "route_planning", "obj_appearance_order")
-
-
-class BenchError(ValueError):
-    """A benchmark that is not there, or broken."""
-
-
-class Bench(NamedTuple):
-    """A benchmark: where its questions lie and how they are read, counted and averaged."""
-    files: dict[str, tuple[str, ...]]                        # part → places of its annotations (patterns), best first
-    item: Callable[[dict, str, tuple, Find], Item | None]
-    expected: int                                            # questions
-    repo: str = ""                                           # on huggingface.co/datasets
-    size: str = ""
-    form: bool = False                                       # to be accepted in a browser first
-    unpack: str = ""                                         # commands, inside its folder
-    paper: tuple[float, ...] = ()                            # Qwen2.5-VL-7B, VideoP2R
-    readings: dict[str, tuple] = {"all questions": ALL}      # name → parts; labels are those of the first group
-    right: bool = False                                      # count what is entirely right, not the mean score
-
-
-UNZIP = 'find . -name "*.zip" -execdir unzip -qo {} \\;'
-BENCHES = {
-    "toy": Bench({"heldout": ("heldout.json",)}, toy, 512, right=True),
-    "vsibench": Bench({"test": ("test.jsonl",)}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False, UNZIP,
-                      (30.1, 36.8), {
-        "mean of multiple choice and MRA (paper)": ((VSI_CHOICE + VSI_DIRECTION,), (VSI_NUMERIC,)),
-        "mean of eight tasks (official)": (tuple((task,) for task in VSI_DIRECTION),
-                                           *(((task,),) for task in VSI_NUMERIC + VSI_CHOICE)),
-        "multiple choice": ((VSI_CHOICE + VSI_DIRECTION,),), "MRA": ((VSI_NUMERIC,),), "all questions": ALL}),
-    "videommmu": Bench({track: (f"{track}/test-*.parquet", f"data/{track.lower()}_video.json",
-                                f"{track.lower()}_video.json")
-                        for track in ("Perception", "Comprehension", "Adaptation")}, videommmu, 900,
-                       "lmms-lab/VideoMMMU", "14 GB", True, UNZIP, (48.1, 55.0)),
-    "mmvu": Bench({"validation": ("validation.json",)}, mmvu, 625, "yale-nlp/MMVU", "1.6 GB", False, "", (60.0, 65.4),
-                  {"multiple choice of the validation split": ALL}),
-    "vcrbench": Bench({"test": ("v1/videos/meta_info_video.json", "VCR-Bench.tsv")}, vcrbench, 510,
-                      "VLM-Reasoning/VCR-Bench", "859 videos of unstated size", False, UNZIP, (44.3, 51.0),
-                      {"multiple choice": ALL}),
-    "mvbench": Bench({task: (f"json/{task}.json",) for task in MVBENCH}, mvbench, 4000, "OpenGVLab/MVBench", "16 GB",
-                     True, UNZIP, (59.0, 68.1)),
-    "tempcompass": Bench({form: (f"{form}/test-*.parquet", f"questions/{form}.json", f"{form}.json")
-                          for form in ("multi-choice", "yes_no", "caption_matching")}, tempcompass, 5536,
-                         "lmms-lab/TempCompass", "0.5 GB", False, UNZIP, (72.6, 74.5), {
-        "closed formats, pooled": ALL,
-        "mean of formats": tuple(((form,),) for form in ("multi-choice", "yes_no", "caption_matching"))}),
-    "videomme": Bench({"test": ("videomme/test-*.parquet", "videomme/test-*.json")}, videomme, 2700,
-                      "lmms-lab/Video-MME", "101 GB", False, UNZIP, (56.6, 60.0),
-                      {"all questions, without subtitles": ALL}),
-}
-
-
-def annotation_rows(file: Path) -> Iterator[tuple[tuple, dict]]:
-    """The rows of an annotation file, with the keys or numbers under which they stand in it."""
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise SystemExit(f"{file} is parquet: `pip install pyarrow` to read it")
-        tree = pyarrow.parquet.read_table(file).to_pylist()
-    elif file.suffix == ".tsv":
-        csv.field_size_limit(2 ** 24)
-        with file.open(encoding="utf-8", newline="") as lines:
-            tree = list(csv.DictReader(lines, delimiter="\t"))
-    elif file.suffix == ".jsonl":
-        tree = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    else:
-        tree = json.loads(file.read_text(encoding="utf-8-sig"))
-
-    def leaves(tree, keys: tuple) -> Iterator[tuple[tuple, dict]]:
-        if isinstance(tree, dict) and {"question", "problem"} & tree.keys():
-            yield keys, tree
-        elif isinstance(tree, (dict, list)):
-            for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-                yield from leaves(part, (*keys, key))
-        else:
-            raise ValueError(f"{tree!r:.60} stands where a question should be")
-    yield from leaves(tree, ())
-
-
-def read_bench(name: str, root: Path) -> tuple[list[Item], list[str]]:
-    """A benchmark's questions as they lie on disk, and remarks on what was found. Raises BenchError: with the commands
-    that fetch it if there is nothing, with file and number if more than 1 % of the questions are broken."""
-    bench, items, seen, found, broken = BENCHES[name], [], Counter(), {}, []
-    find = lambda *paths: next((p for p in paths if (root / p).exists()), paths[0])
-    for part, places in bench.files.items():
-        found[part] = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
-        for file in found[part]:
-            try:
-                rows = list(annotation_rows(file))
-            except (ValueError, OSError) as error:           # JSON, Unicode and Arrow errors are ValueErrors
-                raise BenchError(f"{file} cannot be read: {error}") from None
-            for n, (keys, row) in enumerate(rows, start=1):
-                try:
-                    one = bench.item(row, part, keys, find)
-                except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
-                    broken.append(f"{file}, question {n}: {type(error).__name__}: {error}")
-                    continue
-                if one:
-                    seen[key := one.record.problem_id] += 1  # what stands there twice is asked and counted twice
-                    twice = f" ({seen[key]})" * (seen[key] > 1)
-                    items.append(replace(one, record=replace(one.record, problem_id=key + twice)))
-    if len(broken) > 0.01 * (len(items) + len(broken)):
-        raise BenchError(f"{broken[0]}{f' (and {len(broken) - 1} more)' * (len(broken) > 1)}")
-    if not any((root / i.record.path).exists() for i in items):
-        what = f"{len(items)} questions, but none of their media lie" if items else "no questions"
-        example = items[0].record.path if items else next(iter(bench.files.values()))[0]
-        raise BenchError(f"{name}: {what} under {root}, for example {example}.\n{how_to_fetch(name, root)}")
-    return items, remarks(bench, items, found) + [f"LEFT OUT {len(broken)}: {broken[0]}" for _ in broken[:1]]
-
-
-def remarks(bench: Bench, items: list[Item], found: dict[str, list[Path]]) -> list[str]:
-    """What a reader of the score should know of the questions that were found."""
-    files = ["/".join(file.parts[-2:]) for some in found.values() for file in some]
-    said = [f"{len(items)} questions from {', '.join(files[:3])}{f' and {len(files) - 3} more' * (len(files) > 3)}"]
-    if len(items) != bench.expected:
-        said.append(f"NOT the benchmark's {bench.expected} questions")
-    if missing := [part for part, some in found.items() if not some]:
-        said.append(f"WITHOUT {', '.join(missing)}")
-    repeats = [i.record.problem_id for i in items
-               if i.metric == "choice" and len(set(option_texts(i.record.options).values())) < len(i.record.options)]
-    if repeats:
-        said.append(f"{len(repeats)} questions offer the same text twice, where only the letter decides: "
-                    f"{', '.join(repeats[:4])}{' …' * (len(repeats) > 4)}")
-    return said
-
-
-def how_to_fetch(name: str, root: Path) -> str:
-    bench = BENCHES[name]
-    form = f"accept the form at https://huggingface.co/datasets/{bench.repo}, then `hf auth login`; after that:"
-    lines = [f"To fetch it ({bench.size}), {form if bench.form else 'which needs no form:'}",
-             f"  hf download {bench.repo} --repo-type dataset --local-dir {root}"]
-    return "\n".join(lines + [f"  (cd {root} && {bench.unpack})"] * bool(bench.unpack))
-
-
-# ------------------------------------------------------------------------------------------------ 2. reading answers
-
-def answer_text(response: str, finished: bool = True) -> str | None:
-    """Where a response's answer is looked for: in its last <answer>; without one, behind the last closed segment;
-    without tags, everywhere. None if it was cut off before an <answer>: it did not come to one."""
-    if "<answer>" in response:
-        return response.rsplit("<answer>", 1)[1].split("</answer>")[0]
-    if not finished:
-        return None
-    rest = re.split(r"</(?:observation|think)>", response)[-1]
-    return None if re.search(r"<(?:observation|think)>", rest) else rest
-
-
-# A capital standing alone, or "b)" or a last "b": not the A of "5 A", "A = 5", "A man", nor the I of "I think".
-VERBS = ("or|and|because|since|as|is|isn|was|which|but|in|seems|fits|matches|would|can|cannot|does|doesn|over|rather|"
-         "then")
-LETTER = re.compile(rf"(?<![A-Za-zÀ-ỹ0-9°'’])(?<!\d )(?<!° )(?:[B-HJ-Z]|A(?! (?!(?:{VERBS})\b)[a-z])|I(?=\W*$|[.):])|"
-                    r"[a-z](?=\)|[.\]]?\s*$))(?![A-Za-zÀ-ỹ0-9₀-₉'’]|\s*=)")
-CUE = re.compile(r"(?:answer|sample_token|select|pick|go with|(?:option|choice)(?=\s+is|\s*:)|respuesta|réponse|resposta|"
-                 r"risposta|antwort|ответ|答案|选择|选|答え|正解|정답|답)"
-                 r"(?:[\s:：*\"'`(\[-]|(?<![a-z])(?:is|would|should|must|be|to|final|correct|best|most|likely|thus|"
-                 r"therefore|option|choice|letter|the|es|est|ist|lautet|é|è|la|le|die|opci[oó]n)(?![a-z])|"
-                 r"是|为|选项|は|은|는)*(?:an? )?|"
-                 r"\b(?:so|hence|thus|therefore|it is|it['’]s)[\s,:]+(?=\(?[A-Z]\)?\W*$)", re.I)
-DOUBT = re.compile(                                          # before a mention: in its clause, its sentence, at once
-    r"(?:n['’]t\b|\b(?:not|neither|cannot|unlikely|except|nicht|pas|no es|rul(?:e|ed|ing) out|eliminat\w+|"
-    r"exclud\w+)\b|不)(?:(?!\b(?:but|so|thus|hence|therefore)\b)[^.!?;,，\n])*$|\bif\b(?! (?:i|we)\b)[^.!?;\n]*$|"
-    r"\b(?:figure|table|section|plan|plot|frame|axis|point|line|vitamin|hepatitis|group|team|player|person|object|part|"
-    r"type|grade|letter|mr\.) $", re.I)
-WRONG = re.compile(                                          # behind it
-    r"\W*(?:(?:would be|is|are|was|seems) (?:not|less likely|never|wrong|incorrect|false|unlikely|excluded|eliminated|"
-    r"format_table out)\b|(?:is|does|did|was|can|could)(?:n['’]t| ?not)\b|can be (?:excluded|eliminated|format_table out)|是?(?:不|错))",
-    re.I)
-JOINED = re.compile(r"\W*(?:\b(?:or|and|as well as|oder|und|ou|et|o|y)\b)?"
-                    r"(?:\W*\b(?:also|maybe|perhaps|possibly|option|choice|an?|the)\b)*\W*", re.I)
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-
-def strip_markup(text: str) -> str:
-    """Without Markdown, \\boxed{}, $ and spaces of LaTeX; every minus is a hyphen."""
-    text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
-    for _ in range(2):                                       # \boxed{\text{B}}
-        text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"[^\S\n]+", " ", re.sub(r"[*$\\]", "", text)).strip()
-
-
-def named_options(options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """(text, letter) of every option, and of labels: "option 2", and "2" alone."""
-    names = [(normalize_text(strip_markup(text)), letter) for letter, text in option_texts(options).items()]
-    labels = [(name.casefold(), letter) for name, (_, letter) in zip(labels, names)]
-    return names + labels + [(name[-1], letter) for name, letter in labels if name[-1].isdigit()]
-
-
-def mentions(text: str, names: Sequence[tuple[str, str]]) -> list[tuple[int, int, str]]:
-    """(start, end, letter) wherever a text names an option, in order: by its letter, or by its whole text. What stands
-    in a longer one is none ("3" in "-3", "3.5" or "1/3"), nor what is doubted ("not B", "A is wrong")."""
-    valid, flat = {letter for _, letter in names}, text.lower()
-    found = [(m.start(), m.end(), m[0].upper()) for m in LETTER.finditer(text) if m[0].upper() in valid]
-    found += [(m.start(), m.end(), letter) for name, letter in names if len(name) > 1 or name.isdigit()
-              for m in re.finditer(rf"(?<![\w-])(?<!\d[.,/]){re.escape(name)}(?!\w|-\w|[.,/]\d)", flat)]
-    found = sorted(x for x in found if not DOUBT.search(text[max(0, x[0] - 200):x[0]]) and not WRONG.match(text, x[1]))
-    return [x for x in found if not any(y[0] <= x[0] and x[1] <= y[1] and y[:2] != x[:2] for y in found)]
-
-
-def same_text(text: str, names: Sequence[tuple[str, str]]) -> set[str]:
-    """The letters whose option is this text, with or without its letter: to the sign, else by its words, else by the
-    number it is ("1000" for "1,000 m"), else but for the article."""
-    for same in (normalize_text, lambda x: re.findall(r"-?\w+", x.casefold()), lambda x: number(x) or x,
-                 lambda x: re.sub(r"^(?:an?|the) (?=\w)", "", normalize_text(x))):
-        found = {letter for name, letter in names if name
-                 and same(text) in (same(name), same(f"{letter}. {name}"), same(f"{letter} {name}"))}
-        if found:
-            return found
-    return set()
-
-
-def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] = ()) -> str | None:
-    """The letter that an answer names; None if it names none, or two ("B or C"). The first of these that applies:
-
-    1. it is a letter or an option's text, or both: "B", "(b)", "B. a cat", "a cat"
-    2. it says so, the last time: "the answer is (B)", "I sample_token a cat", "答案是B", or at its end "so B."
-    3. it begins with one: "B) because …", "Yes, he does"
-    4. its last line names one
-    5. all of it names one
-    Options that are gone through in turn, a line each, are not named by the marks of these lines; behind 3, a yes or no
-    counts at the very end only. Dress is taken off first (`strip_markup`); what counts as a mention says `mentions`.
-    `labels` such as "Option 2" are other texts of the options.
+    Bit for bit the official code, floats and all: 5 instead of 4 scores 0.6, and so does 10 instead of 8. Only a wanted
+    0, of which the benchmark has none, divides by zero there.
     """
-    if text is None or not (plain := strip_markup(text)):
-        return None
-    names, one = named_options(options, labels), lambda letters: letters.pop() if len(letters) == 1 else None
-    if normalize_text(plain).upper() in {letter for _, letter in names}:                                                # 1
-        return normalize_text(plain).upper()
-    if whole := same_text(plain, names):
-        return one(whole)
-    found = mentions(plain, names)
-
-    def at(place: int) -> set[str]:
-        """The letters named at this place, and what is joined to them: "B", "B or C", "B. a cat"."""
-        letters = {x for start, _, x in found if start == place}
-        ends = [end for start, end, _ in found if start == place]
-        return letters | {x for start, _, x in found for end in ends if JOINED.fullmatch(plain, end, start)}
-    said = [at(m.end()) for m in CUE.finditer(plain) if any(start == m.end() for start, *_ in found)]
-    if said:                                                                                                    # 2
-        return one(said[-1])
-    line = lambda place: plain[plain.rfind("\n", 0, place) + 1:place]
-    marks = [x for x in found if re.fullmatch(r"[\W\d]*(?:option |choice )?", line(x[0]), re.I)]
-    if len({x for *_, x in marks}) > 1:
-        found = [x for x in found if x not in marks and not any(
-            end <= x[0] and JOINED.fullmatch(plain, end, x[0]) for _, end, _ in marks)]
-    begun = re.match(r"(?:(?!-)\W)*", plain), re.match(r"\W*(?:option|choice) |", plain, re.I)
-    if begun := at(begun[0].end()) or at(begun[1].end()):                                                       # 3
-        return one(begun)
-    found = [x for x in found if plain[x[0]:x[1]].lower() not in ("yes", "no") or x[1] == len(plain.rstrip(" .!"))
-             and re.search(r"(?:[,.:;\n]|\bso|\bsay) ?$", plain[:x[0]])]
-    last = {x for start, _, x in found if start > plain.rfind("\n")}
-    return one(last or {x for *_, x in found})                                                               # 4, 5
-
-
-def ends_on(think: str, options: Sequence[str]) -> str | None:
-    """The option that a think ends on: the one it mentions last. In "C red T" the letter counts for both. None if it
-    mentions none, or ends on a text that two options share."""
-    plain = strip_markup(think)
-    found = mentions(plain, named_options(options))
-    last = {x for _, end, x in found if end == found[-1][1]}
-    if found and len(last) == 1 and len(found) > 1 and not plain[found[-2][1]:found[-1][0]].strip(" .:)(\"'"):
-        return found[-2][2]
-    return last.pop() if len(last) == 1 else None
-
-
-def first_number(text: str) -> Fraction | None:
-    """The first number of an answer, in digits or as an English word up to twelve: "about 3.5 m", "1,5", "four". Of a
-    calculation, "4 m × 5 m = 20", the one behind the last =; of "the answer is 5", the one behind that."""
-    behind = re.split(r"=|\banswer is\b", text := strip_markup(text), flags=re.I)[-1]
-    text = behind if re.search(r"\d", behind) else text
-    if (whole := number(text)) is not None:
-        return whole
-    found = re.search(rf"-?\d[\d,]*\.?\d*|(?<![\w-])(?:{'|'.join(NUMBER_WORDS)})(?![\w-])", text, re.I)
-    if not found:
-        return None
-    digits = found[0].lower().rstrip(",.")
-    return Fraction(NUMBER_WORDS.index(digits)) if digits in NUMBER_WORDS else number(
-        re.sub(r"^(-?\d+),(\d{1,2})$", r"\1.\2", digits))  # a decimal comma
-
-
-def mean_relative_accuracy(predicted: Fraction, wanted: Fraction) -> float:
-    """MRA (VSI-Bench): the share of the ten tolerances 50 %, 45 % … 5 % within which the relative error lies. On the
-    edge counts, as in the official code (its paper says <), and fractions keep edges where they are."""
     if wanted == 0:
         return float(predicted == 0)
     error = abs(predicted - wanted) / abs(wanted)
-    return sum(error <= Fraction(5 * k, 100) for k in range(1, 11)) / 10
+    return float(np.mean(error <= 1 - np.linspace(0.5, 0.95, 10)))
 
 
 def open_answer(text: str, gold: str) -> float:
     """VideoMMMU's open questions, by MMMU's lenient rule: a number is right if any behind the last "is", "answer", "="
     or ":" is equal to two decimals, a text if the answer contains it, a letter if the answer names it."""
-    wanted = [x.strip(" '\"") for x in gold.strip("[]").split(",")] if gold.startswith("[") else [gold]
     text = strip_markup(text)
     behind = re.split(r"\bis\b|\banswer\b|=|:(?!\d)", text, flags=re.I)[-1]
-    said = [number(m) for m in re.findall(r"-?\d[\d,]*\.?\d*(?:/\d+)?", behind if re.search(r"\d", behind) else text)]
-    for one in wanted:
+    digits = re.findall(r"-?\d[\d,]*\.?\d*(?:/\d+)?", behind if re.search(r"\d", behind) else text)
+    said = [round(x, 2) for x in map(rewards.number, digits) if x is not None]
+    for one in gold.strip("[]").split(",") if gold.startswith("[") else [gold]:
+        one = one.strip(" '\"")
         if re.fullmatch("[A-Z]", one):
             hit = read_choice(text, [""] * 26) == one
-        elif (value := number(one)) is not None:
-            hit = any(x is not None and round(x, 2) == round(value, 2) for x in said)
+        elif (value := rewards.number(one)) is not None:
+            hit = round(value, 2) in said
         else:
-            hit = normalize_text(one) in normalize_text(text)
+            hit = rewards.normalize_text(one) in rewards.normalize_text(text)
         if hit:
             return 1.0
     return 0.0
 
 
-def score(item: Item, response: str, answer: str | None, finished: bool) -> tuple[str | None, float]:
+def grade(question: Question, response: str, answer: str | None, finished: bool) -> tuple[str | None, float]:
     """What was read from a response, and its score in [0, 1]. Nothing read scores 0 and stays in the mean.
 
-    `task` is the reward of training: one well-formed answer of a response that came to its end.
+    The metric `task` is the reward of training: one well-formed <answer>, in a response that came to its end.
     """
-    r = item.record
-    if item.metric == "task":
-        return answer, task_metric(r.problem_type, answer, r.reference, r.options) * finished
+    r = question.record
+    if question.metric == "task":
+        return answer, rewards.task_metric(r.problem_type, answer, r.reference, r.options) * finished
     text = answer_text(response, finished)
-    if item.metric == "choice":
-        letter = read_choice(text, r.options, item.labels)
+    if question.metric == "choice":
+        letter = read_choice(text, r.options, question.labels)
         return letter, float(letter == r.reference)
     if text is None or not text.strip():
         return None, 0.0
-    if item.metric == "open":
+    if question.metric == "open":
         return text.strip(), open_answer(text, r.reference)
     if (value := first_number(text)) is None:
         return None, 0.0
-    value = max(-10 ** 15, min(value, 10 ** 15))             # no float holds 1e400, and it is as wrong
-    return f"{float(value):g}", mean_relative_accuracy(value, number(r.reference))
+    value = float(max(-10 ** 15, min(value, 10 ** 15)))      # no float holds 1e400, and it is as wrong
+    return f"{value:g}", mean_relative_accuracy(value, float(rewards.number(r.reference)))
 
 
-# ------------------------------------------------------------------------------------------------ 3. running
+# ------------------------------------------------------------------------------------------------ 3. numbers
 
-@dataclass(frozen=True)
-class Condition:
-    """What the model gets of a question: its video or nothing, and an observation or none."""
-    name: str = ""
-    blind: bool = False
-    given: dict[str, str] | None = None                      # problem_id → observation
-    source: str = ""                                         # a hash of where they come from
+ALL = ((None,),)
 
 
-@dataclass(frozen=True)
-class Job:
-    """An evaluation: a benchmark, a model, and how it is asked."""
-    bench: str
-    root: Path                                               # of the benchmark's files
-    model: Path
-    settings: Settings
-    args: argparse.Namespace
-    world: World
-
-
-def asked(item: Item, condition: Condition, args: argparse.Namespace) -> Record:
-    """A question as it is put. A direct prompt has no template: there a given observation is part of the question."""
-    r, given = item.record, condition.given and condition.given[item.record.problem_id]
-    if args.direct:
-        r = replace(r, question=f"Observation: {given}\n{item.direct}" if given else item.direct, options=())
-        given = None
-    return replace(r, blind=condition.blind, given=given, bounds=r.bounds if args.clips else None)
-
-
-def to_row(item: Item, e: Response, settings: Settings, verdict) -> dict:
-    """One line of responses.jsonl: what was asked, what the model really saw, said, and what it was worth."""
-    r, (steps, height, width) = e.example.record, e.example.grid or (0, 0, 0)
-    read, value = score(item, e.text, e.parsed.answer, e.finished)
-    prompt = hashlib.sha256(f"{settings.prompt}\n{instruction(r, settings)}".encode()).hexdigest()[:16]
-    return {"id": r.problem_id, "clip": r.path, "groups": item.groups, "metric": item.metric,
-            "problem_type": r.problem_type, "question": item.record.question, "options": list(item.record.options),
-            "reference": r.reference, "prompt": prompt, "prompt_tokens": len(e.example.ids),
-            "frames": steps * 2 if r.data_type == "video" else steps, "pixels": [height * 14, width * 14],
-            "response": e.text, "tokens": len(e.tokens), "finished": e.finished,
-            "observation": e.parsed.observation if r.given is None else r.given, "think": e.parsed.think,
-            "answer": e.parsed.answer, "extracted": read, "score": value,
-            "format": (e.parsed.perception_format or r.given is not None) and e.parsed.reasoning_format,
-            "perception": verdict and verdict.sufficient, "judge": verdict and (verdict.error or verdict.explanation)}
-
-
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a responses.jsonl, none if there is no file. Raises ValueError for what is no such row."""
-    rows, _ = read_jsonl(file)
-    for n, row in enumerate(rows, start=1):
-        answered = isinstance(row.get("score"), (int, float)) and {"question", "response", "perception"} <= row.keys()
-        if not ({"id", "clip", "groups"} <= row.keys() and (answered or {"missing", "bytes"} <= row.keys())):
-            raise ValueError(f"{file}, line {n}: no response of an evaluation")
-    return rows
-
-
-def recorded(folder: Path) -> dict[str, dict]:
-    """What an evaluation has so far, on however many ranks: id → row. An answer counts before a missing medium, and
-    what ranks have just written before what stood there."""
-    files = [folder / "responses.jsonl", *sorted(folder.glob("responses.*.jsonl"))]
-    return {row["id"]: row for row in sorted((row for file in files for row in read_rows(file)),
-                                             key=lambda row: "missing" not in row)}
-
-
-def size_of(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else len(list(file.iterdir())) if file.is_dir() else -1
-
-
-def unanswered(items: list[Item], done: dict[str, dict], root: Path) -> list[Item]:
-    """Questions without an answer: never asked, worded anew since, or without a medium that has come or changed."""
-    def settled(r: Record, row: dict) -> bool:
-        if "missing" in row:
-            return [row["clip"], row["bytes"]] == [r.path, size_of(root / r.path)]
-        return [row["question"], row["options"], row["reference"]] == [r.question, list(r.options), r.reference]
-    return [i for i in items if i.record.problem_id not in done or not settled(i.record, done[i.record.problem_id])]
-
-
-loaded = lru_cache(maxsize=2)(load_local)                    # several benchmarks, one model
-
-
-def respond(job: Job, items: list[Item], condition: Condition, folder: Path) -> None:
-    """Answers this rank's questions and writes each down at once. Raises ValueError if the judge is lost."""
-    s, args, (vocabulary, model, device) = job.settings, job.args, loaded(job.model)
-    judge = None
-    if args.judge != "none" and condition.given is None:
-        blind = loaded(Path(s.judge_model) if s.judge == "reference" and s.judge_model else job.model)
-        judge = make_judge(s, folder / f"judge-{job.world.rank}.jsonl", lambda claims: blind_answers(
-            blind[1], blind[0], claims, s, s.max_response, args.batch, device), device)
-    out, of = Journal(folder / f"responses.{job.world.rank}.jsonl"), {i.record.problem_id: i for i in items}
-    examples = Examples([asked(i, condition, args) for i in items], job.root, vocabulary, model.config, s, max_unreadable=1,
-                        teaching=False)
-    batches = [range(i, min(i + args.batch, len(items))) for i in range(0, len(items), args.batch)]
-    scores, bar = [], tqdm(total=len(items), desc=f"{job.bench} {condition.name}".strip(), unit="question",
-                           disable=not job.world.first)
-    for batch, part in zip(batches, examples.prefetch(batches)):
-        for i in set(batch) & examples.skipped.keys():
-            r = items[i].record
-            out.add({"id": r.problem_id, "clip": r.path, "groups": items[i].groups, "missing": examples.skipped[i],
-                     "bytes": size_of(job.root / r.path)})
-        groups = rollout(model, part, vocabulary, s, 1, args.temperature, "evaluation", device, args.top_p
-                         ) if part else []
-        responses = [e for group in groups for e in group]
-        verdicts = ask(responses, judge)() if judge else [None] * len(responses)
-        if len(lost := [v.error for v in verdicts if v and v.error]) > s.max_unknown * len(verdicts):
-            raise ValueError(f"{len(lost)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
-                             f"{s.max_unknown:g} allows: {lost[0]:.200}. The same command goes on from here.")
-        for e, verdict in zip(responses, verdicts):
-            row = to_row(of[e.example.record.problem_id], e, s, verdict)
-            scores.append(row["score"])
-            out.add(row)
-        bar.update(len(batch))
-        bar.set_postfix_str(f"score {100 * sum(scores) / max(1, len(scores)):.1f}")
-    bar.close()
-
-
-OWN = ("frames", "fps", "min_pixels", "max_pixels", "max_prompt", "max_response", "prompt", "template", "seed",
-       "refuse_leaks", "judge_model")                        # settings that decide an answer
-
-
-def run(job: Job, items: list[Item], condition: Condition = Condition()) -> list[dict]:
-    """Runs or continues an evaluation. Returns its rows in the benchmark's order, on every rank."""
-    args, world = job.args, job.world
-    folder = args.out / f"{job.bench} {condition.name}".strip().replace(" ", "-")
-    weights = [f"{f.stat().st_size} bytes of {int(f.stat().st_mtime)}" for f in sorted(job.model.glob("*.safetensors"))]
-    if world.first:
-        check_settings(folder, {name: getattr(job.settings, name) for name in OWN} | {
-            "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
-            "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
-            "observations": condition.source}, free=())
-    todo = unanswered(items, recorded(folder), job.root)
-    world.barrier()                                             # all have read before any writes
-    if todo:
-        with lock_folder(folder) if world.first else nullcontext():
-            clips = {clip: n for n, clip in enumerate(dict.fromkeys(i.record.path for i in todo))}
-            mine = [i for i in todo if clips[i.record.path] % world.size == world.rank]    # a clip is read by one rank
-            respond(job, mine, condition, folder)
-            world.barrier()
-            done = recorded(folder)
-            world.barrier()
-            if world.first:                                  # in the benchmark's order, then what was asked before
-                order = {i.record.problem_id: done[i.record.problem_id] for i in items}
-                write_rows(folder / "responses.jsonl", (order | done).values())
-                for file in folder.glob("responses.*.jsonl"):
-                    file.unlink()
-    world.barrier()
-    done = recorded(folder)
-    return [done[i.record.problem_id] for i in items]
-
-
-# ------------------------------------------------------------------------------------------------ 4. numbers
-
-def chance(row: dict) -> float:
-    """What guessing among the options scores."""
-    return 1 / len(row["options"]) if row["problem_type"] == "multiple choice" else 0.0
-
-
-def grade(row: dict) -> float:
-    return row["score"]
-
-
-def right(row: dict) -> float:
+def is_correct(row: dict) -> float:
     return float(row["score"] > 1 - 1e-9)
 
 
-def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = grade) -> dict:
-    """A reading in percent (see ALL), over what is there of it, with its 95 % interval and chance level.
+def weighted_groups(rows: list[dict], parts: Sequence[tuple]) -> list[tuple[float, list[dict]]]:
+    """The weight and the rows of each group in an aggregate. What has no rows gets no weight.
 
-    One mean of rights and wrongs has Wilson's interval. For anything else (MRA, ROUGE, means of means) clips are drawn
-    anew 2,000 times, each with all its questions: questions about one clip are not independent.
+    An aggregate is a mean over parts, each a mean over groups, each a mean over the rows with certain labels (None:
+    over all). `ALL` is the plain mean; ((("a",),), (("b",), ("c",))) weighs a by 1/2, b and c by 1/4.
     """
-    of = lambda names: [r for r in rows if names is None or next(iter(r["groups"].values())) in names]
-    there = [leaves for part in parts if (leaves := [some for names in part if (some := of(names))])]
-    leaves = [(1 / len(there) / len(part), some) for part in there for some in part]
-    n = sum(len(some) for _, some in leaves)
-    if not n:
+    filled = []
+    for part in parts:
+        groups = [[r for r in rows if labels is None or next(iter(r["groups"].values())) in labels] for labels in part]
+        if groups := [group for group in groups if group]:
+            filled.append(groups)
+    return [(1 / len(filled) / len(groups), group) for groups in filled for group in groups]
+
+
+def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = itemgetter("score")) -> dict:
+    """An aggregate in percent, with its 95 % interval and its chance level (what guessing among the options scores).
+
+    One mean of zeros and ones has Wilson's interval. Anything else (MRA, ROUGE, means of means) gets a bootstrap over
+    clips: 2,000 draws, each clip with all its questions, since questions about one clip are not independent.
+    """
+    groups = weighted_groups(rows, parts)
+    if not groups:
         return {"value": None, "low": None, "high": None, "chance": None, "n": 0}
-    weights = np.array([weight for weight, _ in leaves])
-    clips = {clip: i for i, clip in enumerate(dict.fromkeys(r["clip"] for _, some in leaves for r in some))}
-    sums, counts, guess = np.zeros((3, len(clips), len(leaves)))
-    for j, (_, some) in enumerate(leaves):
-        for r in some:
-            at = clips[r["clip"]], j
-            sums[at] += value(r)
-            counts[at] += 1
-            guess[at] += chance(r)
-    level = float(weights @ (sums.sum(0) / counts.sum(0)))
-    if len(leaves) == 1 and all(value(r) in (0, 1) for r in leaves[0][1]):
-        low, high = wilson(level, n)
+    weights = np.array([weight for weight, _ in groups])
+    clips = {clip: i for i, clip in enumerate(dict.fromkeys(r["clip"] for _, group in groups for r in group))}
+    sums, chances, counts = np.zeros((3, len(clips), len(groups)))            # of each clip in each group
+    for j, (_, group) in enumerate(groups):
+        for r in group:
+            place = clips[r["clip"]], j
+            sums[place] += value(r)
+            chances[place] += 1 / len(r["options"]) if r["problem_type"] == "multiple choice" else 0
+            counts[place] += 1
+    level, n = float(weights @ (sums.sum(0) / counts.sum(0))), int(counts.sum())
+    if len(groups) == 1 and all(value(r) in (0, 1) for r in groups[0][1]):
+        low, high = pagrpo.wilson(level, n)
     else:
         draws = np.random.default_rng(0).multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=2000)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):                  # a draw may miss a group
             means = (draws @ sums) / (draws @ counts) @ weights
         low, high = np.nanpercentile(means, [2.5, 97.5])
     return {"value": 100 * level, "low": 100 * float(low), "high": 100 * float(high),
-            "chance": 100 * float(weights @ (guess.sum(0) / counts.sum(0))), "n": n}
-
-
-def spread(values: list[int]) -> str:
-    return (f"{values[0]}" if len(set(values)) == 1 else
-            f"{min(values)}–{max(values)} (mean {sum(values) / len(values):.1f})" if values else "no")
+            "chance": 100 * float(weights @ (chances.sum(0) / counts.sum(0))), "n": n}
 
 
 def summarise(name: str, rows: list[dict]) -> dict:
     """All numbers of a finished evaluation, as summary.json holds them."""
     bench, scored = BENCHES[name], [r for r in rows if "missing" not in r]
-    value = right if bench.right else grade
     judged = [r for r in scored if r["perception"] is not None]
-    groups = defaultdict(dict)
-    for dimension in rows[0]["groups"] if rows else ():
+    groups = {}
+    for dimension in rows[0]["groups"]:
+        groups[dimension] = {}
         for label in dict.fromkeys(r["groups"][dimension] for r in rows):
-            some = [r for r in scored if r["groups"][dimension] == label]
-            groups[dimension][label] = mean(some, value=value) | {"perception": mean(
-                [r for r in some if r["perception"] is not None], value=lambda r: float(r["perception"]))}
-    readings = {reading: mean(scored, parts, value) for reading, parts in bench.readings.items()}
-    if bench.right:
-        readings["mean of the task metrics"] = mean(scored)
+            answers, looks = ([r for r in some if r["groups"][dimension] == label] for some in (scored, judged))
+            groups[dimension][label] = mean(answers, value=bench.value) | {
+                "perception": mean(looks, value=itemgetter("perception"))}
+    aggregates = {what: mean(scored, parts, bench.value) for what, parts in bench.aggregates.items()}
+    if bench.value is is_correct:
+        aggregates["mean of the task metrics"] = mean(scored)
+
+    def least_and_most(values: list[int]) -> str:
+        return "–".join(str(x) for x in sorted({min(values), max(values)})) if values else "no"
     return {"bench": name, "questions": len(rows), "scored": len(scored),
             "missing": dict(Counter(r["missing"] for r in rows if "missing" in r).most_common()),
             "unread": sum(r["extracted"] is None for r in scored), "cut_off": sum(not r["finished"] for r in scored),
-            "format": mean(scored, value=lambda r: float(r["format"])),
-            "perception": mean(judged, value=lambda r: float(r["perception"])),
-            "frames": spread([r["frames"] for r in scored]),
-            "pixels": spread([r["pixels"][0] * r["pixels"][1] for r in scored]),
-            "readings": readings, "groups": groups, "paper": dict(zip(("Qwen2.5-VL-7B", "VideoP2R"), bench.paper))}
-
-
-def guess(x: dict) -> str:
-    return f"{x['chance']:.1f}" if x["n"] and x["chance"] else "–"
+            "format": mean(scored, value=itemgetter("format")),
+            "perception": mean(judged, value=itemgetter("perception")),
+            "frames": least_and_most([r["frames"] for r in scored]),
+            "pixels": least_and_most([math.prod(r["pixels"]) for r in scored]),
+            "aggregates": aggregates, "groups": groups, "paper": bench.paper}
 
 
 def cell(x: dict) -> str:
     return f"{x['value']:.1f} ({x['low']:.1f}–{x['high']:.1f})" if x["n"] else "–"
 
 
+def cells(name: str, x: dict, perception: str = "") -> list[str]:
+    return [name, str(x["n"]), cell(x), perception, f"{x['chance']:.1f}" if x["chance"] else "–"]
+
+
+HEADER = ["percent, with 95 % intervals", "n", "answer", "perception", "chance"]
+
+
 def report(s: dict) -> str:
-    """A summary as a table."""
-    judged = s["perception"]["n"] > 0
-    rows = [["percent, with 95 % intervals", "n", "answer"] + ["perception"] * judged + ["chance", *s["paper"]]]
-    for i, (name, x) in enumerate(s["readings"].items()):
-        paper = [f"{v:.1f}" if i == 0 else "" for v in s["paper"].values()]
-        rows.append([name, str(x["n"]), cell(x)] + [cell(s["perception"]) if i == 0 else ""] * judged
-                    + [guess(x), *paper])
-    for dimension, labels in s["groups"].items():
-        rows.append([f"by {dimension}"] + [""] * (len(rows[0]) - 1))
-        rows += [[f"  {label}", str(x["n"]), cell(x)] + [cell(x["perception"])] * judged + [guess(x)]
-                 + [""] * len(s["paper"]) for label, x in labels.items()]
-    lost = s["questions"] - s["scored"]
-    empty = [label for labels in list(s["groups"].values())[:1] for label, x in labels.items() if not x["n"]]
+    """A summary as text."""
+    lost, (dimension, labels) = s["questions"] - s["scored"], next(iter(s["groups"].items()))
     head = f"{s['bench']}: {s['scored']} questions scored"
     if lost > 0.01 * s["questions"]:
-        head += (f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) have no readable media or "
-                 f"too long a prompt, and are not in the score")
-    if empty:
-        (dimension, labels), *_ = s["groups"].items()
+        head += (f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) have no readable media or too "
+                 "long a prompt, and are not in the score")
+    if empty := [label for label, x in labels.items() if not x["n"]]:
         head += f"; {len(labels) - len(empty)} of {len(labels)} {dimension}s (without {', '.join(empty)})"
-    tail = [f"The model saw {s['frames']} frames of {s['pixels']} pixels. Sampled that keep the template: "
+    table = [HEADER] + [cells(name, x, cell(s["perception"])) for name, x in s["aggregates"].items()]
+    for dimension, labels in s["groups"].items():
+        table.append([f"by {dimension}", "", "", "", ""])
+        table += [cells(f"  {label}", x, cell(x["perception"])) for label, x in labels.items()]
+    tail = [f"The model saw {s['frames']} frames of {s['pixels']} pixels. Responses that keep the template: "
             f"{cell(s['format'])};", f"without a readable answer: {s['unread']} (they count as wrong); cut off at the "
             f"token limit: {s['cut_off']}; media missing or broken: {lost}."]
-    tail += [f"  {n} × {reason}" for reason, n in list(s["missing"].items())[:3]]
-    return "\n".join([head, *format_table(rows), *tail])
+    tail += [f"  {n} × {reason}" for reason, n in [*s["missing"].items()][:3]]
+    if s["paper"]:
+        tail.append(f"Paper, {next(iter(s['aggregates']))}: Qwen2.5-VL-7B {s['paper'][0]}, VideoP2R {s['paper'][1]}")
+    return "\n".join([head, *data.format_table(table), *tail])
 
 
-# ------------------------------------------------------------------------------------------------ 5. analyses
+# ------------------------------------------------------------------------------------------------ 4. analyses
 
 def mismatch(rows: list[dict]) -> str:
     """How often the answer is another option than the one the think ends on, over multiple choice (paper, Table 6)."""
     rows = [r for r in rows if "missing" not in r and r["problem_type"] == "multiple choice"]
-    told = [r | {"thought": thought, "said": said} for r in rows if r["think"] and r["answer"]
-            and (thought := ends_on(r["think"], r["options"])) and (said := read_choice(r["answer"], r["options"]))]
-    off = [r for r in told if r["thought"] != r["said"]]
-    hits = {name: sum(r[name] == choice(r["reference"], r["options"]) for r in off) for name in ("thought", "said")}
+    told = []
+    for r in rows:
+        thought, said = ends_on(r["think"] or "", r["options"]), read_choice(r["answer"], r["options"])
+        if thought and said:
+            told.append(r | {"thought": thought, "said": said, "gold": rewards.choice(r["reference"], r["options"])})
     share = mean(told, value=lambda r: float(r["thought"] != r["said"]))
-    lines = [f"Think–answer mismatch: {cell(share)} percent of {len(told)} multiple-choice responses whose think names",
-             f"an option (paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5); {len(rows) - len(told)} of {len(rows)} "
-             f"cannot be told: think or answer is missing,", f"or names no option. Where they differ, the think was "
-             f"right {hits['thought']} times, the answer {hits['said']} times."]
-    return "\n".join(lines + [f"  {r['id']}: thought {r['thought']}, said {r['said']}, right {r['reference']}: "
-                              f"… {' '.join(r['think'].split())[-70:]}" for r in off[:5]])
+    off = [r for r in told if r["thought"] != r["said"]]
+    return "\n".join([
+        f"Think–answer mismatch: {cell(share)} percent of {len(told)} multiple-choice responses whose think names",
+        f"an option (paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5). {len(rows) - len(told)} of {len(rows)} cannot "
+        "be told: think or answer is missing,",
+        f"or names no option. Where they differ, the think was right {sum(r['thought'] == r['gold'] for r in off)} "
+        f"times, the answer {sum(r['said'] == r['gold'] for r in off)} times.",
+        *(f"  {r['id']}: thought {r['thought']}, said {r['said']}, right {r['gold']}: "
+          f"… {' '.join(r['think'].split())[-70:]}" for r in off[:5])])
 
 
-def perception_from(job: Job, items: list[Item]) -> str:
-    """How much of an answer is in the observation (paper, Figure 4): the same questions with nothing, with another
-    run's observation, with the video, with both."""
-    file = rows_file(job.args.perception_from)
-    theirs = {r["id"]: r["observation"] for r in read_rows(file) if r.get("observation")}
-    items = [i for i in items if isinstance(theirs.get(i.record.problem_id), str)]
-    if not items:
-        raise ValueError(f"{file} holds no observation on a question of {job.bench}")
-    source = hashlib.sha256(json.dumps(theirs, sort_keys=True).encode()).hexdigest()[:16]
-    conditions = [Condition("question", True), Condition("question and observation", True, theirs, source),
-                  Condition(), Condition("video and observation", False, theirs, source)]
-    bench, table = BENCHES[job.bench], [["what the model gets", "n", "answer", "chance"]]
-    for c in conditions:
-        rows = [r for r in run(job, items, c) if "missing" not in r]
-        x = mean(rows, next(iter(bench.readings.values())), right if bench.right else grade)
-        table.append([c.name or "video", str(x["n"]), cell(x), guess(x)])
-    return "\n".join([f"{job.bench}: is the observation enough? Observations of {file}", *format_table(table),
-                      "The question alone shows what can be guessed; a model that was never asked without a video may "
-                      "do worse than that."])
+def perception_from(job: "Job", questions: list[Question]) -> str:
+    """The same questions with nothing, another run's observation, the video, or both (paper, Figure 4)."""
+    place = job.args.perception_from
+    observations = {r["id"]: r["observation"] for r in read_rows(place) if isinstance(r.get("observation"), str)}
+    questions = [q for q in questions if observations.get(q.record.problem_id)]
+    if not questions:
+        raise ValueError(f"{place} holds no observation on a question of {job.bench}")
+    bench, table = BENCHES[job.bench], [["what the model gets, and percent", *HEADER[1:]]]
+    for name, blind, given in (("question", True, None), ("question and observation", True, observations),
+                               ("", False, None), ("video and observation", False, observations)):
+        rows = [r for r in run(job._replace(variant=name, blind=blind, given=given), questions) if "missing" not in r]
+        table.append(cells(name or "video", mean(rows, next(iter(bench.aggregates.values())), bench.value)))
+    return "\n".join([f"{job.bench}: is the observation enough? Observations of {place}", *data.format_table(table),
+                      "The question alone shows what can be guessed."])
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -849,25 +351,19 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2 ** n)
 
 
-def rows_file(place: str) -> Path:
-    """responses.jsonl of an evaluation's folder, or a file of such rows. Raises ValueError."""
-    file = Path(place) / "responses.jsonl" if Path(place).is_dir() else Path(place)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; an evaluation writes it (--bench)")
-    return file
-
-
-def matched(files: list[Path]) -> tuple[list[tuple[dict, dict]], list[str]]:
-    """The questions that two evaluations share, and notes on what makes them unlike. Raises ValueError."""
-    a, b = ({r["id"]: r for r in read_rows(file) if "missing" not in r} for file in files)
+def matched(first: str, second: str) -> tuple[list[tuple[dict, dict]], list[str]]:
+    """The questions that two evaluations share, and notes on how they differ. Raises ValueError."""
+    a, b = ({r["id"]: r for r in read_rows(place) if "missing" not in r} for place in (first, second))
     pairs, notes = [(a[key], b[key]) for key in a if key in b], []
     if not pairs:
-        raise ValueError(f"{files[0]} and {files[1]} have no question in common")
-    asks = lambda *names: [x["id"] for x, y in pairs if any(x[name] != y[name] for name in names)]
-    if other := asks("question", "reference", "options"):
+        raise ValueError(f"{first} and {second} have no question in common")
+
+    def differing(*names: str) -> list[str]:
+        return [x["id"] for x, y in pairs if any(x[name] != y[name] for name in names)]
+    if other := differing("question", "reference", "options"):
         raise ValueError(f"{len(other)} questions have the same name but another text, for example {other[0]}")
-    if other := asks("prompt", "frames", "pixels"):
-        notes.append(f"NOT like with like: {len(other)} questions were put with another prompt, frames or pixels.")
+    if other := differing("prompt", "frames", "pixels"):
+        notes.append(f"NOT comparable: {len(other)} questions were put with another prompt, frames or pixels.")
     if len(pairs) < max(len(a), len(b)):
         notes.append(f"Only the {len(pairs)} questions that both have are compared (A has {len(a)}, B {len(b)}).")
     return pairs, notes
@@ -877,180 +373,558 @@ def perception_or_reasoning(pairs: list[tuple[dict, dict]]) -> list[str]:
     """Perception right or wrong × answer right or wrong, for both runs."""
     judged = [pair for pair in pairs if None not in (pair[0]["perception"], pair[1]["perception"])]
     if not judged:
-        return ["No judge has looked at the observations (--judge): every change counts as one of thinking."]
-    runs = list(zip("AB", zip(*judged)))
-    count = lambda rows, sees, good: str(sum(r["perception"] == sees and right(r) == good for r in rows))
-    table = [["", *(f"{name}: answer {what}" for name, _ in runs for what in ("right", "wrong"))]]
-    for what, sees in (("right", True), ("wrong", False)):
-        table.append([f"perception {what}", *(count(rows, sees, good) for _, rows in runs for good in (True, False))])
-    lines = ["Where does it go wrong, in looking or in thinking? Perception is right when the observation suffices.",
-             *format_table(table)]
-    for name, rows in runs:
-        lines.append(f"{name}: {count(rows, False, False)} wrong answers come after a wrong look, "
-                     f"{count(rows, True, False)} after a right one; {count(rows, False, True)} right answers after a "
-                     f"wrong look: luck.")
-    return lines
-
-
-CHANGES = ("learned to look", "learned to think", "forgot to look", "forgot to think", "right by luck")
+        return ["The observations were not judged (--judge): every change counts as one of reasoning."]
+    table = [["", "A: answer right", "A: answer wrong", "B: answer right", "B: answer wrong"]]
+    for what, perception in (("right", True), ("wrong", False)):
+        table.append([f"perception {what}"])
+        for rows in zip(*judged):
+            answers = [is_correct(r) for r in rows if r["perception"] == perception]
+            table[-1] += [str(answers.count(1)), str(answers.count(0))]
+    return ["Where does it go wrong, in perception or in reasoning? Perception is right when the observation suffices; "
+            "a right", "answer after a wrong perception is luck.", *data.format_table(table)]
 
 
 def change(a: dict, b: dict) -> str | None:
-    """What a pair of responses to one question shows, if anything. Without a judge every change is one of thinking."""
-    better, sees = right(b) - right(a), (a["perception"], b["perception"])
-    if not better:
-        return CHANGES[-1] if right(b) and sees[1] is False else None
-    look = None not in sees and sees[1] - sees[0] == better
-    return f"{'learned' if better > 0 else 'forgot'} to {'look' if look else 'think'}"
+    """What changed from one response to another. Without a judge every change counts as one of reasoning."""
+    gain, before, after = is_correct(b) - is_correct(a), a["perception"], b["perception"]
+    if not gain:
+        return "right by luck" if is_correct(b) and after is False else None
+    by_perception = None not in (before, after) and after - before == gain
+    return f"{'perception' if by_perception else 'reasoning'} {'fixed' if gain > 0 else 'broken'}"
 
 
-def instructive(pairs: list[tuple[dict, dict]], most: int = 10) -> list[str]:
-    """A few examples of every lesson in turn, the shortest first."""
-    kinds = {name: sorted((pair for pair in pairs if change(*pair) == name),
-                          key=lambda pair: sum(len(r["response"]) for r in pair)) for name in CHANGES}
+CHANGES = ("perception fixed", "reasoning fixed", "perception broken", "reasoning broken", "right by luck")
+
+
+def change_examples(pairs: list[tuple[dict, dict]], of_each: int = 2) -> list[str]:
+    """How often each change happened, and its shortest examples."""
+    kinds = {name: [pair for pair in pairs if change(*pair) == name] for name in CHANGES}
     lines = ["From A to B: " + ", ".join(f"{len(some)} {name}" for name, some in kinds.items())]
-    turns = [(name, some[i]) for i in range(most) for name, some in kinds.items() if i < len(some)][:most]
-    for name, pair in sorted(turns, key=lambda turn: CHANGES.index(turn[0])):
-        r = pair[0]
-        lines += ["", f"── {name}: {r['id']} ".ljust(100, "─"), f"{r['question']}  {'  '.join(r['options'])}".rstrip(),
-                  f"right: {r['reference']}"]
-        for run_name, r in zip("AB", pair):
-            parts = [f"{verb} {r[part]}" for verb, part in (("sees:", "observation"), ("thinks:", "think"),
-                                                            ("answers:", "answer")) if r[part]]
-            lines.append(f"{run_name}  " + ("  ".join(parts) or r["response"].strip()))
+    for name, some in kinds.items():
+        some.sort(key=lambda pair: len(pair[0]["response"]) + len(pair[1]["response"]))
+        for a, b in some[:of_each]:
+            lines += ["", f"── {name}: {a['id']} ".ljust(100, "─"),
+                      f"{a['question']}  {'  '.join(a['options'])}".rstrip(), f"right: {a['reference']}"]
+            for run_name, r in (("A", a), ("B", b)):
+                parts = [f"{part}: {r[part]}" for part in ("observation", "think", "answer") if r[part]]
+                lines.append(f"{run_name}  " + ("  ".join(parts) or r["response"].strip()))
     return lines
 
 
 def compare(first: str, second: str) -> str:
     """Two evaluations, question by question."""
-    files = [rows_file(first), rows_file(second)]
-    pairs, notes = matched(files)
-    wins, losses = (sum(sign * (y["score"] - x["score"]) > 1e-9 for x, y in pairs) for sign in (1, -1))
+    pairs, notes = matched(first, second)
+    wins = sum(b["score"] > a["score"] + 1e-9 for a, b in pairs)
+    losses = sum(a["score"] > b["score"] + 1e-9 for a, b in pairs)
     table = [["", "n", "answer right", "score"]]
-    for name, file, rows in zip("AB", files, zip(*pairs)):
-        table.append([f"{name}  {file}", str(len(rows)), cell(mean(rows, value=right)), cell(mean(rows))])
-    return "\n".join([*format_table(table), *notes, f"B wins {wins} questions and loses {losses}, "
+    for name, rows in zip((f"A  {first}", f"B  {second}"), zip(*pairs)):
+        table.append([name, str(len(rows)), cell(mean(rows, value=is_correct)), cell(mean(rows))])
+    return "\n".join([*data.format_table(table), *notes, f"B wins {wins} questions and loses {losses}, "
                       f"{len(pairs) - wins - losses} are even: p = {sign_test(wins, losses):.2g} if neither were "
-                      "better (McNemar's exact test).", "", *perception_or_reasoning(pairs), "", *instructive(pairs)])
+                      "better (McNemar's exact test).", "", *perception_or_reasoning(pairs), "",
+                      *change_examples(pairs)])
 
 
-# ------------------------------------------------------------------------------------------------ 6. command line
+# ---------------------------------------- a first reader may stop here: below stand running, benchmarks, command line
 
-def default_model() -> tuple[str, str]:
-    """The newest finished run, else the base model's local copy, and which of the two it is."""
-    finished = []
-    for file in Path("runs").glob("*/*/settings.json"):
+
+# ------------------------------------------------------------------------------------------------ 5. running
+
+class Job(NamedTuple):
+    """One evaluation: a benchmark, a model, and what it gets of a question."""
+    bench: str
+    root: Path                                               # of the benchmark's files
+    model: Path
+    settings: pagrpo.Settings
+    args: argparse.Namespace
+    world: sft.World
+    variant: str = ""                                        # names the folder of a prompt variant
+    blind: bool = False                                      # no video
+    given: dict[str, str] | None = None                      # problem_id → observation that is part of the prompt
+
+
+def variant_record(job: Job, question: Question) -> data.Record:
+    """The record that the model is asked. In a direct prompt, a given observation becomes part of the question."""
+    r, given = question.record, job.given and job.given[question.record.problem_id]
+    if job.args.direct:
+        text = f"Observation: {given}\n{question.direct}" if given else question.direct
+        r, given = replace(r, question=text, options=()), None
+    return replace(r, blind=job.blind, given=given, bounds=r.bounds if job.args.clips else None)
+
+
+def to_row(question: Question, response: pagrpo.Response, settings: pagrpo.Settings, verdict) -> dict:
+    """One line of responses.jsonl: what was asked, what the model saw and said, and its score."""
+    example, r, parsed = response.example, response.example.record, response.parsed
+    observed = r.given is not None or settings.template == "think"            # then only the last segment is expected
+    extracted, value = grade(question, response.text, parsed.contents["answer"], response.finished)
+    prompt = hashlib.sha256(f"{settings.prompt}\n{data.instruction(r, settings)}".encode()).hexdigest()[:16]
+    steps, height, width = example.grid or (0, 0, 0)
+    return {"id": r.problem_id, "clip": r.path, "groups": question.groups, "metric": question.metric,
+            "problem_type": r.problem_type, "question": question.record.question,
+            "options": list(question.record.options), "reference": r.reference, "prompt": prompt,
+            "prompt_tokens": len(example.ids), "frames": steps * 2 if r.data_type == "video" else steps,
+            "pixels": [height * 14, width * 14], "response": response.text, "tokens": len(response.tokens),
+            "finished": response.finished, **parsed.contents, **({"observation": r.given} if r.given else {}),
+            "format": all(parsed.formats[-1:] if observed else parsed.formats), "extracted": extracted, "score": value,
+            "perception": verdict and verdict.sufficient, "judge": verdict and (verdict.error or verdict.explanation)}
+
+
+def read_rows(place: str | Path) -> list[dict]:
+    """The rows of an evaluation's folder or responses.jsonl. Raises ValueError if there are none, or others."""
+    file = Path(place) / "responses.jsonl" if Path(place).is_dir() else Path(place)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; an evaluation writes it (--bench)")
+    rows, _ = rewards.read_jsonl(file)
+    for n, row in enumerate(rows, start=1):
+        answered = isinstance(row.get("score"), (int, float)) and {"question", "response", "perception"} <= row.keys()
+        if not ({"id", "clip", "groups"} <= row.keys() and (answered or "missing" in row)):
+            raise ValueError(f"{file}, line {n}: not a response of an evaluation")
+    return rows
+
+
+def recorded(folder: Path) -> dict[str, dict]:
+    """id → row of all that an evaluation has so far. An answer counts before a missing medium, new rows before old."""
+    rows = [row for file in sorted(folder.glob("responses*.jsonl"), reverse=True) for row in read_rows(file)]
+    return {row["id"]: row for row in sorted(rows, key=lambda row: "missing" not in row)}
+
+
+load_model = lru_cache(maxsize=2)(data.load_local)           # several benchmarks, one model
+
+
+def respond(job: Job, questions: list[Question], folder: Path) -> None:
+    """Answers this rank's questions and appends each row to a file at once. ValueError if the judge cannot be reached."""
+    s, args, judge, (vocabulary, model, device) = job.settings, job.args, None, load_model(job.model)
+    if args.judge != "none" and job.given is None:       # `reference`: --judge-model, else the model itself
+        words, blind, _ = load_model(Path(s.judge == "reference" and s.judge_model or job.model))
+        judge = data.make_judge(s, folder / f"judge-{job.world.rank}.jsonl", lambda claims: data.blind_answers(
+            blind, words, claims, s, s.max_response, args.batch, device), device)
+    out, by_id = rewards.Journal(folder / f"responses.{job.world.rank}.jsonl"), {q.record.problem_id: q for q in questions}
+    examples = data.Examples([variant_record(job, q) for q in questions], job.root, vocabulary, model.config,
+                             s, max_unreadable=1, teaching=False)
+    batches = [range(i, min(i + args.batch, len(questions))) for i in range(0, len(questions), args.batch)]
+    scores, bar = [0.0], tqdm(total=len(questions), desc=f"{job.bench} {job.variant}", disable=not job.world.first)
+    for batch, readable in zip(batches, examples.prefetch(batches)):
+        for i in examples.skipped.keys() & set(batch):
+            r = questions[i].record
+            out.add({"id": r.problem_id, "clip": r.path, "groups": questions[i].groups, "missing": examples.skipped[i]})
+        groups = pagrpo.rollout(model, readable, vocabulary, s, "evaluation", 1, args.temperature, args.top_p)
+        verdicts = pagrpo.start_judging(judge, groups)() if judge else [[None]] * len(groups)
+        errors = [verdict.error for verdict, in verdicts if verdict and verdict.error]
+        if len(errors) > s.max_unknown * len(verdicts):
+            raise ValueError(f"{len(errors)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
+                             f"{s.max_unknown:g} allows: {errors[0]:.200}. The same command goes on from here.")
+        for (response,), (verdict,) in zip(groups, verdicts):
+            row = to_row(by_id[response.example.record.problem_id], response, s, verdict)
+            scores.append(row["score"])
+            out.add(row)
+        bar.update(len(batch))
+        bar.set_postfix_str(f"score {100 * sum(scores) / max(1, len(scores) - 1):.1f}")
+    bar.close()
+
+
+def run(job: Job, questions: list[Question]) -> list[dict]:
+    """Runs or resumes an evaluation. Returns its rows in the benchmark's order, on every rank."""
+    args, world = job.args, job.world
+    folder = args.out / f"{job.bench} {job.variant}".strip().replace(" ", "-")
+    if world.first:
+        weights = [f"{f.stat().st_size} bytes of {int(f.stat().st_mtime)}" for f in sorted(job.model.glob("*.safetensors"))]
+        given = hashlib.sha256(json.dumps(job.given, sort_keys=True).encode()).hexdigest()[:16]
+        deciding = (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")
+        data.check_settings(folder, {name: getattr(job.settings, name) for name in deciding} | {
+            "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
+            "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
+            "observations": given if job.given else ""}, free=())
+    done, todo = recorded(folder), []
+    for q in questions:                                      # new ones, those without media, and those reworded since
+        row, asked = done.get(q.record.problem_id, {}), (q.record.question, list(q.record.options), q.record.reference)
+        if (row.get("question"), row.get("options"), row.get("reference")) != asked:
+            todo.append(q)
+    world.barrier()                                          # all have read before any writes
+    if todo:
+        with data.lock_folder(folder) if world.first else nullcontext():
+            clips = {clip: n for n, clip in enumerate(dict.fromkeys(q.record.path for q in todo))}
+            mine = [q for q in todo if clips[q.record.path] % world.size == world.rank]   # one rank reads a clip
+            respond(job, mine, folder)
+            world.barrier()
+            done = recorded(folder)
+            world.barrier()
+            if world.first:                                  # in the benchmark's order, then what was asked before
+                order = {q.record.problem_id: done[q.record.problem_id] for q in questions}
+                data.write_rows(folder / "responses.jsonl", (order | done).values())
+                for file in folder.glob("responses.*.jsonl"):
+                    file.unlink()
+            world.barrier()
+    return [done[q.record.problem_id] for q in questions]
+
+
+# ------------------------------------------------------------------------------------------------ 6. benchmarks
+
+def make_question(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict,
+                  direct: Sequence[str], metric: str = "choice", labels: Sequence[str] = (), **more) -> Question:
+    """Checks and builds a question. `direct` are the lines of the short-answer prompt, `metric` is for one without
+    options. Raises ValueError for a question that could not be scored."""
+    options, reference, direct = tuple(str(o).strip() for o in options), str(answer).strip(), "\n".join(direct)
+    metric = "choice" if options else metric
+    if metric == "choice" and (reference := rewards.choice(reference, options)) is None:
+        raise ValueError(f"the answer {answer!r} is none of the options {list(options)}")
+    if metric == "mra" and rewards.number(reference) is None:
+        raise ValueError(f"the answer {answer!r} is no number")
+    question, groups = str(question).strip(), {name: str(label) for name, label in groups.items()}
+    (question + "".join(options) + direct).encode()          # a lone surrogate is a ValueError
+    kind = {"choice": "multiple choice", "mra": "regression", "open": "free-form"}[metric]
+    record = data.Record(str(key), question, options, kind, reference, path, "video", **more)
+    return Question(record, metric, groups, direct, tuple(labels))
+
+
+def toy(row: dict, part: str, keys: tuple, find: Callable) -> Question:
+    record = data.to_record(row, traces=False)
+    return Question(record, "task", {"problem type": record.problem_type})
+
+
+VSI_NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
+VSI_DIRECTION = ("object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard")
+VSI_CHOICE = ("object_rel_distance", "route_planning", "obj_appearance_order")
+
+
+def vsibench(row: dict, part: str, keys: tuple, find: Callable) -> Question:
+    if row["question_type"] not in VSI_NUMERIC + VSI_CHOICE + VSI_DIRECTION:
+        raise ValueError(f"unknown question_type {row['question_type']!r}")
+    lines = ["Please answer the question using a single word or phrase."]
+    if options := row["options"] or ():                      # they carry their letters
+        lines = ["Options:", *options, "Answer with the option's letter from the given choices directly."]
+    return make_question(row["id"], row["question"], options, row["ground_truth"],
+                         find(f"{row['dataset']}/{row['scene_name']}.mp4"), {"task": row["question_type"]},
+                         ["These are frames of a video.", row["question"], *lines], metric="mra")
+
+
+def videommmu(row: dict, part: str, keys: tuple, find: Callable) -> Question:
+    """Multiple choice where there are options: `question_type` is missing or null in places."""
+    options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"] or ()
+    question, ignore = row["question"], "Please ignore the Quiz question in last frame of the video."
+    direct, path = [question, *rewards.letter_options(options), ignore], find(f"*/{row['id']}.mp4")
+    question += f"\n{ignore}"
+    if part == "Adaptation":                                 # these sentences belong to the question in any prompt
+        question = ("You should watch and learn the video content. Then apply what you learned to answer the following "
+                    f"{'multi-choice' if options else 'open-ended'} question. The image for this question is at the end "
+                    f"of the video.\n{row['question']}")
+        direct = [question, *rewards.letter_options(options)]
+    groups = {"track": part, "discipline": Path(path).parent.name}            # "*" for a video that is not there
+    return make_question(f"{part}/{row['id']}", question, options, row["answer"], path, groups, direct, metric="open")
+
+
+def mmvu(row: dict, part: str, keys: tuple, find: Callable) -> Question | None:
+    if row["question_type"] != "multiple-choice":
+        return None
+    return make_question(row["id"], row["question"], list(row["choices"].values()), row["answer"],
+                         find(row["video"].split("/resolve/main/")[-1]), {"subject": row["metadata"]["subject"]},
+                         [f"Question: {row['question']}", *(f"{letter}: {text}" for letter, text in row["choices"].items()), "",
+                          "Do not generate any intermediate reasoning process. Answer directly with the option letter "
+                          "from the given choices."])
+
+
+def vcrbench(row: dict, part: str, keys: tuple, find: Callable) -> Question | None:
+    """The options stand inside the question, the first glued to it: cut there, they are shown once."""
+    if str(row["multiple-choice"]).lower() != "true":
+        return None
+    choices = ast.literal_eval(row["choices"]) if isinstance(row["choices"], str) else row["choices"]
+    options, question, seconds = list(choices.values()), row["question"].strip(), float(row.get("duration") or 0)
+    inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(str(options[0])[:20]), question)
+    duration = "up to 60 s" if seconds <= 60 else "up to 300 s" if seconds <= 300 else "over 300 s"
+    return make_question(row["id"], question[:inside.start()] if inside else question, options, row["answer"],
+                         find(f"v1/videos/{row['video_path']}", row["video_path"]),
+                         {"dimension": row["dimension"], "duration": duration},
+                         [question, *([] if inside else rewards.letter_options(options)),
+                          "Answer with the letter of the correct option."])
+
+
+# folder in the branch `main` (in video/, raw videos), folder in the branch `video` (clips already cut), json names
+MVBENCH = """\
+star/Charades_v1_480       star/Charades_segment      action_sequence action_prediction object_interaction
+sta/sta_video              sta/sta_video_segment      action_localization
+tvqa/frames_fps3_hq        tvqa/video_fps3_hq_segment episodic_reasoning
+ssv2_video                 ssv2_video_mp4             action_antonym
+Moments_in_Time_Raw/videos Moments_in_Time_Raw/videos fine_grained_action
+FunQA_test/test            FunQA_test/test            unexpected_action
+clevrer/video_validation   clevrer/video_validation   object_existence moving_direction moving_count moving_attribute \
+counterfactual_inference
+perception/videos          perception/videos          object_shuffle action_count state_change character_order
+scene_qa/video             scene_qa/video             scene_transition
+nturgbd                    nturgbd_convert            fine_grained_pose
+vlnqa                      vlnqa                      egocentric_navigation"""
+MVBENCH_FOLDERS = {task: line.split()[:2] for line in MVBENCH.splitlines() for task in line.split()[2:]}
+
+
+def mvbench(row: dict, part: str, keys: tuple, find: Callable) -> Question:
+    """The official prompt has a system line and begins the answer with "Best option:("; both are left out here."""
+    (main, branch), name, options = MVBENCH_FOLDERS[part], row["video"], [o.strip() for o in row["candidates"]]
+    path = find(f"video/{main}/{name}", f"{branch}/{name}", f"{branch}/{Path(name).with_suffix('.mp4')}",
+                f"video/data0613/{main}/{name}")             # the last: videos that were added later
+    bounds = (float(row["start"]), float(row["end"])) if "start" in row and path.startswith("video/") else None
+    return make_question(f"{part}/{keys[-1]}", row["question"], options,
+                         chr(65 + options.index(row["answer"].strip())), path, {"task": part},
+                         [f"Question: {row['question']}", "Options:", *(f"({chr(65 + i)}) {o}" for i, o in enumerate(options)),
+                          "Only give the best option."], bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
+
+
+def tempcompass(row: dict, part: str, keys: tuple, find: Callable) -> Question:
+    """Options stand in the question, a line each. The training prompt knows no yes/no question and no "Option 1":
+    there both are multiple choice between two texts."""
+    video, dimension, question = row.get("video_id") or keys[0], row.get("dim") or keys[1], row["question"]
+    answer, text, options, labels, last = row["answer"], [], [], [], "\nPlease directly give the best option:"
+    for line in question.split("\n"):
+        option = re.fullmatch(r"[\s*-]*(?:((?:Option|Caption|Sentence) \w)|[A-D])\s*[.:)]\s*(.+)", line)
+        if part == "yes_no" or not option:
+            text.append(line)
+            continue
+        if rewards.normalize_text(line) == rewards.normalize_text(row["answer"]):
+            answer = chr(65 + len(options))
+        options.append(option[2])
+        labels += [option[1]] if option[1] else []
+    if part == "yes_no":
+        options, last = ["yes", "no"], "\nPlease answer yes or no:"
+    return make_question(f"{part}/{video}/{dimension}/{hashlib.sha256(question.encode()).hexdigest()[:8]}",
+                         "\n".join(text), options, answer, find(f"videos/{video}.mp4"),
+                         {"format": part, "dimension": dimension}, [question + last], labels=labels)
+
+
+def videomme(row: dict, part: str, keys: tuple, find: Callable) -> Question:
+    files = [f"data/{row['videoID']}.{kind}" for kind in ("mp4", "MP4", "mkv")]
+    return make_question(row["question_id"], row["question"], row["options"], row["answer"], find(*files),
+                         {"duration": row["duration"], "domain": row["domain"], "task": row["task_type"]}, [
+        "Select the best answer to the following multiple-choice question based on the video. Respond with only the "
+        "letter (A, B, C, or D) of the correct option.", row["question"], *row["options"], "The best answer is:"])
+
+
+class Bench(NamedTuple):
+    """A benchmark: where its questions lie, and how they are read, counted and averaged."""
+    files: dict[str, tuple[str, ...]]                        # part → patterns of its annotation file, best first
+    read: Callable[..., Question | None]    # of a row, its part, the keys above it
+    expected: int                                            # questions
+    repo: str = ""                                           # on huggingface.co/datasets
+    size: str = ""
+    gated: bool = False                                      # a form must be accepted in a browser first
+    paper: tuple[float, ...] = ()                            # Qwen2.5-VL-7B, VideoP2R
+    aggregates: dict[str, tuple] = {"all questions": ALL}    # see `weighted_groups`
+    value: Callable[[dict], float] = itemgetter("score")     # of a row; `is_correct` counts entirely right answers
+
+
+TRACKS, FORMATS = ("Perception", "Comprehension", "Adaptation"), ("multi-choice", "yes_no", "caption_matching")
+BENCHES = {
+    "toy": Bench({"heldout": ("heldout.json",)}, toy, 512, value=is_correct),
+    "vsibench": Bench({"test": ("test.jsonl",)}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False, (30.1, 36.8), {
+        "mean of multiple choice and MRA (paper)": ((VSI_CHOICE + VSI_DIRECTION,), (VSI_NUMERIC,)),
+        "mean of eight tasks (official)": (tuple((task,) for task in VSI_DIRECTION),
+                                           *(((task,),) for task in VSI_NUMERIC + VSI_CHOICE)),
+        "multiple choice": ((VSI_CHOICE + VSI_DIRECTION,),), "MRA": ((VSI_NUMERIC,),), "all questions": ALL}),
+    "videommmu": Bench({x: (f"{x}/test-*.parquet", f"data/{x.lower()}_video.json", f"{x.lower()}_video.json")
+                        for x in TRACKS}, videommmu, 900, "lmms-lab/VideoMMMU", "14 GB", True, (48.1, 55.0)),
+    "mmvu": Bench({"validation": ("validation.json",)}, mmvu, 625, "yale-nlp/MMVU", "1.6 GB", False, (60.0, 65.4),
+                  {"multiple choice of the validation split": ALL}),
+    "vcrbench": Bench({"test": ("v1/videos/meta_info_video.json", "VCR-Bench.tsv")}, vcrbench, 510,
+                      "VLM-Reasoning/VCR-Bench", "859 videos of unstated size", False, (44.3, 51.0),
+                      {"multiple choice": ALL}),
+    "mvbench": Bench({task: (f"json/{task}.json",) for task in MVBENCH_FOLDERS}, mvbench, 4000, "OpenGVLab/MVBench",
+                     "16 GB", True, (59.0, 68.1)),
+    "tempcompass": Bench({x: (f"{x}/test-*.parquet", f"questions/{x}.json", f"{x}.json") for x in FORMATS},
+                         tempcompass, 5536, "lmms-lab/TempCompass", "0.5 GB", False, (72.6, 74.5), {
+        "closed formats, pooled": ALL, "mean of formats": tuple(((form,),) for form in FORMATS)}),
+    "videomme": Bench({"test": ("videomme/test-*.parquet", "videomme/test-*.json")}, videomme, 2700,
+                      "lmms-lab/Video-MME", "101 GB", False, (56.6, 60.0), {"all questions, without subtitles": ALL}),
+}
+SEVEN = [name for name in BENCHES if name != "toy"]
+
+
+class BenchError(ValueError):
+    """A benchmark that is missing or broken."""
+
+
+def leaves(tree, keys: tuple = ()) -> Iterator[tuple[tuple, dict]]:
+    """The questions in nested lists and dictionaries, with the keys or numbers above them."""
+    if isinstance(tree, dict) and {"question", "problem"} & tree.keys():
+        yield keys, tree
+    elif isinstance(tree, (dict, list)):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(part, (*keys, key))
+    else:
+        raise ValueError(f"{tree!r:.60} stands where a question should be")
+
+
+def annotation_rows(file: Path) -> list[tuple[tuple, dict]]:
+    """The rows of an annotation file of any form, with the keys or numbers above them."""
+    if file.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise SystemExit(f"{file} is parquet: `pip install pyarrow` to read it") from None
+        return list(leaves(pyarrow.parquet.read_table(file).to_pylist()))
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix == ".json":
+        return list(leaves(json.loads(text)))
+    if file.suffix == ".jsonl":
+        return list(leaves([json.loads(line) for line in text.split("\n") if line.strip()]))
+    csv.field_size_limit(2 ** 24)
+    return list(leaves(list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t"))))
+
+
+def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
+    """A benchmark's questions, and notes on what was found. Raises BenchError: with the commands that fetch it if
+    nothing is there, with file and number if more than 1 % of the questions are broken."""
+    bench, questions, seen, missing, broken = BENCHES[name], [], Counter(), [], []
+
+    def find(*paths: str) -> str:
+        for path in paths:
+            for file in root.glob(path) if path.startswith("*") else [root / path]:
+                if file.exists():
+                    return file.relative_to(root).as_posix()
+        return paths[0]
+    for part, places in bench.files.items():
+        files = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
+        missing += [] if files else [part]
+        for file in files:
+            try:
+                rows = annotation_rows(file)
+            except (ValueError, OSError) as error:           # JSON, Unicode and Arrow errors are ValueErrors
+                raise BenchError(f"{file} cannot be read: {error}") from None
+            for n, (keys, row) in enumerate(rows, start=1):
+                try:
+                    question = bench.read(row, part, keys, find)
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
+                    broken.append(f"{file}, question {n}: {type(error).__name__}: {error}")
+                    continue
+                if question:
+                    seen[key := question.record.problem_id] += 1              # duplicates are kept
+                    key += f" ({seen[key]})" * (seen[key] > 1)
+                    questions.append(replace(question, record=replace(question.record, problem_id=key)))
+    if len(broken) > 0.01 * (len(questions) + len(broken)):
+        raise BenchError(f"{broken[0]} (one of {len(broken)})")
+    if not any((root / q.record.path).exists() for q in questions):
+        where = questions[0].record.path if questions else next(iter(bench.files.values()))[0]
+        form = f"accept the form at https://huggingface.co/datasets/{bench.repo}, run `hf auth login`, then:"
+        raise BenchError(f"{name}: {len(questions)} questions and no media under {root}, for example {where}.\n"
+                         f"To fetch it ({bench.size}), {form if bench.gated else 'without a form:'}\n"
+                         f"  hf download {bench.repo} --repo-type dataset --local-dir {root}\n"
+                         f"  (cd {root} && find . -name '*.zip' -execdir unzip -qo {{}} \\;)")
+    notes = [f"{len(questions)} questions in {root}"]
+    notes += [f"NOT the benchmark's {bench.expected} questions"] * (len(questions) != bench.expected)
+    notes += [f"WITHOUT {', '.join(missing)}"] * bool(missing) + [f"LEFT OUT {len(broken)}: {x}" for x in broken[:1]]
+    return questions, notes
+
+
+# ------------------------------------------------------------------------------------------------ 7. command line
+
+def find_model(args: argparse.Namespace) -> tuple[Path, Path, str]:
+    """The model's folder, its newest checkpoint, and why it was chosen. SystemExit names all that is missing, model and
+    benchmarks, with the commands that fetch it."""
+    finished, why = [], "chosen by flag"
+    for file in () if args.model else Path("runs").glob("*/*/settings.json"):
         try:
             newest = newest_checkpoint(file.parent)
-            if dict(json.loads(file.read_text()))["steps"] == int(newest.name[5:]):
-                finished.append(((newest / "state.json").stat().st_mtime, str(file.parent)))
+            if json.loads(file.read_text())["steps"] == int(newest.name[5:]):
+                finished.append(((newest / "state.json").stat().st_mtime, file.parent))
         except (OSError, ValueError, TypeError, KeyError):   # another folder, or a damaged one
             continue
-    if finished:
-        return max(finished)[1], "the newest finished run"
-    base = next((QWEN.format(size) for size in ("7B", "3B") if Path(QWEN.format(size)).is_dir()), None)
-    if base is None:
-        raise SystemExit("There is no finished run under runs/ and no base model under models/: name a folder with "
-                         "--model, or make a run with `python pagrpo.py`.")
-    return base, "no run is finished, so the base model"
+    folder = Path(args.model or sft.QWEN.format("7B"))
+    if not args.model:
+        why = "the newest finished run" if finished else "no run is finished, so the base model"
+        folder = max(finished)[1] if finished else folder
+    try:
+        return folder, newest_checkpoint(folder), why
+    except (OSError, ValueError) as error:
+        lacking = [f"{error} ({why}). `python pagrpo.py` makes a small model, --model names another."]
+    if folder.name.startswith("Qwen2.5-VL"):
+        lacking.append(f"  hf download Qwen/{folder.name} --local-dir {folder}")
+    for name in SEVEN if args.bench == "all" else {args.bench} & set(SEVEN):
+        try:
+            read_bench(name, Path(args.data or f"data/{name}"))
+        except BenchError as error:
+            lacking.append(str(error))
+    raise SystemExit("\n".join(lacking))
 
 
-def run_settings(model: Path, preset: str | None) -> Settings:
-    """The settings a model was trained with, from its run's folder; else those of a preset. An SFT run has no settings
-    for responses: the preset's fill them in."""
-    for folder in (model, model.parent):
-        if (folder / "settings.json").is_file():
+def run_settings(model: Path, preset: str | None) -> pagrpo.Settings:
+    """The settings a model was trained with, from its run's folder; else those of a preset, which also fill in what an
+    SFT run does not have."""
+    saved = {}
+    for file in (model / "settings.json", model.parent / "settings.json"):
+        if file.is_file() and not saved:
             try:
-                saved = dict(json.loads((folder / "settings.json").read_text()))
-                row = PRESETS[preset or ("tiny" if saved["prompt"] == "short" else "7b")]
+                saved = dict(json.loads(file.read_text()))
+                preset = preset or ("tiny" if saved["prompt"] == "short" else "7b")
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{folder / 'settings.json'} is damaged: {type(error).__name__}: {error}") from None
-            same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
-                    if k in Settings.__dataclass_fields__ and not k.startswith("judge")}
-            return Settings(**row | same)
-    return Settings(**PRESETS[preset or "7b"])
+                raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
+            if k in pagrpo.Settings.__dataclass_fields__ and not k.startswith("judge")}
+    return pagrpo.Settings(**pagrpo.PRESETS[preset or "7b"] | same)
 
 
-PROTOCOL = dict(frames=32, fps=0.0, max_pixels=256 * 28 * 28, max_response=1024)             # paper; the last: Video-R1
-
-
-def evaluate(name: str, path: Path, settings: Settings, args: argparse.Namespace, world: World) -> dict | None:
+def evaluate(name: str, path: Path, settings: pagrpo.Settings, args: argparse.Namespace, world: sft.World) -> dict | None:
     """One benchmark, from its files to its table. Returns its summary."""
     root = Path(args.data or f"data/{name}")
-    if name == "toy":
-        worlds = [p / "toy" for p in path.resolve().parents]                 # the run's own, if the model is of one
-        root = root if args.data else next((w for w in worlds if (w / "heldout.json").is_file()), Path("runs/tiny/toy"))
-        if not args.data and world.first and not (root / "heldout.json").is_file():
-            make_toy(root, {"heldout": TOY_SPLITS["heldout"]})
-        world.barrier()
-    items, notes = read_bench(name, root)
-    if args.limit and args.limit < len(items):
+    if name == "toy" and not args.data:                      # beside the model; else runs/tiny's, made when missing
+        places = [parent / "toy" for parent in path.resolve().parents] + [Path("runs/tiny/toy")]
+        root = next((place for place in places if (place / "heldout.json").is_file()), None)
+        root = root or world.on_rank0(lambda: data.make_toy(places[-1], {"heldout": BENCHES["toy"].expected}))
+    questions, notes = read_bench(name, root)
+    if args.limit and args.limit < len(questions):
         notes.append(f"ONLY {args.limit} of them, evenly spread")
-        items = [items[i * len(items) // args.limit] for i in range(args.limit)]
-    world.print0(f"\n{name}, {root}: " + "; ".join(notes))
-    rate = f" ({settings.fps:g} a second)" * bool(settings.fps)
-    prompt = "official short-answer prompt" if settings.prompt == "direct" else f"training prompt ({settings.prompt})"
-    world.print0(f"At most {settings.frames} frames{rate} of {settings.max_pixels} pixels, "
-              f"{'cut to the bounds of the annotations' if args.clips else 'uncut'}; temperature "
-              f"{args.temperature:g}, top-p {args.top_p:g},",
-              f"at most {settings.max_response} tokens; {prompt}; judge of observations: {args.judge}.", sep="\n")
+        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+    prompt = "official short-answer prompt" if args.direct else f"{settings.prompt} prompt, template {settings.template}"
+    world.print0(f"\n{name}: {'; '.join(notes)}\nAt most {settings.frames} frames ({settings.fps:g} a second; 0: always "
+                 f"so many) of {settings.max_pixels} pixels, {'cut to their bounds' if args.clips else 'uncut'}; "
+                 f"temperature {args.temperature:g}, top-p {args.top_p:g};\nat most {settings.max_response} tokens; "
+                 f"{prompt}; judge of observations: {args.judge}.")
     job = Job(name, root, path, settings, args, world)
     if args.perception_from:
-        return world.print0(perception_from(job, items))
-    rows = run(job, items)
+        return world.print0(perception_from(job, questions))
+    rows = run(job, questions)
     summary = summarise(name, rows) | {"model": str(path)}
     file, text = args.out / name / "summary.json", json.dumps(summary, indent=1) + "\n"
-    if world.first and not (file.is_file() and file.read_text() == text):    # shown again: nothing is written
-        write_atomically(file, text)
-    world.print0("\n" + report(summary))
-    if args.mismatch:
-        world.print0(mismatch(rows))
-    world.print0(f"Sampled and numbers: {args.out / name}")
+    if world.first and not (file.is_file() and file.read_text() == text):     # a read-only folder can be shown again
+        data.write_atomically(file, text)
+    world.print0(f"\n{report(summary)}\n{mismatch(rows) if args.mismatch else ''}\nResponses and numbers: {file.parent}")
     return summary
 
 
-def evaluate_all(path: Path, settings: Settings, args: argparse.Namespace, world: World) -> None:
-    """The paper's Table 1. A benchmark that is not there is said so and left out of no mean silently."""
+def evaluate_all(path: Path, settings: pagrpo.Settings, args: argparse.Namespace, world: sft.World) -> None:
+    """The paper's Table 1. Raises BenchError at the end, if a benchmark is missing or broken."""
     results, lacking = {}, []
-    for name in [name for name in BENCHES if name != "toy"]:
+    for name in SEVEN:
         try:
-            results[name] = evaluate(name, path, settings, args, world)
-        except BenchError as error:                          # anything else is one rank's trouble, and stops all
-            lacking.append(f"{error}")
-    results = {name: s for name, s in results.items() if s["scored"]}
-    whole = {name: s["scored"] == BENCHES[name].expected for name, s in results.items()}
-    scores = {path.parent.name or path.name: [next(iter(s["readings"].values()))["value"] for s in results.values()]}
+            summary = evaluate(name, path, settings, args, world)
+        except BenchError as error:                          # any other error stops all ranks
+            lacking.append(str(error))
+            continue
+        if summary["scored"]:
+            results[name + "*" * (summary["scored"] != BENCHES[name].expected)] = summary
+    scores = {path.parent.name or path.name: [next(iter(s["aggregates"].values()))["value"] for s in results.values()]}
     for i, model in enumerate(("Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
-        scores[model] = [BENCHES[name].paper[i] for name in results]
+        scores[model] = [s["paper"][i] for s in results.values()]
+    table = [["percent (* not the whole benchmark)", *results, "mean"]]
     if results:
-        world.print0("", *format_table([["percent", *(name + "*" * (not all_of) for name, all_of in whole.items()), "mean"]] + [
-            [model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]), sep="\n")
-    if not all(whole.values()):
-        world.print0("* not the whole benchmark: see its headline")
+        table += [[model, *(f"{x:.1f}" for x in [*some, np.mean(some)])] for model, some in scores.items()]
+        world.print0("", *data.format_table(table), sep="\n")
     if lacking:
-        raise BenchError(f"{len(lacking)} of 7 benchmarks are not there, or broken:\n" + "\n".join(lacking))
+        raise BenchError(f"{len(lacking)} of {len(SEVEN)} benchmarks are missing or broken:\n" + "\n".join(lacking))
 
 
-def answer_one(path: Path, args: argparse.Namespace, settings: Settings) -> None:
+def answer_one(path: Path, args: argparse.Namespace, settings: pagrpo.Settings) -> None:
     """One question about one clip or picture: prints what the model sees, thinks and answers. Raises MediaError."""
     clip = Path(args.video).resolve()
-    "".join([args.question, *args.options]).encode()         # half a character is a ValueError
+    "".join([args.question, *args.options]).encode()         # a lone surrogate is a ValueError
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
-    record = Record("", args.question, tuple(args.options), kind, "", clip.name,
-                    "image" if clip.suffix.lower() in IMAGES else "video")
-    vocabulary, model, device = load_local(path)
-    example = build_example(record, clip.parent, vocabulary, model.config, settings)
+    medium = "image" if clip.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif") else "video"
+    record = data.Record("", args.question, tuple(args.options), kind, "", clip.name, medium)
+    vocabulary, model, _ = load_model(path)
+    example = data.build_example(record, clip.parent, vocabulary, model.config, settings)
     steps, rows, columns = example.grid
     print(f"{clip.name}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
           f"{len(example.ids)} prompt tokens")
-    (e,), = rollout(model, [example], vocabulary, settings, 1, args.temperature, "question", device, args.top_p)
-    parts = e.parsed
-    if not e.finished:
-        print(f"The response was cut off after {len(e.tokens)} tokens.")
-    if parts.observation is None and parts.think is None and parts.answer is None:
-        return print(f"The response keeps no template:\n{e.text}")
-    for name, text in (("sees", parts.observation), ("thinks", parts.think), ("answers", parts.answer)):
-        print(f"{name:8}  {text if text is not None else '–'}")
+    (response,), = pagrpo.rollout(model, [example], vocabulary, settings, "question", 1, args.temperature, args.top_p)
+    print(f"{len(response.tokens)} tokens{'' if response.finished else ', cut off'}:\n{response.text}")
+
+
+PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)             # of Video-R1
+INPUTS = (*PROTOCOL, "max_prompt", "prompt", "template", "seed")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1058,21 +932,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to do (one of these)")
     what.add_argument("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
-    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two evaluations (folders or files), question by "
-                      "question")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
     what.add_argument("--video", help="ask about this video, picture or folder of frames")
-    how = parser.add_argument_group("which model, and what it gets")
+    how = parser.add_argument_group("which model, and what it gets (not given: as the model's run had it; benchmarks: as "
+                                    "the protocol above)")
     how.add_argument("--model", help="model folder, or a stage's folder [the newest finished run, else the base model]")
-    how.add_argument("--preset", choices=PRESETS, help="settings for a model that is no run of this project [7b]")
+    how.add_argument("--preset", choices=pagrpo.PRESETS, help="settings for a model from elsewhere [7b]")
+    data.add_flags(how, pagrpo.Settings, {"benchmarks": PROTOCOL}, INPUTS)
     how.add_argument("--temperature", type=float, default=0.01, help="0 is greedy [0.01]")
     how.add_argument("--top-p", type=float, default=0.001, help="only the likeliest tokens up to this share [0.001]")
-    for name, kind, about in (("frames", int, "most frames [32; toy and --video: the run's]"),
-                              ("fps", float, "most frames a second; 0: as many as --frames [0; likewise]"),
-                              ("max-pixels", int, "of a frame [256·28·28 = 200704; likewise]"),
-                              ("max-prompt", int, "tokens; a question with more is left out and counted [the run's]"),
-                              ("max-response", int, "tokens after which a response is cut off [1024; likewise]"),
-                              ("seed", int, "of sampling [the run's]")):
-        how.add_argument(f"--{name}", type=kind, help=about)
     bench = parser.add_argument_group("for --bench")
     bench.add_argument("--data", help="the benchmark's folder [data/BENCH; toy: beside the model, made when missing]")
     bench.add_argument("--out", help="folder of results [eval/ in the model's folder]")
@@ -1082,14 +950,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     bench.add_argument("--perception-from", metavar="RUN", help="ask four times: the question alone, with the "
                        "observation of this evaluation, the video, both")
     bench.add_argument("--limit", type=int, help="only so many questions, evenly spread: a try, no score [all]")
-    bench.add_argument("--batch", type=int, default=0, help="questions answered together [toy 128, else 8]")
+    bench.add_argument("--batch", type=int, help="questions answered together [toy 128, else 8]")
     one = parser.add_argument_group("for --video")
     one.add_argument("--question", help="the question")
     one.add_argument("--options", nargs="+", default=[], help="options of a multiple choice, without letters")
-    one.add_argument("--problem-type", choices=PROBLEM_TYPES, help="[multiple choice with options, else free-form]")
-    add_flags(parser.add_argument_group(
+    one.add_argument("--problem-type", choices=rewards.PROBLEM_TYPES, help="[multiple choice with options, else free-form]")
+    data.add_flags(parser.add_argument_group(
         "for judging observations: by rule in the toy world, elsewhere by nobody unless --judge is given; `reference` "
-        "without --judge-model is the model itself"), JudgeSettings)
+        "without --judge-model is the model itself"), data.JudgeSettings)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.bench, args.compare, args.video))) != 1 or (args.video and not args.question):
         parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")
@@ -1097,12 +965,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--bench all reads data/BENCH; --data and --perception-from belong to one benchmark")
     if not (math.isfinite(args.temperature) and args.temperature >= 0 and 0 < args.top_p <= 1):
         parser.error("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1")
-    if args.bench == "toy" and args.direct:
-        parser.error("the toy world has no official short-answer prompt")
+    if args.prompt == "direct" or args.direct and (args.bench in (None, "toy") or args.prompt or args.template):
+        parser.error("--direct belongs to one of the seven benchmarks, and goes without --prompt and --template")
+    if any(number is not None and number < 1 for number in (args.limit, args.batch)):
+        parser.error("--limit and --batch must be at least 1")
     if args.mismatch and args.perception_from:
         parser.error("--mismatch belongs to a --bench without --perception-from")
-    if (args.limit is not None and args.limit < 1) or args.batch < 0:
-        parser.error("--limit and --batch count from 1")
     return args
 
 
@@ -1111,27 +979,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.compare:
             return print(compare(*args.compare))
-        chosen, why = (args.model, "chosen by flag") if args.model else default_model()
-        path = newest_checkpoint(chosen)
-        world = start_world(patience=timedelta(hours=12))    # ranks may be hours apart at a benchmark's end
+        folder, path, why = find_model(args)
+        world = sft.start_world(patience=timedelta(hours=12))    # ranks may be hours apart at a benchmark's end
         world.print0(f"Model {path} ({why})")
         args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
-        settings = run_settings(Path(chosen), args.preset)
-        names = {f.name for f in fields(Settings)} & vars(args).keys() - {"model", "data", "out", "temperature"}
-        own = {k: v for k, v in given_flags(args).items() if k in names and (k, v) != ("judge", "none")}
-        settings = replace(settings, **(PROTOCOL if args.bench not in (None, "toy") else {}) | own,
-                           **({"prompt": "direct"} if args.direct and args.bench != "toy" else {}))
+        names = {*INPUTS, *(f.name for f in fields(data.JudgeSettings))}
+        own = {k: v for k, v in data.given_flags(args).items() if k in names and (k, v) != ("judge", "none")}
+        settings = replace(run_settings(folder, args.preset), **(PROTOCOL if args.bench in [*SEVEN, "all"] else {})
+                           | own | ({"prompt": "direct"} if args.direct else {}))
+        args.batch = args.batch or (128 if args.bench == "toy" else 8)
+        args.out = Path(args.out or (path.parent if path.name.startswith("step-") else path) / "eval")
         if args.video:
             answer_one(path, args, settings)
+        elif args.bench == "all":
+            evaluate_all(path, settings, args, world)
         else:
-            args.batch = args.batch or (128 if args.bench == "toy" else 8)
-            args.out = Path(args.out or (path.parent if path.name.startswith("step-") else path) / "eval")
-            if args.bench == "all":
-                evaluate_all(path, settings, args, world)
-            else:
-                evaluate(args.bench, path, settings, args, world)
+            evaluate(args.bench, path, settings, args, world)
         world.leave()
-    except MediaError as error:
+    except data.MediaError as error:
         sys.exit(f"{args.video}: {error}")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
