@@ -112,6 +112,6 @@ def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base,
     evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy)])
     said = capsys.readouterr().out
     numbers = json.loads((tmp_path / "pagrpo" / "eval" / "toy" / "summary.json").read_text())
-    assert numbers["readings"]["all questions"]["value"] == trained["answer"]["value"]
+    assert numbers["aggregates"]["all questions"]["value"] == trained["answer"]["value"]
     assert numbers["perception"]["value"] == trained["perception"]["value"]
-    assert "toy: 20 questions scored" in said and numbers["readings"]["all questions"]["n"] == 20
+    assert "toy: 20 questions scored" in said and numbers["aggregates"]["all questions"]["n"] == 20
