@@ -51,72 +51,6 @@ def flag(default, help: str, choices: list[str] | None = None):
     return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
-def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
-    """Gives a parser a flag for every setting of a dataclass (or for some), None where it is not given."""
-    for f in fields(cls):
-        if names and f.name not in names:
-            continue
-        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
-        if (len(values) < len(presets) or not presets) and f.default != "":
-            values.insert(0, f"default {f.default!r}" if presets else str(f.default))
-        kind = type(f.default)
-        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-               {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
-               {"choices": f.metadata["choices"]} if "choices" in f.metadata else
-               {"type": kind, "metavar": kind.__name__.upper()})
-        about = (f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")).replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
-
-
-def given_flags(args: argparse.Namespace) -> dict:
-    """The settings that were given, as a dataclass takes them."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
-
-
-HTTP = ("http://", "https://")
-FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
-
-
-def check_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
-    """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
-    these, except for those in FREE and `free`, which may change on the way."""
-    file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    try:
-        before = dict(json.loads(file.read_text())) if file.is_file() else now
-    except (ValueError, TypeError):
-        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
-    refuse_others(folder, before, now, free)
-    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=2) + "\n")
-
-
-def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) -> None:
-    """SystemExit with the difference, where settings differ that may not."""
-    same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
-    other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
-    if other:
-        raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
-            f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
-            + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes a file aside and renames it: it is there whole or not at all."""
-    aside = file.with_name(file.name + ".writing")
-    aside.write_text(text)
-    os.replace(aside, file)
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of a table, a rule below the first; the first column to the left, the others to the
-    right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    head, *lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
-                    for row in rows]
-    return [head, "─" * max(map(len, (head, *lines))), *lines]
-
-
 def check_minimum(settings, **least: int) -> None:
     """SystemExit for a setting that would make a run senseless."""
     for name, value in least.items():
@@ -827,6 +761,8 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     save_model(dict(model.named_parameters()), folder, beside=beside)
 
 
+# ================================================================ A first reader may stop here: what follows is plumbing.
+
 # ------------------------------------------------------------------------------------------------ judges and teachers
 
 @dataclass(frozen=True)
@@ -1122,21 +1058,6 @@ def cot(s: CotSettings) -> Path:
         return make_traces(replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out))
 
 
-@contextmanager
-def lock_folder(folder: Path):
-    """Two processes in one folder would ask, and pay, everything twice: SystemExit for the second one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            import fcntl                                     # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise SystemExit(f"Another process works in {folder}.") from None
-        yield
-
-
 def make_traces(s: CotSettings, folder: Path) -> Path:
     """The three steps, the files and the funnel."""
     records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
@@ -1248,6 +1169,89 @@ def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, 
             lines.append(f"{name}: precision {share(dropped & blamed, dropped)}, "
                          f"recall {share(dropped & wanted, wanted)}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ settings and flags
+
+def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
+    """Gives a parser a flag for every setting of a dataclass (or for some), None where it is not given."""
+    for f in fields(cls):
+        if names and f.name not in names:
+            continue
+        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
+        if (len(values) < len(presets) or not presets) and f.default != "":
+            values.insert(0, f"default {f.default!r}" if presets else str(f.default))
+        kind = type(f.default)
+        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+               {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
+               {"choices": f.metadata["choices"]} if "choices" in f.metadata else
+               {"type": kind, "metavar": kind.__name__.upper()})
+        about = (f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")).replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
+
+
+def given_flags(args: argparse.Namespace) -> dict:
+    """The settings that were given, as a dataclass takes them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
+
+
+HTTP = ("http://", "https://")
+FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
+
+
+def check_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
+    """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
+    these, except for those in FREE and `free`, which may change on the way."""
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))
+    try:
+        before = dict(json.loads(file.read_text())) if file.is_file() else now
+    except (ValueError, TypeError):
+        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
+    refuse_others(folder, before, now, free)
+    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(now, indent=2) + "\n")
+
+
+def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) -> None:
+    """SystemExit with the difference, where settings differ that may not."""
+    same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
+    other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
+    if other:
+        raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
+            f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
+            + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a file aside and renames it: it is there whole or not at all."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text(text)
+    os.replace(aside, file)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of a table, a rule below the first; the first column to the left, the others to the
+    right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    head, *lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
+                    for row in rows]
+    return [head, "─" * max(map(len, (head, *lines))), *lines]
+
+
+@contextmanager
+def lock_folder(folder: Path):
+    """Two processes in one folder would ask, and pay, everything twice: SystemExit for the second one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            import fcntl                                     # not on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise SystemExit(f"Another process works in {folder}.") from None
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ command line
