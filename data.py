@@ -5,9 +5,8 @@
     python data.py cot                                traces for the toy world; for other questions: --data FILE
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
-Records are those of the VideoP2R release (gzip JSON, JSON or JSON lines): problem, options, solution, path, data_type,
-problem_type, and for SFT the trace in observation and process. A record whose media cannot be read is skipped, counted
-and named; it never gets another clip.
+Records are those of the VideoP2R release: problem, options, solution, path, data_type, problem_type, and for SFT the
+trace in observation and process. A record whose media cannot be read is skipped and named; it never gets another clip.
 """
 import argparse
 import ast
@@ -51,9 +50,8 @@ def flag(default, help: str, choices: list[str] | None = None):
 
 
 def check_minimum(settings, **minimum: float) -> None:
-    """SystemExit for a setting below its minimum."""
     for name, value in minimum.items():
-        if not getattr(settings, name) >= value:             # NaN is not
+        if not getattr(settings, name) >= value:             # true for NaN
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
@@ -119,24 +117,13 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
     return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
 
 
-def clip_bounds(total: int, fps: float, bounds: tuple[float, float] | None, number: int = 0) -> tuple[int, int]:
-    """The first frame between two times in seconds, and how many there are. `number`: of the clip's first frame."""
-    if bounds is None:
-        return 0, total
-    first, last = (min(max(round(seconds * fps) - number, 0), total - 1) for seconds in bounds)
-    return first, max(first, last) - first + 1
-
-
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
     """Frames (N, height, width, 3) uint8 and seconds per temporal patch, of a video file or a folder of frames.
 
     `bounds`: only the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError.
     """
-    try:
-        import decord
-    except ImportError:
-        raise SystemExit("decord is missing: pip install -r requirements.txt (no wheel for ARM Linux: build it there)")
+    import decord                                            # not at the top: torch must be imported before it
     folder, files = path.is_dir(), []
     try:
         if folder:
@@ -148,11 +135,14 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
             total, fps = len(reader), float(reader.get_avg_fps())
         if not (total and 0 < fps < math.inf):
             raise MediaError(f"it holds {total} frames at {fps} a second")
-        first, total = clip_bounds(total, fps, bounds, number=int(folder))    # 00001.jpg is the first
+        first, last = 0, total - 1
+        if bounds:                                           # in a folder, 00001.jpg is the first
+            first, last = (min(max(round(time * fps) - folder, 0), total - 1) for time in bounds)
+        total = max(last - first, 0) + 1
         indices = [first + i for i in frame_indices(total, fps, settings)]
         frames = (np.concatenate([read_image(files[i]) for i in indices]) if folder else
                   reader.get_batch(indices).asnumpy())
-    except (RuntimeError, AssertionError, ValueError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+    except (RuntimeError, ValueError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
         reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
         if "cannot find video stream" in reason:
             reason = "no video, or a codec that decord lacks, such as AV1: convert it to H.264"
@@ -252,9 +242,8 @@ def to_record(row: dict, traces: bool) -> Record:
     needed = ["problem", "problem_type", "solution", "path", "data_type", *[*TRACE_FIELDS.values()] * traces]
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
-    for name in ("problem", "path", *TRACE_FIELDS.values()):
-        if not isinstance(row.get(name), str | None):
-            raise ValueError(f"{name}: not a text")
+    if wrong := [name for name in ("problem", "path", *TRACE_FIELDS.values()) if type(row.get(name, "")) is not str]:
+        raise ValueError(f"{wrong[0]}: not a text")
     for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", ("image", "video"))):
         if row[name] not in known:
             raise ValueError(f"unknown {name} {row[name]!r}; known are {', '.join(known)}")
@@ -268,9 +257,9 @@ def to_record(row: dict, traces: bool) -> Record:
         raise ValueError("a multiple choice with one option")
     if type(solution) not in (str, int, float) or solution != solution:       # Python's JSON has NaN
         raise ValueError(f"solution is neither a text nor a number: {solution!r:.80}")
-    reference = extract_tag("answer", str(solution))
-    reference = str(solution).strip() if reference is None else reference
-    if not reference or "<answer>" in reference or "</answer>" in reference:
+    tagged = "answer>" in str(solution)
+    reference = extract_tag("answer", str(solution)) if tagged else str(solution).strip()
+    if not reference:
         raise ValueError(f"solution holds no answer, or several: {solution!r:.80}")
     trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
     for tag, text in trace.items():                          # in its tags or without them
@@ -299,13 +288,12 @@ def media_path(root: Path, path: str) -> Path:
     return full
 
 
-def read_media(path: str, data_type: str, bounds: tuple[float, float] | None, rate: float, root: Path,
-               settings: InputSettings) -> tuple[np.ndarray, float, int]:
+def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
     """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
-    file = media_path(root, path)
-    if data_type == "image":
-        return read_image(file), 0.0, settings.image_max_pixels
-    return *read_video(file, settings, bounds, rate), settings.max_pixels
+    path = media_path(root, r.path)
+    if r.data_type == "image":
+        return read_image(path), 0.0, settings.image_max_pixels
+    return *read_video(path, settings, r.bounds, r.rate), settings.max_pixels
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -415,10 +403,9 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
 
 
 @lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
-def media_patches(path: str, data_type: str, bounds: tuple[float, float] | None, rate: float, root: Path,
-                  settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
-    """Patches, grid and seconds per temporal patch of a medium. Raises MediaError."""
-    frames, seconds, max_pixels = read_media(path, data_type, bounds, rate, root, settings)
+def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
+    """Patches, grid and seconds per temporal patch of a record's medium. Raises MediaError."""
+    frames, seconds, max_pixels = read_media(medium, root, settings)
     return *patchify(frames, min(settings.min_pixels, max_pixels), max_pixels), seconds
 
 
@@ -426,7 +413,8 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
     """Reads the medium and lays out the prompt, with an observation that is given. Raises MediaError."""
     pixels, grids, times, medium = None, [], [], []
     if not r.blind:
-        pixels, grid, seconds = media_patches(r.path, r.data_type, r.bounds, r.rate, root, settings)
+        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # whatever is asked of it
+        pixels, grid, seconds = media_patches(key, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
@@ -443,16 +431,17 @@ def blank_example(v: Vocabulary, config: Config) -> Example:
     return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
-def follows_template(parsed: Parsed) -> bool:
-    return parsed.perception_format and parsed.reasoning_format
-
-
 def why_invalid(r: Record) -> str:
     """Why a record cannot teach: its own solution would not score 1, or its trace breaks the template. "" if it can."""
     if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
-    whole = len(r.trace) == len(TRACE_TAGS) and r.given is None
-    return "trace: it breaks the template" if whole and not follows_template(parse(trace_text(r, "p2r"))) else ""
+    if r.trace.keys() < set(TRACE_TAGS) or r.given is not None or follows_template(parse(trace_text(r, "p2r"))):
+        return ""
+    return "trace: it breaks the template"
+
+
+def follows_template(parsed: Parsed) -> bool:
+    return parsed.perception_format and parsed.reasoning_format
 
 
 class Examples:
@@ -474,16 +463,14 @@ class Examples:
     def __getitem__(self, i: int) -> Example | None:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
-        r, example, size = self.records[i], None, 0
+        r, example = self.records[i], None
         reason = why_invalid(r) if self.teaching else ""
-        if not reason:
-            try:
-                example = build_example(r, self.root, self.vocabulary, self.config, self.settings)
-                size = 0 if example.pixels is None else example.pixels.nbytes
-                if len(example.ids) > self.settings.max_prompt:
-                    reason = f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
-            except MediaError as error:
-                reason = f"media: {error}"
+        try:
+            example = None if reason else build_example(r, self.root, self.vocabulary, self.config, self.settings)
+            if example and len(example.ids) > self.settings.max_prompt:
+                reason = f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
+        except MediaError as error:
+            reason = f"media: {error}"
         with self.lock:
             self.asked.add(i)
             if reason:
@@ -492,6 +479,7 @@ class Examples:
                     with self.log.open("a") as file:
                         file.write(f"{r.path}\t{reason}\n")
                 return None
+            size = 0 if example.pixels is None else example.pixels.nbytes
             if i not in self.cache and size <= self.room:
                 self.cache[i], self.room = example, self.room - size
         return example
@@ -507,12 +495,12 @@ class Examples:
 
     def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
         """Yields the readable examples of each step's indices, while threads read those of the next two steps."""
-        waiting, pool = deque(), ThreadPoolExecutor(max(1, self.settings.workers))
+        waiting, pool = [], ThreadPoolExecutor(max(1, self.settings.workers))
         try:
             for indices in itertools.chain(steps, [(), ()]):
                 waiting.append([pool.submit(self.__getitem__, i) for i in indices])
                 if len(waiting) > 2:
-                    examples = [future.result() for future in waiting.popleft()]
+                    examples = [future.result() for future in waiting.pop(0)]
                     self.check_losses()
                     yield [example for example in examples if example]
         finally:
@@ -525,20 +513,19 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
-    """Which records step `step` uses: epoch after epoch, each shuffled anew. A pure function, so that a resumed run
-    needs no saved sampler, and the order does not depend on the number of ranks."""
+    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler, and
+    the order does not depend on the number of ranks."""
     places = range(step * size, (step + 1) * size)
     return [epoch_order(count, place // count, seed)[place % count] for place in places]
 
 
 def collate(examples: Sequence[Example]) -> Prompts:
     """Pads prompts on the right and joins their media, in the order of prompts."""
-    longest = max(len(e.ids) for e in examples)
-    ids = [torch.nn.functional.pad(e.ids, (0, longest - len(e.ids))) for e in examples]
-    positions = [torch.nn.functional.pad(e.positions, (0, longest - len(e.ids))) for e in examples]
+    pad = torch.nn.utils.rnn.pad_sequence
     pixels = [e.pixels for e in examples if e.pixels is not None]
-    return Prompts(ids=torch.stack(ids), lengths=torch.tensor([len(e.ids) for e in examples]),
-                   positions=torch.stack(positions, dim=1),
+    return Prompts(ids=pad([e.ids for e in examples], batch_first=True),
+                   lengths=torch.tensor([len(e.ids) for e in examples]),
+                   positions=pad([e.positions.T for e in examples]).permute(2, 1, 0),           # (3, B, P)
                    next_position=torch.tensor([e.next_position for e in examples]),
                    pixels=torch.cat(pixels) if pixels else None, grid=[e.grid for e in examples if e.grid])
 
@@ -817,7 +804,7 @@ def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     def teach(records: list[Record]) -> list[Draft]:
         (record,) = records
         try:
-            frames, _, limit = read_media(record.path, record.data_type, record.bounds, record.rate, Path(s.media), s)
+            frames, _, limit = read_media(record, Path(s.media), s)
         except MediaError as error:
             return [Draft(None, f"media: {error}")]
         content = []
@@ -927,22 +914,21 @@ class CotSettings(InputSettings, JudgeSettings):
                       reasoning_mistakes=0, template_mistakes=0)
         self.need("teacher", ("toy",))
         if self.template != "p2r":
-            raise SystemExit("--template think has no observation that could be judged: traces are made with p2r")
+            raise SystemExit("--template think has no observation that could be judged")
         if self.judge == "reference" and not self.judge_model:
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
 
-STEPS = ("records", "generated", "template", "answer", "observation")         # what a record has passed
+STEPS = ("records", "generated", "template", "answer", "observation")         # what a record passes
 DROPPED = {"not generated": 1, "template broken": 2, "answer wrong": 3, "not judged": 4, "observation insufficient": 4}
-UNFINISHED = ("not generated", "not judged")                 # the next run tries these records again
 
 
 def cot(s: CotSettings) -> Path:
     """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
 
-    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record (step 2 is
-    arithmetic and needs no file); traces.jsonl (kept) and dropped.jsonl (with reasons) are written at the end, in the
-    order of the records. Killed at any moment and started again, it does what is missing and ends in the same files.
+    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record; traces.jsonl
+    (kept) and dropped.jsonl (with reasons) are written at the end, in the order of the records. Killed at any moment
+    and started again, it does what is missing and ends in the same files.
     """
     with lock_folder(Path(s.out)):
         return make_traces(replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out))
@@ -957,8 +943,8 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
         key_from("JUDGE_API_KEY")
     elif s.judge == "reference":
         newest_checkpoint(s.judge_model)
-    made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"
-    free = ("limit", "batch") + ("judge", "judge_model") * (not judged.exists())
+    made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may change
+    free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())
     check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
 
     # Step 1, generate: a teacher writes a trace for every record.
@@ -971,29 +957,28 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
 
     # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
     claims = {key: claim_about(r, traces[key][0].observation) for key, r in records.items() if key not in why}
-    names = {key: hashed(claim) for key, claim in claims.items()}
-    verdicts, unjudged = run_resumable({names[key]: claim for key, claim in claims.items()}, make_cot_judge, s.judge,
+    verdicts, unjudged = run_resumable({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
                                        judged, "3 observation sufficiency", s)
-    for key, name in names.items():
+    for key, name in zip(claims, map(hashed, claims.values())):
         if name in unjudged:
             why[key], errors[key] = "not judged", unjudged[name]
         elif not verdicts[name]["sufficient"]:
             why[key] = "observation insufficient"
 
-    rows = {"traces.jsonl": [], "dropped.jsonl": []}
+    kept, dropped = [], []
     for key, record in records.items():
         parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
         row = to_row(replace(record, trace={tag: getattr(parsed, tag) or "" for tag in TRACE_TAGS}))
         row |= dict(output=drafts.get(key, {}).get("output"), reward=score, select=key not in why)
         if key in why:
-            row |= dict(reason=why[key], error=errors.get(key, ""))
-        rows["dropped.jsonl" if key in why else "traces.jsonl"].append(row)
-    for name, some in rows.items():
-        write_rows(folder / name, some)
+            dropped.append(row | dict(reason=why[key], error=errors.get(key, "")))
+        else:
+            kept.append(row)
+    write_rows(folder / "traces.jsonl", kept)
+    write_rows(folder / "dropped.jsonl", dropped)
     print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)
-    print(f"{folder / 'traces.jsonl'}: {len(rows['traces.jsonl'])} traces for SFT")
-    if errors:
-        (error, _), = Counter(errors.values()).most_common(1)
+    print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT")
+    for error, _ in Counter(errors.values()).most_common(1):
         print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
     return folder / "traces.jsonl"
 
@@ -1002,21 +987,21 @@ def verify(record: Record, output: str) -> tuple[Parsed, float, str]:
     """Step 2: the parts of a trace, the score of its answer, and why it is dropped ("" if it is not)."""
     parsed = parse(output)
     score = task_metric(record.problem_type, parsed.answer, record.reference, record.options)
-    wrong = "" if score >= THRESHOLD else "answer wrong"
-    return parsed, score, wrong if follows_template(parsed) else "template broken"
+    reason = "" if score >= THRESHOLD else "answer wrong"
+    return parsed, score, reason if follows_template(parsed) else "template broken"
 
 
 def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
                   file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
     """Works on the items that `file` has no result for, and appends each result to it at once.
 
-    A worker takes a list of items (one, and many lists at a time, if `who` is a server) and returns named tuples, with
+    A worker takes a list of items (a single one, in many threads, if `who` is a server) and returns named tuples, with
     `error` where there is no result. Returns key → result, and key → error, which the next run tries again. Raises
     ValueError once at least 20 items, and more than `s.max_unknown` of those tried, have failed.
     """
-    journal = Journal(file)
+    journal, failed = Journal(file), {}
     done = {row["key"]: row for row in journal.rows if row.get("key") in items}
-    todo, failed, tried = [key for key in items if key not in done], {}, 0
+    todo = [key for key in items if key not in done]
     if not todo:
         return done, failed
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
@@ -1030,23 +1015,21 @@ def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Ca
                 journal.add(done[key])
         return len(keys)
 
-    with tqdm(total=len(items), initial=len(done), desc=what, unit="record") as bar, ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]
-            for future in as_completed(futures):
-                bar.update(future.result())
-                tried += future.result()
-                if len(failed) >= 20 and len(failed) > s.max_unknown * tried:
-                    (reason, n), = Counter(failed.values()).most_common(1)
-                    raise ValueError(f"{what}: {len(failed)} of {tried} records came to nothing, {n} of them because: "
-                                     f"{reason}. {len(done)} are kept; the same command goes on from there.")
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool, bar = ThreadPoolExecutor(threads), tqdm(total=len(items), initial=len(done), desc=what, unit="record")
+    try:
+        for future in as_completed([pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]):
+            bar.update(future.result())
+            if len(failed) >= 20 and len(failed) > s.max_unknown * (bar.n - bar.initial):
+                (reason, n), = Counter(failed.values()).most_common(1)
+                raise ValueError(f"{what}: {len(failed)} of {bar.n - bar.initial} records came to nothing, {n} of them "
+                                 f"because: {reason}. {len(done)} are kept; the same command goes on from there.")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
     return done, failed
 
 
 def hashed(something) -> str:
-    """A name that stays the same from run to run."""
     return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
 
 
@@ -1068,10 +1051,9 @@ def make_teacher(s: CotSettings) -> Callable[[list[Record]], list[Draft]]:
 
 
 def make_cot_judge(s: CotSettings) -> Judge:
-    """The judge that --judge names. The reference that answers blind is the checkpoint named by --judge-model."""
     if s.judge != "reference":
         return make_judge(s)
-    vocabulary, model, device = load_local(s.judge_model)
+    vocabulary, model, device = load_local(s.judge_model)    # answers blind
     return make_judge(s, reference=lambda claims: blind_answers(model, vocabulary, claims, s, s.max_response, s.batch,
                                                                 device))
 
@@ -1082,27 +1064,27 @@ def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, 
     kinds = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
     table = [["", *STEPS, "kept"]]
     for kind in [*sorted(set(kinds.values())), "all"]:
-        some = [DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])]
-        counts = [sum(step > i for step in some) for i in range(len(STEPS))]
-        table.append([kind, *map(str, counts), f"{counts[-1] / len(some):.1%}"])
+        fails = [DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])]
+        counts = [sum(step > i for step in fails) for i in range(len(STEPS))]
+        table.append([kind, *map(str, counts), f"{counts[-1] / len(fails):.1%}"])
     lines = ["Records that passed each step:", *format_table(table)]
     for reason in DROPPED:
         if counts := Counter(kinds[key] for key in records if why.get(key) == reason):
             told = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
             lines.append(f"Dropped, {reason}: {counts.total()} ({told})")
 
-    def share(part: set, whole: set) -> str:
-        return f"{len(part & whole) / len(whole):.3f} ({len(part & whole)} of {len(whole)})" if whole else "–"
+    def caught(step: int, target: str, blamed: set[str], keys: set[str], reasons: Sequence[str]) -> str:
+        dropped = {key for key in keys if why.get(key) in reasons}
+        right = {key for key in dropped if blamed & set(mistakes[key])}
+        wanted = {key for key in keys if target in mistakes[key]}
+        return (f"step {step} against mistakes in {target}: precision {len(right)}/{len(dropped)}, "
+                f"recall {len(dropped & wanted)}/{len(wanted)}")
 
-    made = {kind: {key for key in mistakes if kind in mistakes[key]} for kind in ("perception", "reasoning", "template")}
-    for step, kind, reasons, excused in ((2, "reasoning", ("template broken", "answer wrong"), ()),
-                                         (3, "perception", ("observation insufficient",), DROPPED)):
-        dropped = {key for key, reason in why.items() if reason in reasons}
-        met = made[kind] - {key for key, reason in why.items() if reason in excused and reason not in reasons}
-        just = set().union(*made.values()) if step == 2 else made[kind]       # any mistake can make a wrong answer
-        if any(made.values()):
-            lines.append(f"step {step} against mistakes in {kind}: precision {share(just, dropped)}, "
-                         f"recall {share(dropped, met)}")
+    if any(mistakes.values()):                               # any mistake can make an answer wrong
+        met = {key for key in mistakes if why.get(key) in (None, "observation insufficient")}
+        lines += [caught(2, "reasoning", {"perception", "reasoning", "template"}, set(mistakes),
+                         ("template broken", "answer wrong")),
+                  caught(3, "perception", {"perception"}, met, ("observation insufficient",))]
     return "\n".join(lines)
 
 
@@ -1117,16 +1099,15 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
     for f in fields(cls):
         if names and f.name not in names:
             continue
-        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
-        if f.default != "" and (len(values) < len(presets) or not presets):
-            values.insert(0, f"default {f.default}")
-        about = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
+        values = [f"default {f.default}"] * (f.default != "")
+        values += [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
+        about = f"{f.metadata['help']} [{'; '.join(values)}]".replace(" []", "").replace("%", "%%")
         options = {"type": type(f.default), "choices": f.metadata["choices"]}
         if isinstance(f.default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
             options = {"type": type(f.default[0]), "nargs": len(f.default)}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about.replace("%", "%%"), **options)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **options)
 
 
 def given_flags(args: argparse.Namespace) -> dict:
@@ -1188,16 +1169,15 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 @contextmanager
 def lock_folder(folder: Path):
-    """Lets one process at a time work in a folder: SystemExit for a second one, which would do the work twice."""
+    """SystemExit while another process works in the folder: it would do the same work twice."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        try:
-            import fcntl                                     # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise SystemExit(f"Another process works in {folder}.") from None
+        with suppress(ImportError):                          # Windows has no fcntl: no lock there
+            import fcntl
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"Another process works in {folder}.") from None
         yield
 
 
@@ -1205,38 +1185,32 @@ def lock_folder(folder: Path):
 
 def check(file: str, media: str, model: str | None, limit: int, keep: str | None, settings: InputSettings) -> bool:
     """Reads a record file and its media, and prints what a run would meet. Returns False if a run would stop."""
-    records = read_records(file)
+    records, root = read_records(file), Path(media)
     print(f"{file}: {len(records)} records, all well formed")
     for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
         print(f"  {n:8}  {kind}")
     print(f"  {sum(len(r.trace) == len(TRACE_TAGS) for r in records):8}  with a trace for SFT")
-    invalid = [(r, reason) for r in records if (reason := why_invalid(r))]
+    invalid = [f"{r.path}: {reason}" for r in records if (reason := why_invalid(r))]
     records = random.Random(0).sample(records, limit) if 0 < limit < len(records) else records
     tokens = (Vocabulary(model), read_config(model)) if model else None
-    lengths, lost, kept = [], [], []
 
-    def length(r: Record) -> int | MediaError:
+    def read(r: Record) -> int | str:
+        """Tokens of the prompt (0 without a tokenizer), or why the medium cannot be read."""
         try:
-            if tokens:
-                return len(build_example(r, Path(media), *tokens, settings).ids)
-            return len(media_patches(r.path, r.data_type, r.bounds, r.rate, Path(media), settings)[0])
+            return len(build_example(r, root, *tokens, settings).ids) if tokens else read_media(r, root, settings) and 0
         except MediaError as error:
-            return error
+            return f"{r.path}: {error}"
 
     with ThreadPoolExecutor(settings.workers) as pool:
-        for r, found in tqdm(zip(records, pool.map(length, records)), "reading media", len(records), unit="record"):
-            if isinstance(found, MediaError):
-                lost.append((r, found))
-            else:
-                kept.append(r)
-                lengths.append(found)
-    for r, reason in invalid[:20] + lost[:20]:
-        print(f"  {r.path}: {reason}")
-    print(f"{len(invalid)} records are invalid, {len(lost)} of {len(records)} media cannot be read (20 of each shown)")
+        found = list(tqdm(pool.map(read, records), "reading media", len(records), unit="record"))
+    lost, lengths = [x for x in found if isinstance(x, str)], [x for x in found if isinstance(x, int)]
+    for what, some in ((f"of {len(records)} media cannot be read", lost), ("records cannot teach", invalid)):
+        print("\n  ".join([f"{len(some)} {what}", *some[:20]]))
     if tokens and lengths:
-        print(f"tokens of a prompt: median {int(np.median(lengths))}, most {max(lengths)}; "
-              f"{sum(n > settings.max_prompt for n in lengths)} over --max-prompt {settings.max_prompt} are skipped")
+        long = sum(n > settings.max_prompt for n in lengths)
+        print(f"tokens of a prompt: median {np.median(lengths):.0f}, most {max(lengths)}; {long} above --max-prompt")
     if keep:
+        kept = [r for r, x in zip(records, found) if isinstance(x, int)]
         write_rows(Path(keep), map(to_row, kept))
         print(f"{keep}: the {len(kept)} records whose media can be read")
     stops = len(lost) > MAX_UNREADABLE * len(records)
@@ -1264,27 +1238,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     unused = ("workers", "cache_gb", "max_prompt", "template")
     add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in unused])
     given = given_flags(parser.parse_args(argv))
-    command = given.pop("command")
     try:
-        if command == "toy":
-            print(make_toy(given["out"], {split: given[split] for split in TOY_SPLITS}))
-        elif command == "check":
-            names = ("file", "media", "model", "limit", "keep")
-            settings = InputSettings(**{k: v for k, v in given.items() if k not in names})
-            sys.exit(not check(*(given.get(name) for name in names), settings))
-        else:
-            toy = {} if "data" in given else {"out": "runs/tiny/cot"}
-            if toy and not given.get("teacher", "").startswith(HTTP):         # a large teacher gets a large picture
-                toy |= TOY_INPUT
-            settings = CotSettings(**{"out": "runs/cot"} | toy | given)
-            if toy:
-                settings = replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
-            if not cot(settings).stat().st_size:
-                sys.exit("No trace was kept.")
+        run_command(given.pop("command"), given)
     except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
+
+
+def run_command(command: str, given: dict) -> None:
+    if command == "toy":
+        print(make_toy(given.pop("out"), given))
+    elif command == "check":
+        own = [given.pop(name, None) for name in ("file", "media", "model", "limit", "keep")]
+        sys.exit(not check(*own, InputSettings(**given)))
+    else:
+        preset = {"out": "runs/cot"} if "data" in given else {"out": "runs/tiny/cot"}
+        if "data" not in given and not given.get("teacher", "").startswith(HTTP):    # a server gets large pictures
+            preset |= TOY_INPUT
+        settings = CotSettings(**preset | given)
+        if not settings.data:
+            settings = replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
+        if not cot(settings).stat().st_size:
+            sys.exit("No trace was kept.")
 
 
 if __name__ == "__main__":
