@@ -23,7 +23,7 @@ import struct
 import sys
 import threading
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -107,11 +107,8 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """Which of `total` frames are taken: an even number, evenly spread, always with the first and the last.
-
-    `settings.fps` a second, rounded down to an even number as in the official qwen_vl_utils, at least 4, at most
-    `settings.frames` and `total`. A clip of one frame gives it twice.
-    """
+    """Which frames are taken: evenly spread, with the first and the last. Their number is `settings.fps` a second,
+    rounded down to an even one as in qwen_vl_utils, within 4 … `settings.frames`. A single frame is taken twice."""
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
     wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
     return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
@@ -164,8 +161,6 @@ def read_image(path: Path) -> np.ndarray:
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
     """Frames (N, height, width, 3) uint8 in the size that the model sees."""
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    if (h, w) == frames.shape[1:3]:
-        return frames
     return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
 
 
@@ -215,24 +210,19 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
 
     Raises ValueError with the file and the record's number for anything that is not as it should be.
     """
-    where, records = f"{file}", []
+    where = f"{file}"
     try:
         raw = Path(file).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else []
-        for n, line in enumerate([] if rows else text.split("\n"), start=1):  # splitlines also cuts at U+2028
-            where = f"{file}, line {n}"
-            rows += [json.loads(line)] if line.strip() else []
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig").strip()
+        rows = json.loads(text) if text[:1] == "[" else [line for line in text.split("\n") if line.strip()]
+        for i, row in enumerate(rows):                       # splitlines would also cut at U+2028, inside a text
+            where = f"{file}, record {i + 1}"
+            rows[i] = to_record(row if text[:1] == "[" else json.loads(row), traces)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{where}: cannot be read: {error}") from None
-    for n, row in enumerate(rows, start=1):
-        try:
-            records.append(to_record(row, traces))
-        except ValueError as error:
-            raise ValueError(f"{file}, record {n}: {error}") from None
-    if not records:
+        raise ValueError(f"{where}: {error}") from None
+    if not rows:
         raise ValueError(f"{file}: holds no records")
-    return records
+    return rows
 
 
 def to_record(row: dict, traces: bool) -> Record:
@@ -463,25 +453,25 @@ class Examples:
     def __getitem__(self, i: int) -> Example | None:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
-        r, example = self.records[i], None
+        r, size = self.records[i], 0
         reason = why_invalid(r) if self.teaching else ""
         try:
             example = None if reason else build_example(r, self.root, self.vocabulary, self.config, self.settings)
-            if example and len(example.ids) > self.settings.max_prompt:
-                reason = f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
         except MediaError as error:
-            reason = f"media: {error}"
+            example, reason = None, f"media: {error}"
+        if example and len(example.ids) > self.settings.max_prompt:
+            example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
+        if example and example.pixels is not None:
+            size = example.pixels.nbytes
         with self.lock:
             self.asked.add(i)
-            if reason:
+            if example and i not in self.cache and size <= self.room:
+                self.cache[i], self.room = example, self.room - size
+            elif reason:
                 self.skipped[i] = reason
                 if self.log:
                     with self.log.open("a") as file:
                         file.write(f"{r.path}\t{reason}\n")
-                return None
-            size = 0 if example.pixels is None else example.pixels.nbytes
-            if i not in self.cache and size <= self.room:
-                self.cache[i], self.room = example, self.room - size
         return example
 
     def check_losses(self) -> None:
@@ -939,10 +929,6 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
     records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
     if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
         raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
-    if s.judge.startswith(HTTP):                             # before a teacher is paid: can its traces be judged?
-        key_from("JUDGE_API_KEY")
-    elif s.judge == "reference":
-        newest_checkpoint(s.judge_model)
     made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may change
     free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())
     check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
@@ -1019,10 +1005,10 @@ def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Ca
     try:
         for future in as_completed([pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]):
             bar.update(future.result())
-            if len(failed) >= 20 and len(failed) > s.max_unknown * (bar.n - bar.initial):
-                (reason, n), = Counter(failed.values()).most_common(1)
-                raise ValueError(f"{what}: {len(failed)} of {bar.n - bar.initial} records came to nothing, {n} of them "
-                                 f"because: {reason}. {len(done)} are kept; the same command goes on from there.")
+            lost = Counter([*failed.values()])
+            if lost.total() >= 20 and lost.total() > s.max_unknown * (lost.total() + len(done) - bar.initial):
+                raise ValueError(f"{what}: {lost.total()} records failed, most often for {lost.most_common(1)[0][0]}. "
+                                 f"{len(done)} are done and kept; the same command goes on from there.")
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
@@ -1073,18 +1059,17 @@ def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, 
             told = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
             lines.append(f"Dropped, {reason}: {counts.total()} ({told})")
 
-    def caught(step: int, target: str, blamed: set[str], keys: set[str], reasons: Sequence[str]) -> str:
+    # An answer may be wrong for any mistake; step 3 meets only what passed step 2.
+    met = {key for key in mistakes if why.get(key) in (None, "observation insufficient")}
+    for step, target, blamed, keys, reasons in (
+            (2, "reasoning", {"perception", "reasoning", "template"}, {*mistakes}, ("template broken", "answer wrong")),
+            (3, "perception", {"perception"}, met, ("observation insufficient",))):
         dropped = {key for key in keys if why.get(key) in reasons}
         right = {key for key in dropped if blamed & set(mistakes[key])}
         wanted = {key for key in keys if target in mistakes[key]}
-        return (f"step {step} against mistakes in {target}: precision {len(right)}/{len(dropped)}, "
-                f"recall {len(dropped & wanted)}/{len(wanted)}")
-
-    if any(mistakes.values()):                               # any mistake can make an answer wrong
-        met = {key for key in mistakes if why.get(key) in (None, "observation insufficient")}
-        lines += [caught(2, "reasoning", {"perception", "reasoning", "template"}, set(mistakes),
-                         ("template broken", "answer wrong")),
-                  caught(3, "perception", {"perception"}, met, ("observation insufficient",))]
+        if any(mistakes.values()):
+            lines.append(f"step {step} against mistakes in {target}: precision {len(right)} of {len(dropped)}, "
+                         f"recall {len(dropped & wanted)} of {len(wanted)}")
     return "\n".join(lines)
 
 
@@ -1208,11 +1193,10 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
         print("\n  ".join([f"{len(some)} {what}", *some[:20]]))
     if tokens and lengths:
         long = sum(n > settings.max_prompt for n in lengths)
-        print(f"tokens of a prompt: median {np.median(lengths):.0f}, most {max(lengths)}; {long} above --max-prompt")
+        print(f"tokens of a prompt:  least {min(lengths)}, median {np.median(lengths):.0f}, most {max(lengths)}; "
+              f"{long} above --max-prompt")
     if keep:
-        kept = [r for r, x in zip(records, found) if isinstance(x, int)]
-        write_rows(Path(keep), map(to_row, kept))
-        print(f"{keep}: the {len(kept)} records whose media can be read")
+        write_rows(Path(keep), [to_row(r) for r, x in zip(records, found) if isinstance(x, int)])
     stops = len(lost) > MAX_UNREADABLE * len(records)
     print("A run would stop: too many media are missing" if stops else "A run would start")
     return not stops
@@ -1238,29 +1222,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     unused = ("workers", "cache_gb", "max_prompt", "template")
     add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in unused])
     given = given_flags(parser.parse_args(argv))
+    command = given.pop("command")
     try:
-        run_command(given.pop("command"), given)
+        if command == "toy":
+            print(make_toy(given.pop("out"), given))
+        elif command == "check":
+            own = [given.pop(name, None) for name in ("file", "media", "model", "limit", "keep")]
+            sys.exit(not check(*own, InputSettings(**given)))
+        elif not cot(cot_settings(given)).stat().st_size:
+            sys.exit("No trace was kept.")
     except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
 
 
-def run_command(command: str, given: dict) -> None:
-    if command == "toy":
-        print(make_toy(given.pop("out"), given))
-    elif command == "check":
-        own = [given.pop(name, None) for name in ("file", "media", "model", "limit", "keep")]
-        sys.exit(not check(*own, InputSettings(**given)))
-    else:
-        preset = {"out": "runs/cot"} if "data" in given else {"out": "runs/tiny/cot"}
-        if "data" not in given and not given.get("teacher", "").startswith(HTTP):    # a server gets large pictures
-            preset |= TOY_INPUT
-        settings = CotSettings(**preset | given)
-        if not settings.data:
-            settings = replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
-        if not cot(settings).stat().st_size:
-            sys.exit("No trace was kept.")
+def cot_settings(given: dict) -> CotSettings:
+    """The settings that flags give. Without --data, the toy world stands beside --out, made when missing."""
+    if "data" in given:
+        return CotSettings(**{"out": "runs/cot"} | given)
+    small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT    # a server gets large pictures
+    settings = CotSettings(**{"out": "runs/tiny/cot"} | small | given)
+    return replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
 
 
 if __name__ == "__main__":
