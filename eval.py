@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import (TOY_SPLITS, Examples, JudgeSettings, MediaError, Record, add_flags, lock_folder, blind_answers,
                   build_example, given_flags, instruction, load_local, make_judge, make_toy, format_table,
-                  check_settings, to_record, write_rows, write_atomically)
+                  check_settings, default_settings, to_record, write_rows, write_atomically)
 from pagrpo import PRESETS, Response, Settings, ask, rollout, wilson
 from rewards import PROBLEM_TYPES, Journal, choice, number, option_texts, normalize_text, task_metric, read_jsonl
 from sft import QWEN, World, newest_checkpoint, start_world
@@ -670,7 +670,7 @@ def run(job: Job, items: list[Item], condition: Condition = Condition()) -> list
         check_settings(folder, {name: getattr(job.settings, name) for name in OWN} | {
             "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
             "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
-            "observations": condition.source}, free=())
+            "observations": condition.source}, default_settings(job.settings), free=())
     todo = unanswered(items, recorded(folder), job.root)
     world.barrier()                                             # all have read before any writes
     if todo:
