@@ -277,9 +277,9 @@ class Judge:
     decide: Callable[[list[Claim]], list[Verdict]]
     refuse_leaks: bool = True
     background: bool = False                                 # works in a thread while the caller goes on
-    pool: ThreadPool | None = None                           # that thread
     counts: Counter = field(default_factory=Counter)         # requests, retries and cached replies so far
     seconds: float = 0.0                                     # that the last batch took
+    pool: ThreadPool | None = None                           # the thread of a background judge
 
     def __call__(self, claims: Sequence[Claim]) -> list[Verdict]:
         started = time.perf_counter()
@@ -323,7 +323,7 @@ def clean(observation: str) -> str:
     return printable(observation).translate(BRACKETS)[:MAX_OBSERVATION].strip()
 
 
-PREAMBLE = re.compile(r"based on the questions?|i need to notice", re.I)      # the usual start of an observation
+PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*›", re.I)                # and cleaned tags
 CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the points in 3.5 or 1,000
 ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
 LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
@@ -527,7 +527,7 @@ class ChatClient:
             return [result.get() if result.ready() else late for result in results]
 
     def ask(self, messages: list[dict]) -> Reply:
-        """One reply, from the cache or from the server. Nothing that fails is raised."""
+        """One reply, from the cache or from the server. Whatever goes wrong there is its error."""
         body = self.body | {"messages": messages}
         exact = f"{self.url.rstrip('/')}/chat/completions\n{json.dumps(body, sort_keys=True)}"
         name = hashlib.sha256(exact.encode()).hexdigest()
@@ -536,19 +536,18 @@ class ChatClient:
             return Reply(self.known[name])
         try:
             text = self.server.chat.completions.create(**body).choices[0].message.content
-            text = self.hide_key(text.encode(errors="replace").decode())      # a lone surrogate cannot be written
+            text = text.encode(errors="replace").decode()    # no file and no terminal takes a lone surrogate
         except Exception as error:
-            status = getattr(error, "status_code", "")
-            reason = f"HTTP {status} {error}" if status else f"{type(error).__name__}: {error.__cause__ or error}"
-            return Reply(None, self.hide_key(" ".join(reason.split()))[:300])
+            if hasattr(error, "status_code"):
+                reason = f"HTTP {error.status_code} {error.response.text}"
+            else:
+                reason = f"no chat completion ({type(error).__name__}: {error.__cause__ or error})"
+            reason = reason.replace(self.key, "***") if self.key else reason   # a server may repeat a key it refuses
+            return Reply(None, printable(reason)[:300])
         if self.journal and self.keep(text):
             self.known[name] = text
             self.journal.add({"request": name, "text": text})
         return Reply(text)
-
-    def hide_key(self, text: str) -> str:
-        """Servers may repeat a key in what they say. One of a few letters is no secret."""
-        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
 
 def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
@@ -569,6 +568,8 @@ def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
     def ask_all(chats: list[list[dict]]) -> list[Reply]:
         if model.device.type == "cuda":                      # in a new thread GPU 0 is the current one
             torch.cuda.set_device(model.device)
+        if not chats:                                        # a pipeline wants at least one
+            return []
         if not tokenizer.chat_template:
             chats = [chat[0]["content"] + "\n\n" for chat in chats]
         replies = speak(chats, batch_size=batch, generation_config=greedy, return_full_text=False)
