@@ -1082,8 +1082,10 @@ def run_resumable(items: dict[str, Any], make_worker: Callable[["CotSettings"], 
         return done, lost
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
     parts = (todo[i:i + size] for i in range(0, len(todo), size))
+    def work_on(keys: list[str]) -> tuple[list[str], Sequence]:
+        return keys, work([items[k] for k in keys])
     with tqdm(total=len(items), initial=len(done), desc=what, unit="record") as bar, ThreadPool(threads) as pool:
-        for keys, results in pool.imap_unordered(lambda keys: (keys, work([items[k] for k in keys])), parts):
+        for keys, results in (pool.imap_unordered if threads > 1 else map)(work_on, parts):
             tried += len(keys)
             bar.update(len(keys))
             for key, result in zip(keys, results, strict=True):
