@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 import sys
 import threading
@@ -28,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -40,9 +42,9 @@ from tqdm import tqdm
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Sampled, init_weights, load_model, mrope_positions,
                    newest_checkpoint, read_config, save_model, write_config)
 import rewards
-from rewards import (COLOURS, JUDGEMENT, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, Claim, Client,
+from rewards import (COLOURS, JUDGEMENT, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, ChatClient, Claim,
                      Journal, Judge, Parsed, Toy, Verdict, extract_tag, language_judge, local_llm, matches_template,
-                     parse, read_toy, rule_judge, server_address, task_metric, toy_answer)
+                     parse, read_toy, rule_judge, task_metric, toy_answer)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -665,44 +667,44 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Who judges observations, in the data pipeline and in RL, and how patient requests over http are."""
-    judge: str = flag("rule", "who decides whether an observation suffices: rule (the toy world's own), reference (the "
-                      "KL reference answers from the observation alone), a folder with a language model, or an address "
-                      "http(s)://…/v1")
+    """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
+    judge: str = flag("rule", "what decides whether an observation suffices: rule (exact, for the toy world), reference "
+                      "(the KL reference answers from the observation alone), a folder with a language model, or an "
+                      "address http(s)://…/v1")
     judge_model: str = flag("", "name of the model behind an http judge, whose key comes from the environment variable "
                             "JUDGE_API_KEY; for `data.py cot --judge reference` the checkpoint that answers")
-    judge_device: str = flag("", "where a judge from a folder runs, such as cuda:1, for all ranks; default: where the "
-                             "rank runs")
-    judge_tokens: int = flag(512, "most tokens of a judge's reply; one that thinks aloud needs more")
-    refuse_leaks: bool = flag(True, "an observation that is nothing but an answer is insufficient, whatever a judge "
-                              "might say; --no-refuse-leaks leaves it to the judge, as the paper does")
-    concurrency: int = flag(64, "most requests over http under way at once, for each rank")
-    timeout: float = flag(60.0, "seconds that one request may take")
-    retries: int = flag(5, "further tries of a request that failed: 1, 2, 4 … seconds apart, or as the server asks")
+    judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
+    judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
+    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient, whatever the judge "
+                              "would say; --no-refuse-leaks leaves it to the judge, as the paper does")
+    concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
+    timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
+    retries: int = flag(24, "retries of a failed request, after waits that grow from 0.5 to 8 s (or as the server asks): "
+                        "24 outlast an outage of two minutes")
     max_unknown: float = flag(0.2, "largest share of verdicts, or of a teacher's traces, that may be missing; above it "
                               "the run stops")
 
     def __post_init__(self):
         check_minimum(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
-        self.need("judge", ("rule", "reference"))
+        self.check_source("judge", ("rule", "reference"))
 
-    def need(self, name: str, words: tuple[str, ...]) -> None:
-        """SystemExit for a judge or teacher that is none, before anything is computed or written."""
+    def check_source(self, name: str, built_in: tuple[str, ...]) -> None:
+        """SystemExit, before anything is computed or written, if --judge or --teacher names nothing that exists."""
         value, option = getattr(self, name), f"--{name}"
-        if value.startswith(HTTP):
-            try:
-                server_address(value)
-            except ValueError as error:
-                raise SystemExit(f"{option}: {error}") from None
-            if not getattr(self, name + "_model"):
-                raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
-        elif value not in words and not Path(value).is_dir():
-            raise SystemExit(f"{option} {value}: neither {', '.join(words)}, a folder that is there, nor an address "
-                             f"http(s)://…/v1")
+        if not value.startswith(HTTP):
+            if value not in built_in and not Path(value).is_dir():
+                raise SystemExit(f"{option} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
+                                 f"address http(s)://…/v1")
+        elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):             # the address may hold a key: do not show it
+            raise SystemExit(f"{option}: an address is like https://host:port/v1; keys come from the environment")
+        elif not getattr(self, name + "_model"):
+            raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
+        elif not find_spec("openai"):
+            raise SystemExit(f"{option} {value} needs a package: pip install openai")
 
 
 def key_from(variable: str) -> str:
-    """An API key from the environment, the only place it may come from. ValueError for a broken one, without it."""
+    """An API key from the environment, its only source. ValueError, which does not show it, if no header can hold it."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{variable} holds characters that no key can have")
@@ -711,17 +713,17 @@ def key_from(variable: str) -> str:
 
 def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
-    """The judge that --judge names. `cache` is a file for replies over http; `reference` answers blind."""
+    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference.
+    device: of the rank."""
     if s.judge in ("rule", "reference"):
         return Judge(rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
     if s.judge.startswith(HTTP):
-        client = Client(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
-                        dict(max_tokens=s.judge_tokens, temperature=0), keep=JUDGEMENT.search)
+        client = ChatClient(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
+                            keep=JUDGEMENT.search, max_tokens=s.judge_tokens, temperature=0)
         return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # On the CPU its threads and those of training would only wait for each other.
-    speaker = local_llm(s.judge, device, s.judge_tokens)
-    return Judge(language_judge(speaker), s.refuse_leaks, background=device != "cpu")
+    # A judge on the CPU would take threads from the training.
+    return Judge(language_judge(local_llm(s.judge, device, s.judge_tokens)), s.refuse_leaks, background=device != "cpu")
 
 
 def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
@@ -737,24 +739,24 @@ THRESHOLD = 0.6                                              # a score from whic
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
-    """Judging by answering: the model gets question and observation without the media, finishes think and answer
-    greedily, and the task metric says whether it got there (0.6, the threshold of the data pipeline).
+    """Judges by answering: the model reads question and observation without the media, writes think and answer
+    greedily, and an observation suffices if the answer's score reaches THRESHOLD.
 
-    The paper asks a large language model instead. This needs no second model and has no verdict that could be faked;
-    in return weak reasoning of the model is blamed on the observation, and an observation that merely states the answer
-    passes, unless it is caught as a leak.
+    The paper asks a large language model instead. This needs no second model, and no verdict can be faked. But weak
+    reasoning of the model counts against the observation, and an observation that states the answer passes unless it is
+    caught as a leak.
     """
     verdicts = []
     for i in range(0, len(claims), batch):
         some = claims[i:i + batch]
-        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
-                          given=c.observation) for c in some]
-        prompts = collate([build_example(r, Path(), vocabulary, model.config, settings) for r in records]).to(device)
-        out = model.generate(prompts, torch.zeros(len(some), 1, tokens), vocabulary.stop_ids, temperature=0.0)
+        examples = [build_example(Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
+                                         given=c.observation), Path(), vocabulary, model.config, settings) for c in some]
+        out = model.generate(collate(examples).to(device), torch.zeros(len(some), 1, tokens), vocabulary.stop_ids,
+                             temperature=0.0)
         for c, text in zip(some, first_texts(out, vocabulary)):
             score = task_metric(c.problem_type, parse(text).contents["answer"], c.reference, c.options)
-            said = " ".join(text.split())
-            verdicts.append(Verdict(score >= THRESHOLD, f"answering blind: {said} (score {score:.2f})"))
+            explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
+            verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
 
 
@@ -764,59 +766,61 @@ def first_texts(out: Sampled, vocabulary: Vocabulary) -> list[str]:
 
 
 class Draft(NamedTuple):
-    """What a teacher made of a record. No output: it is tried again when the pipeline is run again."""
+    """A teacher's trace for a record. Without output the next run of the pipeline tries again."""
     output: str | None
-    error: str = ""                                          # why there is none
+    error: str = ""                                          # why there is no output
     mistakes: tuple[str, ...] = ()                           # that the scripted teacher made on purpose
 
 
 def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """Any server that speaks OpenAI's protocol and takes pictures: frames go as data URLs, in the size set here."""
-    client = Client(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
-                    body=dict(max_tokens=s.max_response, temperature=s.temperature, seed=s.seed))
+    """A server that speaks OpenAI's chat protocol and reads images: it gets the frames in the size set here."""
+    client = ChatClient(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
+                        patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
+                        temperature=s.temperature, seed=s.seed)
 
-    def teach(records: list[Record]) -> list[Draft]:
-        (record,) = records
+    def teach(record: Record) -> Draft:
         try:
             frames, _, limit = read_media(record, Path(s.media), s)
         except MediaError as error:
-            return [Draft(None, f"media: {error}")]
-        content = []
-        for frame in resize(frames, min(s.min_pixels, limit), limit):
-            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
+            return Draft(None, f"media: {error}")
+        content = [{"type": "image_url", "image_url": {"url": data_url(frame)}}
+                   for frame in resize(frames, min(s.min_pixels, limit), limit)]
         content.append({"type": "text", "text": instruction(record, s)})
-        reply = client.ask([{"role": "user", "content": content}])
-        return [Draft(reply.text, reply.error)]
-    return teach
+        return Draft(*client.ask_all([[{"role": "user", "content": content}]])[0])
+    return lambda records: [teach(record) for record in records]
+
+
+def data_url(frame: np.ndarray) -> str:
+    """A frame (height, width, 3) as JPEG in a URL."""
+    Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def local_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """A checkpoint of this project or of Qwen2.5-VL, through model.py."""
+    """A checkpoint of this project or of Qwen2.5-VL."""
     vocabulary, model, device = load_local(s.teacher)
 
     def teach(records: list[Record]) -> list[Draft]:
-        found = {}
-        for i, record in enumerate(records):
+        examples, drafts = [], {}
+        for record in records:
             try:
-                found[i] = build_example(record, Path(s.media), vocabulary, model.config, s)
+                examples.append(build_example(record, Path(s.media), vocabulary, model.config, s))
             except MediaError as error:
-                found[i] = Draft(None, f"media: {error}")
-        ready = {i: e for i, e in found.items() if isinstance(e, Example)}
-        if ready:
-            uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response)
-                                    for e in ready.values()])
-            out = model.generate(collate([*ready.values()]).to(device), uniforms, vocabulary.stop_ids, s.temperature)
-            found |= zip(ready, map(Draft, first_texts(out, vocabulary)))
-        return [found[i] for i in range(len(records))]
+                drafts[record] = Draft(None, f"media: {error}")
+        if examples:
+            uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response) for e in examples])
+            out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, s.temperature)
+            drafts |= {e.record: Draft(text) for e, text in zip(examples, first_texts(out, vocabulary))}
+        return [drafts[record] for record in records]
     return teach
 
 
 def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
+    """The newest checkpoint in a folder, ready to answer: its vocabulary, the model, and the device that holds it."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
-    model = load_model(path, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    model = load_model(path, torch.bfloat16 if bf16 else torch.float32, device)
     return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
@@ -888,7 +892,7 @@ class CotSettings(InputSettings, JudgeSettings):
         JudgeSettings.__post_init__(self)
         check_minimum(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
                       reasoning_mistakes=0, template_mistakes=0)
-        self.need("teacher", ("toy",))
+        self.check_source("teacher", ("toy",))
         if self.template != "p2r":
             raise SystemExit("--template think has no observation that could be judged")
         if self.judge == "reference" and not self.judge_model:
