@@ -76,20 +76,21 @@ TAGS = tuple(tag.name for segment in SEGMENTS for tag in segment.tags)
 TAG_PATTERN = re.compile(f"(</?(?:{'|'.join(TAGS)})>)")
 
 
-def find_end(text: str | bytes, k: int, start: int) -> int | None:
-    """Where segment k ends in a response: behind its first closing tag after `start`, the last segment at the end of
-    the text. None if the tag is missing."""
-    if k == len(SEGMENTS) - 1:
-        return len(text)
-    closing = f"</{SEGMENTS[k].tags[-1].name}>"
-    at = text.find(closing if isinstance(text, str) else closing.encode(), start)
-    return None if at < 0 else at + len(closing)
-
-
 class Parsed(NamedTuple):
     """A parsed response."""
     contents: dict[str, str | None]                          # by tag; None unless its segment holds exactly one pair
     formats: tuple[bool, ...]                                # (K,) does the segment match the template?
+
+
+def segment_ends(text: str | bytes) -> list[int | None]:
+    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing."""
+    ends, start = [], 0
+    for segment in SEGMENTS[:-1]:
+        closing = f"</{segment.tags[-1].name}>"
+        at = text.find(closing if isinstance(text, str) else closing.encode(), start)
+        ends.append(None if at < 0 else at + len(closing))
+        start = ends[-1] or start
+    return [*ends, len(text)]
 
 
 def parse(text: str) -> Parsed:
@@ -100,13 +101,11 @@ def parse(text: str) -> Parsed:
     it is, and only that one. A segment whose closing tag is missing is empty, and its text is read as part of the next.
     """
     contents, formats, start = {}, [], 0
-    for k, segment in enumerate(SEGMENTS):
-        end = find_end(text, k, start)
-        piece = "" if end is None else text[start:end]
+    for segment, end in zip(SEGMENTS, segment_ends(text)):
+        piece, start = text[start:end] if end is not None else "", end or start
         names = [tag.name for tag in segment.tags]
         contents |= {name: extract_tag(name, piece) for name in names}
         formats.append(matches_template(piece, names))
-        start = start if end is None else end
     return Parsed(contents, tuple(formats))
 
 
@@ -134,22 +133,16 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
-    …, K - 1. K for all tokens if a segment before the last is never closed: nobody can say what belongs where.
+    …, K - 1. K for all tokens if a segment before the last is never closed: what belongs where is unknown then.
 
     Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
-        [b"<observation>", b"a cat", b"</observ", b"ation>\\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
+        [b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
     """
-    text, ends, start = b"".join(token_bytes), [], 0
-    for k in range(len(SEGMENTS) - 1):
-        start = find_end(text, k, start)
-        if start is None:
-            return [len(SEGMENTS)] * len(token_bytes)
-        ends.append(start)
-    ids, begin = [], 0
-    for token in token_bytes:
-        ids.append(bisect.bisect_right(ends, begin))         # how many segments have ended where this token begins
-        begin += len(token)
-    return ids
+    ends = segment_ends(b"".join(token_bytes))[:-1]
+    if None in ends:
+        return [len(SEGMENTS)] * len(token_bytes)
+    begins = itertools.accumulate(map(len, token_bytes), initial=0)
+    return [bisect.bisect_right(ends, begin) for _, begin in zip(token_bytes, begins)]     # segments ended so far
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -262,13 +255,13 @@ def regression(answer: str, reference: str) -> float:
     return float(max(0, 1 - abs(predicted - wanted) / abs(wanted)))          # a huge error fits no float: cut it first
 
 
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """The minimum number of inserted, deleted and replaced words that turn a into b."""
+def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int:
+    """The lowest cost of turning words a into words b, where inserting or deleting a word costs 1."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + replacing * (x != y))
     return row[-1]
 
 
@@ -278,22 +271,14 @@ def ocr(answer: str, reference: str) -> float:
     return max(0.0, 1 - edit_distance(said, written) / len(written)) if written else float(not said)
 
 
-def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
 def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a reference of one word:
     it has no pair of words, and a perfect answer would otherwise score 2/3."""
     said, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
     if not said or not wanted:
         return 0.0
-    scores = [2 * longest_common_subsequence(said, wanted) / (len(said) + len(wanted))]
+    both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
+    scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
     for n in (1, 2) if len(wanted) > 1 else (1,):
         a, b = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, wanted))
         scores.append(2 * (a & b).total() / (a.total() + b.total()))

@@ -9,7 +9,7 @@ import torch
 import pagrpo
 from data import JudgeSettings, make_judge
 from rewards import (JUDGE_PROMPT, UNREADABLE, Claim, Judge, Reply, Verdict, clean, judge_chat, language_judge, leaks,
-                     parse, read_verdict, response_rewards, rule_judge)
+                     read_verdict, rule_judge)
 from serving import Fault, serving
 
 SEEN = "1 red O, 2 blue X, 3 green T"
@@ -232,13 +232,11 @@ def test_a_broken_key_is_refused_without_being_shown(monkeypatch):
 
 def test_an_unknown_verdict_is_neither_yes_nor_no():
     """Its response leaves the group: the others are compared among themselves, and fewer than two say nothing."""
-    parsed = parse("<observation> seen </observation><think> a </think><answer> 2 </answer>")
-    perception, reasoning = response_rewards(parsed, None, 1.0, True, (10, 20), ((8, 16), (10, 48)))
-    assert math.isnan(perception.total) and perception.format == 1 and reasoning.total == 2.2
-    advantages = pagrpo.normalize(torch.tensor([2.0, math.nan, 1.0, 1.0]))
+    unknown, two, one = math.nan, 2.0, 1.0
+    advantages = pagrpo.normalize(torch.tensor([[two, unknown, one, one]]))[0]
     assert advantages[1] == 0
-    assert torch.equal(advantages[[0, 2, 3]], pagrpo.normalize(torch.tensor([2.0, 1.0, 1.0])))
-    assert pagrpo.normalize(torch.tensor([2.0, math.nan, math.nan])).tolist() == [0, 0, 0]
+    assert torch.equal(advantages[[0, 2, 3]], pagrpo.normalize(torch.tensor([[two, one, one]]))[0])
+    assert pagrpo.normalize(torch.tensor([[two, unknown, unknown]])).tolist() == [[0, 0, 0]]
 
 
 RL = ["--preset", "tiny", "--steps", "2", "--questions", "4", "--group-size", "3", "--max-response", "24",
