@@ -1,35 +1,35 @@
-"""From files to model inputs: media, records, prompts, batches; the toy world, which makes all of them itself; and the
-data pipeline, which makes traces for SFT.
+"""From files to model inputs: media, records, prompts, batches; the toy world; the pipeline that makes traces for SFT.
 
-    python data.py toy --out runs/tiny/toy            write the toy world: video files, training and held-out records
-    python data.py check train.json --media DIR       say what is wrong with anybody's records, before a run does
+    python data.py toy --out runs/tiny/toy            write the toy world: clips, training and held-out records
+    python data.py check train.json --media DIR       say what a run would skip or refuse, before the run does
     python data.py cot                                traces for the toy world; for other questions: --data FILE
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
-Records are those of the VideoP2R release (gzip JSON, JSON or JSON lines): problem, options, solution, path, data_type,
-problem_type, and for SFT the trace in observation and process. Prompts follow Qwen's chat layout. Nothing here ever
-replaces one clip by another: a record whose media cannot be read is skipped, counted and named.
+Records are those of the VideoP2R release: problem, options, solution, path, data_type, problem_type, and for SFT the
+trace in observation and process. A record whose media cannot be read is skipped and named; it never gets another clip.
 """
 import argparse
 import ast
 import base64
 import gzip
 import hashlib
-import inspect
 import io
+import itertools
 import json
 import math
 import os
 import random
+import re
 import struct
 import sys
 import threading
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -42,97 +42,30 @@ from tqdm import tqdm
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Sampled, init_weights, load_model, mrope_positions,
                    newest_checkpoint, read_config, save_model, write_config)
 import rewards
-from rewards import (COLOURS, JUDGEMENT, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, UNREADABLE, Claim,
-                     Client, Journal, Judge, Parsed, Verdict, imap_unordered, local_llm, choice, language_judge,
-                     matches_template, extract_tag, parse, read_toy, rule_judge, server_address, task_metric, Toy, toy_answer)
+from rewards import (COLOURS, JUDGEMENT, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, ChatClient, Claim,
+                     Journal, Judge, Parsed, Toy, Verdict, extract_tag, language_judge, local_llm, matches_template,
+                     parse, read_toy, rule_judge, task_metric, toy_answer)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
-    """A setting with its reason: one line in the dataclass, one line in --help."""
-    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+    """A setting with its explanation, which stands in the dataclass and in --help."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
-    """Gives a parser a flag for every setting of a dataclass (or for some), None where it is not given."""
-    for f in fields(cls):
-        if names and f.name not in names:
-            continue
-        values = [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
-        if (len(values) < len(presets) or not presets) and f.default != "":
-            values.insert(0, f"default {f.default!r}" if presets else str(f.default))
-        kind = type(f.default)
-        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-               {"nargs": len(f.default), "type": type(f.default[0]), "metavar": "N"} if kind is tuple else
-               {"choices": f.metadata["choices"]} if "choices" in f.metadata else
-               {"type": kind, "metavar": kind.__name__.upper()})
-        about = (f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")).replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **how)
-
-
-def given_flags(args: argparse.Namespace) -> dict:
-    """The settings that were given, as a dataclass takes them."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
-
-
-HTTP = ("http://", "https://")
-FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
-
-
-def check_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
-    """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
-    these, except for those in FREE and `free`, which may change on the way."""
-    file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    try:
-        before = dict(json.loads(file.read_text())) if file.is_file() else now
-    except (ValueError, TypeError):
-        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
-    refuse_others(folder, before, now, free)
-    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=2) + "\n")
-
-
-def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) -> None:
-    """SystemExit with the difference, where settings differ that may not."""
-    same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
-    other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
-    if other:
-        raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
-            f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
-            + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes a file aside and renames it: it is there whole or not at all."""
-    aside = file.with_name(file.name + ".writing")
-    aside.write_text(text)
-    os.replace(aside, file)
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of a table, a rule below the first; the first column to the left, the others to the
-    right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    head, *lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
-                    for row in rows]
-    return [head, "─" * max(map(len, (head, *lines))), *lines]
-
-
-def check_minimum(settings, **least: int) -> None:
-    """SystemExit for a setting that would make a run senseless."""
-    for name, value in least.items():
-        if not getattr(settings, name) >= value:             # NaN is not
+def check_minimum(settings, **minimum: float) -> None:
+    for name, value in minimum.items():
+        if not getattr(settings, name) >= value:             # true for NaN
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How media and prompts become model inputs. Every script has these; SFT, RL and evaluation must agree on them."""
+    """How media and prompts become model inputs. SFT, RL and evaluation must agree on them."""
     frames: int = flag(16, "most frames taken from a video, always with its first and last (even)")
     fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows; 0: always --frames")
     min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this many pixels")
     max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this many pixels")
-    image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images, which have a budget of their own")
+    image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
     prompt: str = flag("full", "full: explain the template in the prompt; short: leave that to SFT; direct: question "
                        "and options alone", ["full", "short", "direct"])
@@ -145,17 +78,16 @@ class InputSettings:
         check_minimum(self, frames=2, fps=0, min_pixels=0, max_pixels=28 * 28, image_max_pixels=28 * 28, max_prompt=1)
 
 
-TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)          # what the toy world needs
+TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)
 
 
 # ------------------------------------------------------------------------------------------------ media
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official preprocessor_config.json
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-PATCH, STEP, MERGE = 14, 2, 2                                # pixels, frames in a grid step, patches merged per side
+PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels per side, frames, patches merged per side
 MIN_FRAMES = 4
-SEAL = 84                                                    # where write_avi puts a checksum: AVI leaves it free
-MAX_UNREADABLE = 0.2                                              # share of unreadable media at which a run stops
+MAX_UNREADABLE = 0.2                                         # share of unreadable media above which a run stops
 
 
 class MediaError(Exception):
@@ -163,7 +95,7 @@ class MediaError(Exception):
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's rule: both sides multiples of 28, the area between the limits, the ratio kept as well as that allows."""
+    """Qwen's rule: multiples of 28, area within the limits, aspect ratio kept as far as possible, at most 200."""
     unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
         raise MediaError(f"{width}×{height} pixels are too narrow: sides may differ by a factor of 200 at most")
@@ -178,96 +110,48 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """Which frames of a clip are taken: an even number, evenly spread, the first and the last always among them.
-
-    As the paper's base recipe: `settings.fps` a second, clamped to 4 … `settings.frames`, so a short clip gives fewer.
-    Seconds per grid step then are 2 · total / (fps · taken), as the official utility computes them.
-    """
-    by_rate = round(total / fps * settings.fps) if settings.fps else settings.frames
-    wanted = min(settings.frames, max(MIN_FRAMES, by_rate), total)
-    return np.linspace(0, total - 1, max(STEP, wanted // STEP * STEP)).round().astype(int).tolist()
-
-
-def clip_bounds(total: int, fps: float, bounds: tuple[float, float] | None, number: int = 0) -> tuple[int, int]:
-    """The first frame between two times in seconds, and how many there are. `number` is the first frame's own."""
-    if bounds is None:
-        return 0, total
-    first, last = (min(max(round(seconds * fps) - number, 0), total - 1) for seconds in bounds)
-    return first, max(first, last) - first + 1
+    """Which frames are taken: evenly spread, with the first and the last. Their number is `settings.fps` a second,
+    rounded down to an even one as in qwen_vl_utils, within 4 … `settings.frames`. A single frame is taken twice."""
+    wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
+    wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
+    return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
 
 
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per grid step, of a video file or of a folder of frames (at `rate`
-    a second), whole or between two times in seconds."""
-    if path.is_dir():
-        files = sorted((f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")),
-                       key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
-        if not files:
-            raise MediaError("the folder holds no frames")
-        fps = rate or settings.fps or 2.0
-        first, total = clip_bounds(len(files), fps, bounds, number=1)              # 00001.jpg is the first
-        chosen = frame_indices(total, fps, settings)
-        frames = [read_image(files[first + i]) for i in chosen]
-        if len({f.shape for f in frames}) > 1:
-            raise MediaError("the folder's frames differ in size")
-        return np.concatenate(frames), STEP * total / (fps * len(chosen))
-    try:
-        import decord  # opened, read and dropped inside this function: a reader shared between threads hangs
-    except ImportError:
-        raise SystemExit("decord is missing: pip install -r requirements.txt (no wheel for ARM Linux: build it there)")
-    check_whole(path)
-    opened = lambda: decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)  # no stand-ins
-    try:
-        reader = opened()
-        total, fps = len(reader), float(reader.get_avg_fps())
-        times = reader.get_frame_timestamp(range(total))[:, 0]
-        hidden = int(((-1e6 < times) & (times < 0)).sum())   # frames that a cut has left before the start; none: -9e17
-        if total <= hidden or not 0 < fps < math.inf:
-            raise MediaError(f"it claims {total - hidden} frames at {fps} a second")
-        first, total = clip_bounds(total - hidden, fps, bounds)
-        chosen = frame_indices(total, fps, settings)
-        wanted = [first + i for i in chosen]
-        try:                                                 # decord seeks by time and by key frame, and gets lost
-            if hidden or (np.diff(times) <= 0).any() or list(reader.get_key_indices()[:1]) != [0]:
-                raise decord.DECORDLimitReachedError         # where frames have no times, or were cut off
-            frames = reader.get_batch([*wanted, len(reader) - 1]).asnumpy()[:-1]    # what a seek lost, misses there
-        except decord.DECORDLimitReachedError:               # from front to back it is slower and never gets lost
-            reader, shown = opened(), {}
-            for i in range(wanted[-1] + 1):
-                frame = reader.next()
-                if i in wanted:
-                    shown[i] = frame.asnumpy()
-            frames = np.stack([shown[i] for i in wanted])
-        return frames, STEP * total / (fps * len(chosen))
-    except (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError) as error:
-        said = str(error).strip() or "it ends early"
-        raise MediaError(f"cannot be decoded: {said.splitlines()[-1][:200]}") from None
+    """Frames (N, height, width, 3) uint8 and seconds per temporal patch, of a video file or a folder of frames.
 
-
-def check_whole(path: Path) -> None:
-    """Raises MediaError for a file that is shorter than it says (a download that broke off would play, and end early)
-    and for a clip of the toy world that is not as it was written."""
+    `bounds`: only the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError.
+    """
+    import decord                                            # not at the top: torch must be imported before it
+    folder, files = path.is_dir(), []
     try:
-        file = path.open("rb")
-    except OSError as error:
-        raise MediaError(f"cannot be read: {error}") from None
-    with file:
-        head, size = file.read(300), path.stat().st_size
-        says, kind = 0, head[:4]
-        if kind == b"RIFF":
-            says = int.from_bytes(head[4:8], "little") % 0xFFFFFFFF           # some writers count these 8 bytes, too
-        elif kind == b"\x1a\x45\xdf\xa3" and 0 <= (at := head.find(b"\x18\x53\x80\x67")) < 280:   # Matroska, WebM
-            bits = 7 * (length := 9 - head[at + 4].bit_length())
-            says = int.from_bytes(head[at + 4:at + 4 + length], "big") & (1 << bits) - 1
-            says = 0 if says == (1 << bits) - 1 else says    # all ones: recorded live, nobody knew
-        seal = int.from_bytes(head[SEAL:SEAL + 4], "little") if b"MPNG" in head else 0
-        if says > size or seal and seal != zlib.crc32(head[:SEAL] + head[SEAL + 4:] + file.read()):
-            raise MediaError(f"damaged: it is {'shorter than it says' if says > size else 'not as it was written'}")
+        if folder:
+            files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
+            files.sort(key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
+            total, fps = len(files), rate or settings.fps or 2.0
+        else:                                                # fault_tol: a frame that cannot be decoded is an error
+            reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+            total, fps = len(reader), float(reader.get_avg_fps())
+        if not (total and 0 < fps < math.inf):
+            raise MediaError(f"it holds {total} frames at {fps} a second")
+        first, last = 0, total - 1
+        if bounds:                                           # in a folder, 00001.jpg is the first
+            first, last = (min(max(round(time * fps) - folder, 0), total - 1) for time in bounds)
+        total = max(last - first, 0) + 1
+        indices = [first + i for i in frame_indices(total, fps, settings)]
+        frames = (np.concatenate([read_image(files[i]) for i in indices]) if folder else
+                  reader.get_batch(indices).asnumpy())
+    except (RuntimeError, ValueError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
+        if "cannot find video stream" in reason:
+            reason = "no video, or a codec that decord lacks, such as AV1: convert it to H.264"
+        raise MediaError(f"cannot be decoded: {reason}") from None
+    return frames, TEMPORAL_PATCH * total / (fps * len(indices))
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(1, height, width, 3) uint8"""
+    """(1, height, width, 3) uint8. Raises MediaError."""
     try:
         with Image.open(path) as image:
             if image.has_transparency_data:                                   # on white, as the official utility does
@@ -280,33 +164,35 @@ def read_image(path: Path) -> np.ndarray:
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
     """Frames (N, height, width, 3) uint8 in the size that the model sees."""
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    if (h, w) == frames.shape[1:3]:
-        return frames
     return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Resizes, normalises and cuts frames (N, height, width, 3) into the order the vision tower expects.
+    """Resizes and normalizes frames (N, height, width, 3) and cuts them into the order the vision tower expects.
 
-    Returns patches (S, 3·2·14·14) and their grid (steps, rows, columns). The four patches that will be merged are
-    neighbours; a patch holds colour, then two frames, then rows and columns of pixels.
+    Returns patches (S, 3·2·14·14) and their grid (temporal patches, rows, columns). The four patches that will be
+    merged are neighbours; a patch holds colour, then two frames, then rows and columns of pixels.
     """
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
-    if len(x) % STEP:
-        x = torch.cat([x, x[-1:]])                                            # an image is its own second frame
-    t, rows, columns = len(x) // STEP, h // PATCH, w // PATCH
-    x = x.view(t, STEP, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    # grid step, merged row, merged column, then the patch in it by row and column, then colour, frame, row, column
+    if len(x) % TEMPORAL_PATCH:
+        x = torch.cat([x, x[-1:]])                           # an image fills its temporal patch twice
+    t, rows, columns = len(x) // TEMPORAL_PATCH, h // PATCH, w // PATCH
+    x = x.view(t, TEMPORAL_PATCH, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    # temporal patch, merged row, merged column, then the patch in it by row and column, then colour, frame, row, column
     return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, -1), (t, rows, columns)
 
 
 # ------------------------------------------------------------------------------------------------ records
 
+TRACE_TAGS = [tag for tag in TAGS if tag != "answer"]         # what SFT teaches before the answer
+TRACE_FIELDS = {tag: "process" if tag == "think" else tag for tag in TRACE_TAGS}     # their names in record files
+
+
 @dataclass(frozen=True)
 class Record:
-    """One question, checked. `reference` is the content of `solution`'s answer tag, or all of it."""
+    """One checked question. `reference` is the content of `solution`'s answer tag, or all of it."""
     problem_id: str
     question: str
     options: tuple[str, ...]
@@ -314,131 +200,93 @@ class Record:
     reference: str
     path: str                                                # relative to the media root
     data_type: str                                           # image or video
-    trace: dict[str, str] = field(default_factory=dict)      # tag → text, only in SFT files
+    trace: dict[str, str] = field(default_factory=dict, hash=False)           # tag → text, only in SFT files
     data_source: str = ""                                    # where the question comes from
-    blind: bool = False                                      # read without its medium
-    given: str | None = None                                 # an observation that the answer begins with
-    bounds: tuple[float, float] | None = None                # seconds of the video that are meant; None: all of it
+    blind: bool = False                                      # the model does not see the medium
+    given: str | None = None                                 # an observation that the response begins with
+    bounds: tuple[float, float] | None = None                # the part of the video, in seconds; None: all of it
     rate: float = 0.0                                        # frames a second in a folder of frames; 0: unknown
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a record file: a JSON list or JSON lines, gzip or plain. `traces`: observation and process are needed too.
+    """Reads a record file: a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace.
 
     Raises ValueError with the file and the record's number for anything that is not as it should be.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    raw = file.read_bytes()
+    where = f"{file}"
     try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as error:
-        raise ValueError(f"{file}: neither text nor whole gzip: {error}") from None
-    once = lambda pairs: found if len(found := dict(pairs)) == len(pairs) else pairs      # which of two would count?
-    if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text, object_pairs_hook=once), start=1))
-        except (ValueError, RecursionError) as error:        # a number of 5,000 digits is a bare ValueError
-            raise ValueError(f"{file}: not JSON: {error}") from None
-    else:
-        rows = []
-        for n, line in enumerate(text.split("\n"), start=1):       # splitlines also cuts at U+2028, inside a text
-            try:
-                rows += [(n, json.loads(line, object_pairs_hook=once))] if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {n}: not JSON: {error}") from None
+        raw = Path(file).read_bytes()
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig").strip()
+        rows = json.loads(text) if text[:1] == "[" else [line for line in text.split("\n") if line.strip()]
+        for i, row in enumerate(rows):                       # splitlines would also cut at U+2028, inside a text
+            where = f"{file}, record {i + 1}"
+            rows[i] = to_record(row if text[:1] == "[" else json.loads(row), traces)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{where}: {error}") from None
     if not rows:
         raise ValueError(f"{file}: holds no records")
-    records = []
-    for n, row in rows:
-        try:
-            records.append(to_record(row, traces))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}, record {n}: {error}") from None
-    return records
+    return rows
 
 
 def to_record(row: dict, traces: bool) -> Record:
+    """Checks a row of a record file. Raises ValueError that says what is missing or wrong."""
     if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__}, not an object with each key once")
-    json.dumps(row, ensure_ascii=False).encode()             # half a character (ValueError) could not be written
-    fields_of = {tag: FIELDS.get(tag, tag) for tag in TAGS if tag != "answer"}
-    needed = ["problem", "problem_type", "solution", "path", "data_type"] + [*fields_of.values()] * traces
+        raise ValueError(f"is a {type(row).__name__}, not an object")
+    needed = ["problem", "problem_type", "solution", "path", "data_type", *[*TRACE_FIELDS.values()] * traces]
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
-    if wrong := [name for name in ("problem", "path", *fields_of.values())
-                 if not isinstance(row.get(name), str | None)]:
-        raise ValueError(f"{' and '.join(wrong)}: not a text")
-    if row["problem_type"] not in PROBLEM_TYPES:
-        raise ValueError(f"unknown problem_type {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
-    if row["data_type"] not in ("image", "video"):
-        raise ValueError(f"data_type is {row['data_type']!r}, not image or video")
-    options = [] if row.get("options") in (None, "") else row["options"]
+    if wrong := [name for name in ("problem", "path", *TRACE_FIELDS.values()) if type(row.get(name, "")) is not str]:
+        raise ValueError(f"{wrong[0]}: not a text")
+    for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", ("image", "video"))):
+        if row[name] not in known:
+            raise ValueError(f"unknown {name} {row[name]!r}; known are {', '.join(known)}")
+    options, solution = row.get("options") or [], row["solution"]
     if isinstance(options, str):                             # the RL file of the release holds every value as a string
-        try:
+        with suppress(ValueError, SyntaxError):
             options = ast.literal_eval(options)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            options = None
-    if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) for o in options):
-        raise ValueError(f"options are no list of texts: {row['options']!r:.80}")
-    kind = type(row["solution"])
-    if kind not in (str, int, float) or kind is float and not math.isfinite(row["solution"]):   # Python's JSON has NaN
-        raise ValueError(f"solution is neither a text nor a number: {row['solution']!r:.80}")
-    reference = extract_tag("answer", str(row["solution"]))
-    if reference is None:
-        reference = str(row["solution"]).strip()
-    if not reference or "<answer>" in reference or "</answer>" in reference:
-        raise ValueError(f"solution holds no answer, or several: {row['solution']!r:.80}")
-    if row["problem_type"] == "multiple choice" and options and len(options) < 2:
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"options are no list of texts: {options!r:.80}")
+    if row["problem_type"] == "multiple choice" and len(options) == 1:
         raise ValueError("a multiple choice with one option")
-    trace = {}
-    for tag, name in fields_of.items():
-        text = row.get(name) or ""
-        trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text.strip()
-    trace = trace if all(trace.values()) else {}
+    if type(solution) not in (str, int, float) or solution != solution:       # Python's JSON has NaN
+        raise ValueError(f"solution is neither a text nor a number: {solution!r:.80}")
+    tagged = "answer>" in str(solution)
+    reference = extract_tag("answer", str(solution)) if tagged else str(solution).strip()
+    if not reference:
+        raise ValueError(f"solution holds no answer, or several: {solution!r:.80}")
+    trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
+    for tag, text in trace.items():                          # in its tags or without them
+        trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text
     return Record(str(row.get("problem_id", "")), row["problem"], tuple(options), row["problem_type"], reference,
                   row["path"], row["data_type"], trace, str(row.get("data_source") or ""))
-
-
-FIELDS = {"think": "process"}                                # tags whose text has another name in the released files
-
-
-def trace_fields(trace: dict[str, str]) -> dict[str, str]:
-    """A trace under the field names of the release."""
-    return {FIELDS.get(tag, tag): text for tag, text in trace.items()}
 
 
 def to_row(r: Record) -> dict:
     """A record as the release writes it."""
     return dict(problem_id=r.problem_id, problem=r.question, options=list(r.options), problem_type=r.problem_type,
                 solution=f"<answer>{r.reference}</answer>", answer=r.reference, path=r.path, data_type=r.data_type,
-                data_source=r.data_source, **trace_fields(r.trace))
-
-
-def write_rows(file: Path, rows: Iterable[dict]) -> None:
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+                data_source=r.data_source) | {name: r.trace.get(tag, "") for tag, name in TRACE_FIELDS.items()}
 
 
 def media_path(root: Path, path: str) -> Path:
-    """Where a record's file lies under the media root. A path that would leave the root is refused."""
+    """Where a record's file lies under the media root. Raises MediaError, also for a path that leads out of it."""
     try:
         full = (root / path).resolve()
-        inside, there = full.is_relative_to(root.resolve()), full.is_file() or full.is_dir()      # a pipe never ends
+        if not full.is_relative_to(root.resolve()):
+            raise MediaError("its path, or a link on it, leads out of the media folder")
+        if not (full.is_file() or full.is_dir()):            # no pipe, no device
+            raise MediaError("no such file")
     except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
-    if not inside:
-        raise MediaError("its path, or a link on it, leads out of the media folder")
-    if not there:
-        raise MediaError("no such file")
     return full
 
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """A record's frames, seconds per grid step (0 for an image), and most pixels of a frame. Raises MediaError."""
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
     path = media_path(root, r.path)
-    return (*read_video(path, settings, r.bounds, r.rate), settings.max_pixels) if r.data_type == "video" else (
-        read_image(path), 0.0, settings.image_max_pixels)
+    if r.data_type == "image":
+        return read_image(path), 0.0, settings.image_max_pixels
+    return *read_video(path, settings, r.bounds, r.rate), settings.max_pixels
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -496,19 +344,19 @@ def byte_characters() -> dict[int, str]:
 
 
 class Vocabulary:
-    """A tokenizer and what there is to know about it: bytes, stop tokens, and ids that may never be sampled."""
+    """A tokenizer with the bytes of each token, the stop tokens, and the tokens that may never be sampled."""
 
     def __init__(self, folder: str | Path):
         """Reads tokenizer.json of a checkpoint folder. Raises FileNotFoundError without one."""
         if not (Path(folder) / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
-        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+        from transformers import PreTrainedTokenizerFast     # slow to import, and only needed here
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-        added = {i: t.content for i, t in self.tokenizer.added_tokens_decoder.items()}
-        pieces = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        added = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
         to_byte = {char: byte for byte, char in byte_characters().items()}
-        self.bytes = [added[i].encode() if i in added else bytes(to_byte[c] for c in piece)
-                      for i, piece in enumerate(pieces)]
+        self.bytes = []
+        for i, piece in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
+            self.bytes.append(added[i].encode() if i in added else bytes(to_byte[char] for char in piece))
         self.id = {text: i for i, text in added.items()}
         self.stop_ids = [self.id["<|im_end|>"], self.id["<|endoftext|>"]]
         self.placeholders = [i for text, i in self.id.items() if any(w in text for w in ("vision", "image", "video"))]
@@ -530,18 +378,18 @@ class Vocabulary:
 
 
 class Example(NamedTuple):
-    """A record as the model gets it."""
+    """A tokenized record with its patches."""
     record: Record
     ids: Tensor                                              # (P,)
     positions: Tensor                                        # (3, P)
     next_position: int
-    pixels: Tensor | None                                    # (S, 1176), None for text alone
+    pixels: Tensor | None                                    # (S, 1176), None without a medium
     grid: tuple[int, int, int] | None
-    seconds: float                                           # per grid step, 0 for an image
+    seconds: float                                           # per temporal patch, 0 for an image
 
 
 def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -> list[int]:
-    """Qwen's chat layout up to where the answer begins. The short prompt leaves out the system line as well."""
+    """Qwen's chat layout up to the response. The short prompt leaves out the system line."""
     start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
     system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
     return [*system * (settings.prompt != "short"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
@@ -549,122 +397,104 @@ def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -
 
 
 @lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
-def media_patches(path: str, data_type: str, bounds, rate: float, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
-    """Patches, grid and seconds per grid step of a record's medium, whatever is asked about it. Raises MediaError."""
-    record = Record("", "", (), "", "", path, data_type, bounds=bounds, rate=rate)
-    frames, seconds, limit = read_media(record, root, settings)
-    return (*patchify(frames, min(settings.min_pixels, limit), limit), seconds)
+def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
+    """Patches, grid and seconds per temporal patch of a record's medium. Raises MediaError."""
+    frames, seconds, max_pixels = read_media(medium, root, settings)
+    return *patchify(frames, min(settings.min_pixels, max_pixels), max_pixels), seconds
 
 
-def build_example(record: Record, root: Path, vocabulary: Vocabulary, config: Config, settings: InputSettings
-                  ) -> Example:
-    """Reads the medium and lays out the prompt as Qwen's chat template does, up to an observation that is given. Raises
-    MediaError."""
-    v, shown, pixels, grids, times = vocabulary, [], None, [], []
-    if not record.blind:
-        pixels, grid, seconds = media_patches(record.path, record.data_type, record.bounds, record.rate, root, settings)
+def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings: InputSettings) -> Example:
+    """Reads the medium and lays out the prompt, with an observation that is given. Raises MediaError."""
+    pixels, grids, times, medium = None, [], [], []
+    if not r.blind:
+        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # whatever is asked of it
+        pixels, grid, seconds = media_patches(key, root, settings)
         grids, times = [grid], [seconds]
-        pad = config.video_token_id if record.data_type == "video" else config.image_token_id
-        shown = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
-    begun = [] if record.given is None else v.encode(observation_prefix(record.given))
-    ids = torch.tensor(chat(shown, instruction(record, settings), v, settings) + begun)
-    return Example(record, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]),
-                   *(times or [0.0]))
+        pad = config.video_token_id if r.data_type == "video" else config.image_token_id
+        medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
+    prefix = [] if r.given is None else v.encode(observation_prefix(r.given))
+    ids = torch.tensor(chat(medium, instruction(r, settings), v, settings) + prefix)
+    return Example(r, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]), *(times or [0.0]))
 
 
-def blank_example(vocabulary: Vocabulary, config: Config) -> Example:
-    """A black picture and no question: keeps a rank that has nothing to do in step with the others."""
-    ids = torch.tensor([vocabulary.id["<|vision_start|>"], config.image_token_id, vocabulary.id["<|vision_end|>"]])
-    grid, pixels = (1, MERGE, MERGE), torch.zeros(MERGE ** 2, 3 * STEP * PATCH ** 2)
+def blank_example(v: Vocabulary, config: Config) -> Example:
+    """A black picture without a question, for a rank without questions: all ranks must run the same passes."""
+    ids = torch.tensor([v.id["<|vision_start|>"], config.image_token_id, v.id["<|vision_end|>"]])
+    grid, pixels = (1, MERGE, MERGE), torch.zeros(MERGE ** 2, 3 * TEMPORAL_PATCH * PATCH ** 2)
     record = Record("", "", (), "numerical", "0", "", "image")
     return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
 def why_invalid(r: Record) -> str:
-    """Why nobody can learn from a record: even its own solution would not be right, or its trace breaks the rules."""
+    """Why a record cannot teach: its own solution would not score 1, or its trace breaks the template. "" if it can."""
     if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
-        return f"solution: {r.reference!r:.60} would itself score no full mark, as an option or a number would"
-    taught = r.trace and r.given is None
-    return "trace: it breaks the template" if taught and not all(parse(trace_text(r, "p2r")).formats) else ""
+        return f"solution: {r.reference!r:.60} would itself not score 1"
+    if r.trace.keys() < set(TRACE_TAGS) or r.given is not None or all(parse(trace_text(r, "p2r")).formats):
+        return ""
+    return "trace: it breaks the template"
 
 
 class Examples:
-    """Records that turn into examples when asked for; what cannot is None, counted, and named in a log file."""
+    """Records that become examples when asked for. One that cannot is None, counted, and named in a log file."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
-                 settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE, teaching: bool = True):
-        """`teaching`: leave out what nobody could learn from. An evaluation asks whatever it is given."""
-        self.records, self.root, self.vocabulary = records, Path(root), vocabulary
-        self.config, self.settings, self.log, self.max_unreadable = config, settings, log, max_unreadable
-        self.teaching = teaching
+                 settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE,
+                 teaching: bool = True):
+        """`teaching`: skip invalid records; an evaluation asks every question."""
+        self.records, self.root, self.vocabulary, self.config = records, Path(root), vocabulary, config
+        self.settings, self.log, self.max_unreadable, self.teaching = settings, log, max_unreadable, teaching
         self.asked, self.skipped = set(), {}                 # indices; index → reason
-        self.kept, self.room = {}, settings.cache_gb * 2 ** 30                # index → example; bytes left for more
-        self.lock = threading.Lock()                         # for what follows a read: the threads of `ahead` share it
+        self.cache, self.room = {}, settings.cache_gb * 2 ** 30               # index → example; bytes left
+        self.lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Example | None:
-        if i in self.kept or i in self.skipped:
-            return self.kept.get(i)
-        self.asked.add(i)
-        if self.teaching and (reason := why_invalid(self.records[i])):
-            return self.skip(i, reason)
+        if i in self.cache or i in self.skipped:
+            return self.cache.get(i)
+        r, size = self.records[i], 0
+        reason = why_invalid(r) if self.teaching else ""
         try:
-            example = build_example(self.records[i], self.root, self.vocabulary, self.config, self.settings)
+            example = None if reason else build_example(r, self.root, self.vocabulary, self.config, self.settings)
         except MediaError as error:
-            return self.skip(i, f"media: {error}")
-        if len(example.ids) > self.settings.max_prompt:
-            return self.skip(i, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}")
+            example, reason = None, f"media: {error}"
+        if example and len(example.ids) > self.settings.max_prompt:
+            example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
+        if example and example.pixels is not None:
+            size = example.pixels.nbytes
         with self.lock:
-            size = 0 if example.pixels is None else example.pixels.nbytes
-            if i not in self.kept and size <= self.room:     # real clips fill this soon
-                self.room -= size
-                self.kept[i] = example
+            self.asked.add(i)
+            if example and i not in self.cache and size <= self.room:
+                self.cache[i], self.room = example, self.room - size
+            elif reason:
+                self.skipped[i] = reason
+                if self.log:
+                    with self.log.open("a") as file:
+                        file.write(f"{r.path}\t{reason}\n")
         return example
 
-    def skip(self, i: int, reason: str) -> None:
-        with self.lock:
-            if self.log and i not in self.skipped:
-                with self.log.open("a") as file:
-                    file.write(f"{self.records[i].path}\t{reason}\n")
-            self.skipped[i] = reason
-
     def check_losses(self) -> None:
-        """Raises ValueError once more than `max_unreadable` of at least 20 records had to be skipped for their media."""
+        """Raises ValueError if media of more than `max_unreadable` of at least 20 records could not be read."""
         with self.lock:
             lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
         if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
-            example = self.records[lost[0]]
             raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
-                             f"{example.path} ({self.skipped[lost[0]]}). Is this the right media folder? To train on "
-                             f"the part that is there: `python data.py check FILE --media DIR --keep PART.jsonl`.")
+                             f"{self.records[lost[0]].path} ({self.skipped[lost[0]]}). Is this the right media folder? "
+                             f"To train on what is there: `python data.py check FILE --media DIR --keep PART.jsonl`.")
 
     def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
-        """Yields the readable examples of each step's indices, while threads read the steps that follow."""
-        with ThreadPoolExecutor(max(1, self.settings.workers)) as pool:
-            waiting = deque()
-            try:
-                for indices in steps:
-                    waiting.append([pool.submit(self.__getitem__, i) for i in indices])
-                    if len(waiting) > 2:
-                        yield self.ready(waiting.popleft())
-                while waiting:
-                    yield self.ready(waiting.popleft())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def ready(self, futures) -> list[Example]:
-        found = [future.result() for future in futures]
-        self.check_losses()
-        return [example for example in found if example is not None]
-
-
-def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
-    """Which records step `step` uses: epoch after epoch, each a shuffle of its own. A pure function, so that a resumed
-    run needs no saved sampler, and the order does not depend on the number of ranks."""
-    places = range(step * size, (step + 1) * size)
-    return [epoch_order(count, place // count, seed)[place % count] for place in places]
+        """Yields the readable examples of each step's indices, while threads read those of the next two steps."""
+        waiting, pool = [], ThreadPoolExecutor(max(1, self.settings.workers))
+        try:
+            for indices in itertools.chain(steps, [(), ()]):
+                waiting.append([pool.submit(self.__getitem__, i) for i in indices])
+                if len(waiting) > 2:
+                    examples = [future.result() for future in waiting.pop(0)]
+                    self.check_losses()
+                    yield [example for example in examples if example]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @lru_cache(maxsize=2)
@@ -672,14 +502,20 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(count), count)
 
 
+def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
+    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler, and
+    the order does not depend on the number of ranks."""
+    places = range(step * size, (step + 1) * size)
+    return [epoch_order(count, place // count, seed)[place % count] for place in places]
+
+
 def collate(examples: Sequence[Example]) -> Prompts:
-    """Pads prompts at their ends and joins the media, in prompt order."""
-    longest = max(len(e.ids) for e in examples)
-    pad = lambda x: torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
+    """Pads prompts on the right and joins their media, in the order of prompts."""
+    pad = torch.nn.utils.rnn.pad_sequence
     pixels = [e.pixels for e in examples if e.pixels is not None]
-    return Prompts(ids=torch.stack([pad(e.ids) for e in examples]),
+    return Prompts(ids=pad([e.ids for e in examples], batch_first=True),
                    lengths=torch.tensor([len(e.ids) for e in examples]),
-                   positions=torch.stack([pad(e.positions) for e in examples], dim=1),
+                   positions=pad([e.positions.T for e in examples]).permute(2, 1, 0),           # (3, B, P)
                    next_position=torch.tensor([e.next_position for e in examples]),
                    pixels=torch.cat(pixels) if pixels else None, grid=[e.grid for e in examples if e.grid])
 
@@ -720,7 +556,8 @@ def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
     for picture in pictures:
         index += struct.pack("<4sIII", b"00dc", 0x10, at, len(picture))
         at += 8 + len(picture) + len(picture) % 2
-    body = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap)))
+    streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap))
+    body = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + streams)
     body += chunk(b"LIST", b"movi" + b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
     return chunk(b"RIFF", b"AVI " + body)
 
@@ -745,11 +582,11 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
             options.insert(rng.randrange(3), right)
         toy = Toy(name, asked, tuple(options))
         answer = toy_answer(toy, shown)
-    trace = {tag.name: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name != "answer"}
+    trace = {TRACE_FIELDS[tag.name]: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name in TRACE_FIELDS}
     return {"problem_id": f"{split}-{number}", "problem": TOY_QUESTIONS[name][1].format(asked),
             "options": rewards.letter_options(options), "data_type": "video", "problem_type": problem_type,
             "solution": f"<answer>{answer}</answer>", "answer": answer, "path": f"./{split}/{number:05d}.avi",
-            "data_source": "toy", **trace_fields(trace)}, shown
+            "data_source": "toy", **trace}, shown
 
 
 def toy_clip(number: int, split: str, seed: int) -> tuple[dict, bytes]:
@@ -824,48 +661,50 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     save_model(dict(model.named_parameters()), folder, beside=beside)
 
 
+# ================================================================ a first reader may stop here: plumbing follows
+
 # ------------------------------------------------------------------------------------------------ judges and teachers
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Who judges observations, in the data pipeline and in RL, and how patient requests over http are."""
-    judge: str = flag("rule", "who decides whether an observation suffices: rule (the toy world's own), reference (the "
-                      "KL reference answers from the observation alone), a folder with a language model, or an address "
-                      "http(s)://…/v1")
+    """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
+    judge: str = flag("rule", "what decides whether an observation suffices: rule (exact, for the toy world), reference "
+                      "(the KL reference answers from the observation alone), a folder with a language model, or an "
+                      "address http(s)://…/v1")
     judge_model: str = flag("", "name of the model behind an http judge, whose key comes from the environment variable "
                             "JUDGE_API_KEY; for `data.py cot --judge reference` the checkpoint that answers")
-    judge_device: str = flag("", "where a judge from a folder runs, such as cuda:1, for all ranks; default: where the "
-                             "rank runs")
-    judge_tokens: int = flag(512, "most tokens of a judge's reply; one that thinks aloud needs more")
-    refuse_leaks: bool = flag(True, "an observation that is nothing but an answer is insufficient, whatever a judge "
-                              "might say; --no-refuse-leaks leaves it to the judge, as the paper does")
-    concurrency: int = flag(64, "most requests over http under way at once, for each rank")
-    timeout: float = flag(60.0, "seconds that one request may take")
-    retries: int = flag(5, "further tries of a request that failed: 1, 2, 4 … seconds apart, or as the server asks")
+    judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
+    judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
+    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient, whatever the judge "
+                              "would say; --no-refuse-leaks leaves it to the judge, as the paper does")
+    concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
+    timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
+    retries: int = flag(24, "retries of a failed request, after waits that grow from 0.5 to 8 s (or as the server asks): "
+                        "24 outlast an outage of two minutes")
     max_unknown: float = flag(0.2, "largest share of verdicts, or of a teacher's traces, that may be missing; above it "
                               "the run stops")
 
     def __post_init__(self):
         check_minimum(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
-        self.need("judge", ("rule", "reference"))
+        self.check_source("judge", ("rule", "reference"))
 
-    def need(self, name: str, words: tuple[str, ...]) -> None:
-        """SystemExit for a judge or teacher that is none, before anything is computed or written."""
+    def check_source(self, name: str, built_in: tuple[str, ...]) -> None:
+        """SystemExit, before anything is computed or written, if --judge or --teacher names nothing that exists."""
         value, option = getattr(self, name), f"--{name}"
-        if value.startswith(HTTP):
-            try:
-                server_address(value)
-            except ValueError as error:
-                raise SystemExit(f"{option}: {error}") from None
-            if not getattr(self, name + "_model"):
-                raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
-        elif value not in words and not Path(value).is_dir():
-            raise SystemExit(f"{option} {value}: neither {', '.join(words)}, a folder that is there, nor an address "
-                             f"http(s)://…/v1")
+        if not value.startswith(HTTP):
+            if value not in built_in and not Path(value).is_dir():
+                raise SystemExit(f"{option} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
+                                 f"address http(s)://…/v1")
+        elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):             # the address may hold a key: do not show it
+            raise SystemExit(f"{option}: an address is like https://host:port/v1; keys come from the environment")
+        elif not getattr(self, name + "_model"):
+            raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
+        elif not find_spec("openai"):
+            raise SystemExit(f"{option} {value} needs a package: pip install openai")
 
 
 def key_from(variable: str) -> str:
-    """An API key from the environment, the only place it may come from. ValueError for a broken one, without it."""
+    """An API key from the environment, its only source. ValueError, which does not show it, if no header can hold it."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{variable} holds characters that no key can have")
@@ -874,17 +713,17 @@ def key_from(variable: str) -> str:
 
 def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
-    """The judge that --judge names. `cache` is a file for replies over http; `reference` answers blind."""
+    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference.
+    device: of the rank."""
     if s.judge in ("rule", "reference"):
         return Judge(rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
     if s.judge.startswith(HTTP):
-        client = Client(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
-                        dict(max_tokens=s.judge_tokens, temperature=0), keep=JUDGEMENT.search)
+        client = ChatClient(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
+                            keep=JUDGEMENT.search, max_tokens=s.judge_tokens, temperature=0)
         return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # On the CPU its threads and those of training would only wait for each other.
-    speaker = local_llm(s.judge, device, s.judge_tokens)
-    return Judge(language_judge(speaker), s.refuse_leaks, background=device != "cpu")
+    # A judge on the CPU would take threads from the training.
+    return Judge(language_judge(local_llm(s.judge, device, s.judge_tokens)), s.refuse_leaks, background=device != "cpu")
 
 
 def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
@@ -900,24 +739,24 @@ THRESHOLD = 0.6                                              # a score from whic
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
-    """Judging by answering: the model gets question and observation without the media, finishes think and answer
-    greedily, and the task metric says whether it got there (0.6, the threshold of the data pipeline).
+    """Judges by answering: the model reads question and observation without the media, writes think and answer
+    greedily, and an observation suffices if the answer's score reaches THRESHOLD.
 
-    The paper asks a large language model instead. This needs no second model and has no verdict that could be faked;
-    in return weak reasoning of the model is blamed on the observation, and an observation that merely states the answer
-    passes, unless it is caught as a leak.
+    The paper asks a large language model instead. This needs no second model, and no verdict can be faked. But weak
+    reasoning of the model counts against the observation, and an observation that states the answer passes unless it is
+    caught as a leak.
     """
     verdicts = []
     for i in range(0, len(claims), batch):
         some = claims[i:i + batch]
-        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
-                          given=c.observation) for c in some]
-        prompts = collate([build_example(r, Path(), vocabulary, model.config, settings) for r in records]).to(device)
-        out = model.generate(prompts, torch.zeros(len(some), 1, tokens), vocabulary.stop_ids, temperature=0.0)
+        examples = [build_example(Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
+                                         given=c.observation), Path(), vocabulary, model.config, settings) for c in some]
+        out = model.generate(collate(examples).to(device), torch.zeros(len(some), 1, tokens), vocabulary.stop_ids,
+                             temperature=0.0)
         for c, text in zip(some, first_texts(out, vocabulary)):
             score = task_metric(c.problem_type, parse(text).contents["answer"], c.reference, c.options)
-            said = " ".join(text.split())
-            verdicts.append(Verdict(score >= THRESHOLD, f"answering blind: {said} (score {score:.2f})"))
+            explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
+            verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
 
 
@@ -927,59 +766,61 @@ def first_texts(out: Sampled, vocabulary: Vocabulary) -> list[str]:
 
 
 class Draft(NamedTuple):
-    """What a teacher made of a record. No output: it is tried again when the pipeline is run again."""
+    """A teacher's trace for a record. Without output the next run of the pipeline tries again."""
     output: str | None
-    error: str = ""                                          # why there is none
+    error: str = ""                                          # why there is no output
     mistakes: tuple[str, ...] = ()                           # that the scripted teacher made on purpose
 
 
 def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """Any server that speaks OpenAI's protocol and takes pictures: frames go as data URLs, in the size set here."""
-    client = Client(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
-                    body=dict(max_tokens=s.max_response, temperature=s.temperature, seed=s.seed))
+    """A server that speaks OpenAI's chat protocol and reads images: it gets the frames in the size set here."""
+    client = ChatClient(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
+                        patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
+                        temperature=s.temperature, seed=s.seed)
 
-    def teach(records: list[Record]) -> list[Draft]:
-        (record,) = records
+    def teach(record: Record) -> Draft:
         try:
             frames, _, limit = read_media(record, Path(s.media), s)
         except MediaError as error:
-            return [Draft(None, f"media: {error}")]
-        content = []
-        for frame in resize(frames, min(s.min_pixels, limit), limit):
-            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
+            return Draft(None, f"media: {error}")
+        content = [{"type": "image_url", "image_url": {"url": data_url(frame)}}
+                   for frame in resize(frames, min(s.min_pixels, limit), limit)]
         content.append({"type": "text", "text": instruction(record, s)})
-        reply = client.ask([{"role": "user", "content": content}])
-        return [Draft(reply.text, reply.error)]
-    return teach
+        return Draft(*client.ask_all([[{"role": "user", "content": content}]])[0])
+    return lambda records: [teach(record) for record in records]
+
+
+def data_url(frame: np.ndarray) -> str:
+    """A frame (height, width, 3) as JPEG in a URL."""
+    Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def local_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """A checkpoint of this project or of Qwen2.5-VL, through model.py."""
+    """A checkpoint of this project or of Qwen2.5-VL."""
     vocabulary, model, device = load_local(s.teacher)
 
     def teach(records: list[Record]) -> list[Draft]:
-        found = {}
-        for i, record in enumerate(records):
+        examples, drafts = [], {}
+        for record in records:
             try:
-                found[i] = build_example(record, Path(s.media), vocabulary, model.config, s)
+                examples.append(build_example(record, Path(s.media), vocabulary, model.config, s))
             except MediaError as error:
-                found[i] = Draft(None, f"media: {error}")
-        ready = {i: e for i, e in found.items() if isinstance(e, Example)}
-        if ready:
-            uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response)
-                                    for e in ready.values()])
-            out = model.generate(collate([*ready.values()]).to(device), uniforms, vocabulary.stop_ids, s.temperature)
-            found |= zip(ready, map(Draft, first_texts(out, vocabulary)))
-        return [found[i] for i in range(len(records))]
+                drafts[record] = Draft(None, f"media: {error}")
+        if examples:
+            uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response) for e in examples])
+            out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, s.temperature)
+            drafts |= {e.record: Draft(text) for e, text in zip(examples, first_texts(out, vocabulary))}
+        return [drafts[record] for record in records]
     return teach
 
 
 def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
+    """The newest checkpoint in a folder, ready to answer: its vocabulary, the model, and the device that holds it."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
-    model = load_model(path, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    model = load_model(path, torch.bfloat16 if bf16 else torch.float32, device)
     return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
@@ -1050,91 +891,27 @@ class CotSettings(InputSettings, JudgeSettings):
         InputSettings.__post_init__(self)
         JudgeSettings.__post_init__(self)
         check_minimum(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
-                 reasoning_mistakes=0, template_mistakes=0)
-        self.need("teacher", ("toy",))
+                      reasoning_mistakes=0, template_mistakes=0)
+        self.check_source("teacher", ("toy",))
         if self.template != "p2r":
-            raise SystemExit("--template think has no observation that could be judged: traces are made with p2r")
+            raise SystemExit("--template think has no observation that could be judged")
         if self.judge == "reference" and not self.judge_model:
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
 
-FEWEST_LOSSES = 20                                           # from here on their share counts
-
-
-def run_resumable(items: dict[str, Any], make_worker: Callable[["CotSettings"], Callable[[list], Sequence]], who: str,
-                 file: Path, what: str, s: "CotSettings") -> tuple[dict[str, dict], dict[str, str]]:
-    """Does what is left to do, concurrently, and notes every finished item in an append-only file at once.
-
-    items: key → what to work on. A worker takes a list of them (one, and many lists at a time, if `who` is a server)
-    and returns named tuples whose `lost` says why there is no result. Returns key → result, and key → reason for what
-    could not be done: that is not noted down, so that the next run tries it again. Raises ValueError once too large a
-    share of it is lost.
-    """
-    journal = Journal(file)
-    done = {row["key"]: row for row in journal.rows if row.get("key") in items}
-    todo, lost, tried = [key for key in items if key not in done], {}, 0
-    if not todo:
-        return done, lost
-    work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
-    parts = (todo[i:i + size] for i in range(0, len(todo), size))
-    with tqdm(total=len(items), initial=len(done), desc=what, unit="record") as bar:
-        for keys, results in imap_unordered(lambda keys: work([items[k] for k in keys]), parts, threads):
-            tried += len(keys)
-            bar.update(len(keys))
-            for key, result in zip(keys, results, strict=True):
-                if result.error:
-                    lost[key] = result.error
-                else:
-                    done[key] = {"key": key} | result._asdict()
-                    journal.add(done[key])
-            if len(lost) >= FEWEST_LOSSES and len(lost) > s.max_unknown * tried:
-                (reason, n), = Counter(lost.values()).most_common(1)
-                raise ValueError(f"{what}: {len(lost)} of {tried} records came to nothing, {n} of them because: "
-                                 f"{reason}. {len(done)} are kept; the same command goes on from there.")
-    return done, lost
-
-
-def verify(record: Record, output: str) -> tuple[Parsed, float, str]:
-    """Step 2: the parts of a trace, the score of its answer, and why it is dropped ("" if it is not)."""
-    parsed = parse(output)
-    score = task_metric(record.problem_type, parsed.answer, record.reference, record.options)
-    if not all(parsed.formats):
-        return parsed, score, "template broken"
-    return parsed, score, "" if score >= THRESHOLD else "answer wrong"
-
-
-STEPS = ("records", "generated", "template", "answer", "observation")         # what a record has come through
-REASONS = {"media unreadable": "generated", "no reply from the teacher": "generated", "template broken": "template",
-           "answer wrong": "answer", "observation insufficient": "observation", "verdict unreadable": "observation",
-           "verdict missing": "observation"}                 # why it was dropped → which step it did not come through
-UNFINISHED = ("media unreadable", "no reply from the teacher", "verdict unreadable", "verdict missing")
+STEPS = ("records", "generated", "template", "answer", "observation")         # what a record passes
+DROPPED = {"not generated": 1, "template broken": 2, "answer wrong": 3, "not judged": 4, "observation insufficient": 4}
 
 
 def cot(s: CotSettings) -> Path:
     """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
 
-    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record (step 2 is
-    arithmetic and needs no file); traces.jsonl (kept) and dropped.jsonl (with reasons) are written at the end, in the
-    order of the records. Killed at any moment and started again, it asks for what is missing and ends in the same
-    files.
+    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record; traces.jsonl
+    (kept) and dropped.jsonl (with reasons) are written at the end, in the order of the records. Killed at any moment
+    and started again, it does what is missing and ends in the same files.
     """
     with lock_folder(Path(s.out)):
         return make_traces(replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out))
-
-
-@contextmanager
-def lock_folder(folder: Path):
-    """Two processes in one folder would ask, and pay, everything twice: SystemExit for the second one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            import fcntl                                     # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise SystemExit(f"Another process works in {folder}.") from None
-        yield
 
 
 def make_traces(s: CotSettings, folder: Path) -> Path:
@@ -1142,57 +919,99 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
     records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
     if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
         raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
-    if s.judge.startswith(HTTP):                             # before a teacher is paid: can its traces be judged?
-        key_from("JUDGE_API_KEY")
-    elif s.judge == "reference":
-        newest_checkpoint(s.judge_model)
-    made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may still change
-    check_settings(folder, asdict(s), asdict(s) if not made.exists() else
-                  ("limit", "batch") + ("judge", "judge_model") * (not judged.exists()))
+    made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may change
+    free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())
+    check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
 
     # Step 1, generate: a teacher writes a trace for every record.
-    drafts, unanswered = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
-    why = {key: "media unreadable" if lost.startswith("media") else "no reply from the teacher"
-           for key, lost in unanswered.items()}
+    drafts, errors = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
+    why = dict.fromkeys(errors, "not generated")
 
     # Step 2, verify: the template, and the answer's score.
     traces = {key: verify(r, drafts[key]["output"]) for key, r in records.items() if key in drafts}
     why |= {key: reason for key, (_, _, reason) in traces.items() if reason}
 
     # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
-    claims = {key: claim_about(records[key], trace.contents["observation"]) for key, (trace, _, reason) in traces.items()
-              if not reason}
-    verdicts, silent = run_resumable({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
-                                    judged, "3 observation sufficiency", s)
-    kept = {key for key, claim in claims.items() if verdicts.get(hashed(claim), {}).get("sufficient")}
-    for key in claims.keys() - kept:
-        lost = silent.get(hashed(claims[key]), "")
-        why[key] = ("observation insufficient" if not lost else
-                    "verdict unreadable" if lost == UNREADABLE else "verdict missing")
+    claims = {key: claim_about(r, traces[key][0].contents["observation"]) for key, r in records.items() if key not in why}
+    verdicts, unjudged = run_resumable({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
+                                       judged, "3 observation sufficiency", s)
+    for key, name in zip(claims, map(hashed, claims.values())):
+        if name in unjudged:
+            why[key], errors[key] = "not judged", unjudged[name]
+        elif not verdicts[name]["sufficient"]:
+            why[key] = "observation insufficient"
 
-    def row(key: str) -> dict:
+    kept, dropped = [], []
+    for key, record in records.items():
         parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
-        trace = trace_fields({tag: text for tag, text in parsed.contents.items() if tag != "answer"})
-        trace |= dict(output=drafts.get(key, {}).get("output"), reward=score, select=key in kept)
-        return to_row(records[key]) | trace | ({} if key in kept else {"reason": why[key]})
-    write_rows(folder / "traces.jsonl", (row(key) for key in records if key in kept))
-    write_rows(folder / "dropped.jsonl", (row(key) for key in records if key not in kept))
+        row = to_row(replace(record, trace={tag: parsed.contents.get(tag) or "" for tag in TRACE_TAGS}))
+        row |= dict(output=drafts.get(key, {}).get("output"), reward=score, select=key not in why)
+        if key in why:
+            dropped.append(row | dict(reason=why[key], error=errors.get(key, "")))
+        else:
+            kept.append(row)
+    write_rows(folder / "traces.jsonl", kept)
+    write_rows(folder / "dropped.jsonl", dropped)
     print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)
     print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT")
-    if unfinished := sum(reason in UNFINISHED for reason in why.values()):
-        (cause, _), = Counter([*unanswered.values(), *silent.values()]).most_common(1)
-        print(f"{unfinished} records are unfinished (most often: {cause}); the same command tries them again.")
+    for error, _ in Counter(errors.values()).most_common(1):
+        print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
     return folder / "traces.jsonl"
 
 
+def verify(record: Record, output: str) -> tuple[Parsed, float, str]:
+    """Step 2: the parts of a trace, the score of its answer, and why it is dropped ("" if it is not)."""
+    parsed = parse(output)
+    score = task_metric(record.problem_type, parsed.contents["answer"], record.reference, record.options)
+    reason = "" if score >= THRESHOLD else "answer wrong"
+    return parsed, score, reason if all(parsed.formats) else "template broken"
+
+
+def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
+                  file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
+    """Works on the items that `file` has no result for, and appends each result to it at once.
+
+    A worker takes a list of items (a single one, in many threads, if `who` is a server) and returns named tuples, with
+    `error` where there is no result. Returns key → result, and key → error, which the next run tries again. Raises
+    ValueError once at least 20 items, and more than `s.max_unknown` of those tried, have failed.
+    """
+    journal, failed = Journal(file), {}
+    done = {row["key"]: row for row in journal.rows if row.get("key") in items}
+    todo = [key for key in items if key not in done]
+    if not todo:
+        return done, failed
+    work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
+
+    def finish(keys: list[str]) -> int:                      # in a thread: Ctrl-C waits for it and loses nothing
+        for key, result in zip(keys, work([items[key] for key in keys]), strict=True):
+            if result.error:
+                failed[key] = result.error
+            else:
+                done[key] = {"key": key} | result._asdict()
+                journal.add(done[key])
+        return len(keys)
+
+    pool, bar = ThreadPoolExecutor(threads), tqdm(total=len(items), initial=len(done), desc=what, unit="record")
+    try:
+        for future in as_completed([pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]):
+            bar.update(future.result())
+            lost = Counter([*failed.values()])
+            if lost.total() >= 20 and lost.total() > s.max_unknown * (lost.total() + len(done) - bar.initial):
+                raise ValueError(f"{what}: {lost.total()} records failed, most often for {lost.most_common(1)[0][0]}. "
+                                 f"{len(done)} are done and kept; the same command goes on from there.")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    return done, failed
+
+
 def hashed(something) -> str:
-    """A name that stays the same from run to run."""
     return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
 
 
 def record_key(r: Record) -> str:
-    """Names a question by what it is, so that finished work is found again whatever else a file holds."""
-    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference])
+    """Names a question by its content, so that finished work is found again whatever else a file holds."""
+    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *[r.trace] * bool(r.trace)])
 
 
 def is_toy(records: Iterable[Record]) -> bool:
@@ -1204,112 +1023,178 @@ def claim_about(r: Record, observation: str) -> Claim:
 
 
 def make_teacher(s: CotSettings) -> Callable[[list[Record]], list[Draft]]:
-    """The teacher that --teacher names."""
     return (toy_teacher if s.teacher == "toy" else api_teacher if s.teacher.startswith(HTTP) else local_teacher)(s)
 
 
 def make_cot_judge(s: CotSettings) -> Judge:
-    """The judge that --judge names. The reference that answers blind is the checkpoint named by --judge-model."""
-    reference = None
-    if s.judge == "reference":
-        vocabulary, model, device = load_local(s.judge_model)
-        reference = lambda claims: blind_answers(model, vocabulary, claims, s, s.max_response, s.batch, device)
-    return make_judge(s, reference=reference)
+    if s.judge != "reference":
+        return make_judge(s)
+    vocabulary, model, device = load_local(s.judge_model)    # answers blind
+    return make_judge(s, reference=lambda claims: blind_answers(model, vocabulary, claims, s, s.max_response, s.batch,
+                                                                device))
 
 
 def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> str:
-    """What came through each step, by medium and problem type; why the rest was dropped; and, where the teacher's
-    mistakes are known, precision and recall of the steps that should have caught them."""
-    reached = {key: STEPS.index(REASONS[why[key]]) if key in why else len(STEPS) for key in records}
-    names = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
-    line = lambda name, cells: name.ljust(24) + "".join(f"{cell:>13}" for cell in cells)
-    lines = ["Records that came through each step:", line("", [*STEPS, "kept"])]
-    order = [f"{medium}, {kind}" for medium in ("image", "video") for kind in PROBLEM_TYPES]
-    for name in [n for n in order if n in names.values()] + ["all"]:
-        some = [reached[key] for key in records if name in ("all", names[key])]
-        counts = [sum(n > i for n in some) for i in range(len(STEPS))]
-        lines.append(line(name, [*counts, f"{counts[-1] / len(some):.1%}"]))
-    for reason in dict.fromkeys(r for r in REASONS if r in why.values()):
-        by_kind = Counter(names[key] for key, r in why.items() if r == reason)
-        told = ", ".join(f"{n} {kind}" for kind, n in sorted(by_kind.items(), key=lambda x: (-x[1], x[0])))
-        lines.append(f"Dropped, {reason}: {by_kind.total()} ({told})")
+    """How many records passed each step, by medium and problem type, and why the others were dropped; where the
+    teacher's mistakes are known, also precision and recall of the steps that should catch them."""
+    kinds = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
+    table = [["", *STEPS, "kept"]]
+    for kind in [*sorted(set(kinds.values())), "all"]:
+        fails = [DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])]
+        counts = [sum(step > i for step in fails) for i in range(len(STEPS))]
+        table.append([kind, *map(str, counts), f"{counts[-1] / len(fails):.1%}"])
+    lines = ["Records that passed each step:", *format_table(table)]
+    for reason in DROPPED:
+        if counts := Counter(kinds[key] for key in records if why.get(key) == reason):
+            told = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+            lines.append(f"Dropped, {reason}: {counts.total()} ({told})")
 
-    made = lambda *kinds: {key for key, some in mistakes.items() if set(kinds) & set(some)}
-    share = lambda part, whole: f"{len(part) / len(whole):.3f} ({len(part)} of {len(whole)})" if whole else "–"
-    for name, met, wanted, blamed, reasons in (
-            # A wrong look makes wrong answers too: step 2 is right to drop them.
-            ("step 2 against mistakes in reasoning", 2, made("reasoning"), made("perception", "reasoning", "template"),
-             ("template broken", "answer wrong")),
-            ("step 3 against mistakes in perception", 4, made("perception"), made("perception"),
-             ("observation insufficient",))):
-        dropped = {key for key, reason in why.items() if reason in reasons}
-        wanted = {key for key in wanted if reached[key] >= met and why.get(key) not in UNFINISHED}
+    # An answer may be wrong for any mistake; step 3 meets only what passed step 2.
+    met = {key for key in mistakes if why.get(key) in (None, "observation insufficient")}
+    for step, target, blamed, keys, reasons in (
+            (2, "reasoning", {"perception", "reasoning", "template"}, {*mistakes}, ("template broken", "answer wrong")),
+            (3, "perception", {"perception"}, met, ("observation insufficient",))):
+        dropped = {key for key in keys if why.get(key) in reasons}
+        right = {key for key in dropped if blamed & set(mistakes[key])}
+        wanted = {key for key in keys if target in mistakes[key]}
         if any(mistakes.values()):
-            lines.append(f"{name}: precision {share(dropped & blamed, dropped)}, "
-                         f"recall {share(dropped & wanted, wanted)}")
+            lines.append(f"step {step} against mistakes in {target}: precision {len(right)} of {len(dropped)}, "
+                         f"recall {len(dropped & wanted)} of {len(wanted)}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ settings and flags
+
+HTTP = ("http://", "https://")
+FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
+    """Adds a flag for each setting of a dataclass (or those in `names`), None if not given; --help shows its values."""
+    for f in fields(cls):
+        if names and f.name not in names:
+            continue
+        values = [f"default {f.default}"] * (f.default != "")
+        values += [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
+        about = f"{f.metadata['help']} [{'; '.join(values)}]".replace(" []", "").replace("%", "%%")
+        options = {"type": type(f.default), "choices": f.metadata["choices"]}
+        if isinstance(f.default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(f.default, tuple):
+            options = {"type": type(f.default[0]), "nargs": len(f.default)}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=about, **options)
+
+
+def given_flags(args: argparse.Namespace) -> dict:
+    """The settings that were given, as a dataclass takes them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
+
+
+def default_settings(settings) -> dict:
+    return {f.name: f.default for f in fields(settings)}
+
+
+def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[str]) -> None:
+    """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings."""
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))
+    if file.is_file():
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
+        refuse_changes(folder, before, now, defaults, free)
+        if before == now:                                    # a finished run may lie on a read-only disk
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(now, indent=2) + "\n")
+
+
+def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: Sequence[str]) -> None:
+    """SystemExit with the difference between earlier settings and those of now. A setting that `before` lacks counts
+    as its default. Those in FREE and `free`, and the address of a server, may change."""
+    before, changed = json.loads(json.dumps(defaults)) | before, []
+    for name, value in now.items():
+        moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
+        if before.get(name) != value and not moved and name not in (*FREE, *free):
+            changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}")
+    if changed:
+        raise SystemExit("\n".join([f"{where} holds work with other settings:", *changed, "Use the old settings to "
+                                    "continue it, another --out to begin anew, or remove the folder."]))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a file aside and renames it: the whole text or nothing is there."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text(text)
+    os.replace(aside, file)
+
+
+def write_rows(file: Path, rows: Iterable[dict]) -> None:
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table with a rule below its head; the first column to the left, the others to the right."""
+    widths, lines = [max(map(len, column)) for column in zip(*rows)], []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
+
+
+@contextmanager
+def lock_folder(folder: Path):
+    """SystemExit while another process works in the folder: it would do the same work twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        with suppress(ImportError):                          # Windows has no fcntl: no lock there
+            import fcntl
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"Another process works in {folder}.") from None
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def quantiles(values: list[int]) -> str:
-    found = np.quantile(values, [0, 0.5, 0.95, 1]).astype(int)
-    return "  ".join(f"{name} {value}" for name, value in zip(("least", "median", "95 %", "most"), found))
-
-
 def check(file: str, media: str, model: str | None, limit: int, keep: str | None, settings: InputSettings) -> bool:
-    """Reads every record and its media, and prints what a run would meet. Returns False if a run would stop."""
-    records = read_records(file)
+    """Reads a record file and its media, and prints what a run would meet. Returns False if a run would stop."""
+    records, root = read_records(file), Path(media)
     print(f"{file}: {len(records)} records, all well formed")
-    for (data_type, problem_type), n in sorted(Counter((r.data_type, r.problem_type) for r in records).items()):
-        print(f"  {n:8}  {data_type}, {problem_type}")
-    traces = [r for r in records if r.trace]
-    broken = [r for r in traces if not all(parse(trace_text(r, "p2r")).formats)]
-    wrong = [r for r in records if r.problem_type == "multiple choice" and choice(r.reference, r.options) is None]
-    print(f"  {len(traces):8}  with a trace for SFT")
-    for some, what in ((broken, "traces break the template"), (wrong, "solutions are none of their options")):
-        if some:
-            print(f"  {len(some):8}  {what}, such as problem {some[0].problem_id}: {some[0].reference!r:.60}")
-    chosen = random.Random(0).sample(records, limit) if 0 < limit < len(records) else records
+    for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
+        print(f"  {n:8}  {kind}")
+    print(f"  {sum(len(r.trace) == len(TRACE_TAGS) for r in records):8}  with a trace for SFT")
+    invalid = [f"{r.path}: {reason}" for r in records if (reason := why_invalid(r))]
+    records = random.Random(0).sample(records, limit) if 0 < limit < len(records) else records
     tokens = (Vocabulary(model), read_config(model)) if model else None
-    print("" if tokens else "Token lengths need a tokenizer: --model DIR\n", end="")
-    prompts, responses, lost, kept = [], [], [], []
 
-    def look(record: Record) -> int:                         # a length, not the clip: futures keep what they return
-        if tokens:
-            return len(build_example(record, Path(media), *tokens, settings).ids)
-        path = media_path(Path(media), record.path)
-        frames = read_video(path, settings)[0] if record.data_type == "video" else read_image(path)
-        return sum(smart_resize(*frames.shape[1:3], settings.min_pixels, settings.max_pixels))
+    def read(r: Record) -> int | str:
+        """Tokens of the prompt (0 without a tokenizer), or why the medium cannot be read."""
+        try:
+            return len(build_example(r, root, *tokens, settings).ids) if tokens else read_media(r, root, settings) and 0
+        except MediaError as error:
+            return f"{r.path}: {error}"
 
     with ThreadPoolExecutor(settings.workers) as pool:
-        jobs = [pool.submit(look, r) for r in chosen]
-        for record, job in tqdm(zip(chosen, jobs), total=len(chosen), desc="reading media", unit="record"):
-            try:
-                prompts.append(job.result())
-                kept.append(record)
-                if tokens and record.trace:
-                    responses.append(len(tokens[0].encode(trace_text(record, settings.template))) + 1)
-            except MediaError as error:
-                lost.append((record, error))
-    for record, error in lost[:20]:
-        print(f"  {record.path}: {error}")
-    print(f"{len(lost)} of {len(chosen)} media cannot be read" + (" (20 shown)" if len(lost) > 20 else ""))
-    for name, lengths in (("prompt", prompts if tokens else []), ("trace", responses)):
-        if lengths:
-            print(f"tokens of a {name}:  {quantiles(lengths)}")
-    if tokens and (too_long := sum(n > settings.max_prompt for n in prompts)):
-        print(f"{too_long} prompts are longer than --max-prompt {settings.max_prompt}: they would be skipped")
+        found = list(tqdm(pool.map(read, records), "reading media", len(records), unit="record"))
+    lost, lengths = [x for x in found if isinstance(x, str)], [x for x in found if isinstance(x, int)]
+    for what, some in ((f"of {len(records)} media cannot be read", lost), ("records cannot teach", invalid)):
+        print("\n  ".join([f"{len(some)} {what}", *some[:20]]))
+    if tokens and lengths:
+        long = sum(n > settings.max_prompt for n in lengths)
+        print(f"tokens of a prompt:  least {min(lengths)}, median {np.median(lengths):.0f}, most {max(lengths)}; "
+              f"{long} above --max-prompt")
     if keep:
-        write_rows(Path(keep), map(to_row, kept))
-        print(f"{keep}: the {len(kept)} records whose media can be read")
-    stops = len(lost) > MAX_UNREADABLE * len(chosen)
-    print("A run would stop: too many media are missing" * stops + "A run would start" * (not stops))
+        write_rows(Path(keep), [to_row(r) for r, x in zip(records, found) if isinstance(x, int)])
+    stops = len(lost) > MAX_UNREADABLE * len(records)
+    print("A run would stop: too many media are missing" if stops else "A run would start")
     return not stops
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy world")
     toy.add_argument("--out", default="runs/tiny/toy", help="folder [runs/tiny/toy]")
@@ -1323,32 +1208,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
     add_flags(checker, InputSettings, names=("frames", "max_pixels", "max_prompt", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", allow_abbrev=False,
-                                description=inspect.cleandoc(cot.__doc__),
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in
-                                         ("workers", "cache_gb", "max_prompt", "template")])  # these mean nothing here
+                                description=cot.__doc__, formatter_class=layout)
+    unused = ("workers", "cache_gb", "max_prompt", "template")
+    add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in unused])
     given = given_flags(parser.parse_args(argv))
     command = given.pop("command")
     try:
         if command == "toy":
-            print(make_toy(given["out"], {split: given[split] for split in TOY_SPLITS}))
+            print(make_toy(given.pop("out"), given))
         elif command == "check":
-            names = ("file", "media", "model", "limit", "keep")
-            settings = InputSettings(**{k: v for k, v in given.items() if k not in names})
-            sys.exit(not check(*(given.get(name) for name in names), settings))
-        else:
-            toy = {} if "data" in given else {"out": "runs/tiny/cot"}
-            if toy and not given.get("teacher", "").startswith(HTTP):         # a large teacher gets a large picture
-                toy |= TOY_INPUT
-            settings = CotSettings(**{"out": "runs/cot"} | toy | given)
-            if toy:
-                settings = replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
-            if not cot(settings).stat().st_size:
-                sys.exit("No trace was kept.")
+            own = [given.pop(name, None) for name in ("file", "media", "model", "limit", "keep")]
+            sys.exit(not check(*own, InputSettings(**given)))
+        elif not cot(cot_settings(given)).stat().st_size:
+            sys.exit("No trace was kept.")
     except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
+
+
+def cot_settings(given: dict) -> CotSettings:
+    """The settings that flags give. Without --data, the toy world stands beside --out, made when missing."""
+    if "data" in given:
+        return CotSettings(**{"out": "runs/cot"} | given)
+    small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT    # a server gets large pictures
+    settings = CotSettings(**{"out": "runs/tiny/cot"} | small | given)
+    return replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
 
 
 if __name__ == "__main__":

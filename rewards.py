@@ -13,27 +13,20 @@ The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advant
 it: a third segment is a third row. Behind the ruled line follow the judges of observations.
 """
 import bisect
-import concurrent.futures
-import errno
 import hashlib
-import http.client
 import itertools
 import json
 import math
 import os
-import random
 import re
 import threading
 import time
-import urllib.parse
-import urllib.request
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 LENGTH_REWARD = 0.2
@@ -83,20 +76,21 @@ TAGS = tuple(tag.name for segment in SEGMENTS for tag in segment.tags)
 TAG_PATTERN = re.compile(f"(</?(?:{'|'.join(TAGS)})>)")
 
 
-def find_end(text: str | bytes, k: int, start: int) -> int | None:
-    """Where segment k ends in a response: behind its first closing tag after `start`, the last segment at the end of
-    the text. None if the tag is missing."""
-    if k == len(SEGMENTS) - 1:
-        return len(text)
-    closing = f"</{SEGMENTS[k].tags[-1].name}>"
-    at = text.find(closing if isinstance(text, str) else closing.encode(), start)
-    return None if at < 0 else at + len(closing)
-
-
 class Parsed(NamedTuple):
     """A parsed response."""
     contents: dict[str, str | None]                          # by tag; None unless its segment holds exactly one pair
     formats: tuple[bool, ...]                                # (K,) does the segment match the template?
+
+
+def segment_ends(text: str | bytes) -> list[int | None]:
+    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing."""
+    ends, start = [], 0
+    for segment in SEGMENTS[:-1]:
+        closing = f"</{segment.tags[-1].name}>"
+        at = text.find(closing if isinstance(text, str) else closing.encode(), start)
+        ends.append(None if at < 0 else at + len(closing))
+        start = ends[-1] or start
+    return [*ends, len(text)]
 
 
 def parse(text: str) -> Parsed:
@@ -107,13 +101,11 @@ def parse(text: str) -> Parsed:
     it is, and only that one. A segment whose closing tag is missing is empty, and its text is read as part of the next.
     """
     contents, formats, start = {}, [], 0
-    for k, segment in enumerate(SEGMENTS):
-        end = find_end(text, k, start)
-        piece = "" if end is None else text[start:end]
+    for segment, end in zip(SEGMENTS, segment_ends(text)):
+        piece, start = text[start:end] if end is not None else "", end or start
         names = [tag.name for tag in segment.tags]
         contents |= {name: extract_tag(name, piece) for name in names}
         formats.append(matches_template(piece, names))
-        start = start if end is None else end
     return Parsed(contents, tuple(formats))
 
 
@@ -141,22 +133,16 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
-    …, K - 1. K for all tokens if a segment before the last is never closed: nobody can say what belongs where.
+    …, K - 1. K for all tokens if a segment before the last is never closed: what belongs where is unknown then.
 
     Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
-        [b"<observation>", b"a cat", b"</observ", b"ation>\\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
+        [b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
     """
-    text, ends, start = b"".join(token_bytes), [], 0
-    for k in range(len(SEGMENTS) - 1):
-        start = find_end(text, k, start)
-        if start is None:
-            return [len(SEGMENTS)] * len(token_bytes)
-        ends.append(start)
-    ids, begin = [], 0
-    for token in token_bytes:
-        ids.append(bisect.bisect_right(ends, begin))         # how many segments have ended where this token begins
-        begin += len(token)
-    return ids
+    ends = segment_ends(b"".join(token_bytes))[:-1]
+    if None in ends:
+        return [len(SEGMENTS)] * len(token_bytes)
+    begins = itertools.accumulate(map(len, token_bytes), initial=0)
+    return [bisect.bisect_right(ends, begin) for _, begin in zip(token_bytes, begins)]     # segments ended so far
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -269,13 +255,13 @@ def regression(answer: str, reference: str) -> float:
     return float(max(0, 1 - abs(predicted - wanted) / abs(wanted)))          # a huge error fits no float: cut it first
 
 
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """The minimum number of inserted, deleted and replaced words that turn a into b."""
+def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int:
+    """The lowest cost of turning words a into words b, where inserting or deleting a word costs 1."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + replacing * (x != y))
     return row[-1]
 
 
@@ -285,22 +271,14 @@ def ocr(answer: str, reference: str) -> float:
     return max(0.0, 1 - edit_distance(said, written) / len(written)) if written else float(not said)
 
 
-def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
 def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a reference of one word:
     it has no pair of words, and a perfect answer would otherwise score 2/3."""
     said, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
     if not said or not wanted:
         return 0.0
-    scores = [2 * longest_common_subsequence(said, wanted) / (len(said) + len(wanted))]
+    both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
+    scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
     for n in (1, 2) if len(wanted) > 1 else (1,):
         a, b = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, wanted))
         scores.append(2 * (a & b).total() / (a.total() + b.total()))
@@ -323,7 +301,7 @@ def task_metric(problem_type: str, answer: str | None, reference: str, options: 
 # ------------------------------------------------------------------------------------------------ judges
 
 class Claim(NamedTuple):
-    """What a perception judge gets to see: never the media, never think or answer."""
+    """All that a judge of perception reads: never the media, never think or answer."""
     question: str
     options: tuple[str, ...]
     problem_type: str
@@ -333,170 +311,94 @@ class Claim(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Does the observation alone suffice for the correct answer? None: unknown, which is never a No."""
+    """Whether the observation alone suffices for the correct answer. None is unknown, which is never a No."""
     sufficient: bool | None
-    explanation: str                                               # the judge's explanation, for transcripts
-    error: str = ""                                          # why there is none: asking again may help
+    explanation: str                                         # the judge's, for transcripts
+    error: str = ""                                          # why the verdict is unknown
     leak: bool = False                                       # the observation is a bare answer
-
-
-MARKUP = re.compile(r"<\s*/?\s*(?:observation|think|answer|judge?ment)\s*/?\s*>|<\|[^<>|]*\|>|"
-                    r"\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]", re.I)
-LONGEST_OBSERVATION = 8000                                   # characters that a judge reads
-
-
-def printable(text: str) -> str:
-    """Control characters, invisible ones and changes of direction become spaces."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def clean(observation: str) -> str:
-    """The observation as judges read it: plain text that can end no quotation and open no turn of a conversation.
-
-    Tags of the template and of verdicts, special tokens of chats and invisible characters become spaces, so that what
-    stood around them cannot close up into another tag; angle brackets that remain become typographic ones.
-    """
-    text = printable(observation).replace("＜", "<").replace("＞", ">")
-    text = MARKUP.sub(" ", text).replace("<", "‹").replace(">", "›")
-    return " ".join(text.split())[:LONGEST_OBSERVATION].strip()
-
-
-PREAMBLE = re.compile(r"based on the questions?|i need to notice", re.I)      # what every trace begins with
-ANSWER_WORDS = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b|"
-                          r"\b(?:options?|choices?|solution|reference)\s*(?:is\b|are\b|[:=(]|[A-Z]\b)", re.I)
-PIECES = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")     # not inside of 3.5 or 1,000
-LAST_NUMBER = re.compile(r"(?<![\d.,:])(-?\d[\d.,]*)(?:\s+[^\W\d]+)?\W*$")            # and its unit
-OWN_WORDS = 4
-
-
-def leaks(claim: Claim) -> bool:
-    """Is this a bare answer: an observation that says fewer than four different words of its own?
-
-    The observation is cut at punctuation. A piece is not its own if it repeats the question, an option or the reference
-    answer, speaks of answers and verdicts ("the correct answer is B"), names an option by its letter ("it must be B"),
-    or ends in the number asked for. An answer beside something seen is no leak: whether that suffices is the judge's
-    business. Letters do not count as options where the question itself speaks of a point A or a team B.
-    """
-    options = option_texts(claim.options)
-    letters = "".join(options).replace("I", "") or "ABCDE" * (claim.problem_type == "multiple choice")
-    named = re.compile(rf"(?<![A-Za-z0-9])(?!^A [a-z])[{letters or '-'}](?![A-Za-z0-9])")     # "A man" is no option
-    named = re.compile("$^") if named.search(claim.question) or not letters else named
-    wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
-    known = {normalize_text(piece) for text in (claim.question, claim.reference) for piece in PIECES.split(text)}
-    known |= {*options.values(), *(f"{letter} {text}".casefold() for letter, text in options.items())}
-    own = set()
-    for piece in PIECES.split(PREAMBLE.sub("", claim.observation)):
-        piece = piece.strip()
-        last = LAST_NUMBER.search(piece)
-        stated = named.search(piece) or last and wanted is not None and number(last[1]) == wanted
-        if normalize_text(piece) not in known and not ANSWER_WORDS.search(piece) and not stated:
-            # Chinese and Japanese have no spaces: there every pair of signs counts as a word.
-            own.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", normalize_text(piece)))
-    return len(own) < OWN_WORDS
 
 
 @dataclass
 class Judge:
-    """A batch of claims in, as many verdicts out, in their order. What all judges share stands here: they read cleaned
-    observations, an empty one or a bare answer is a No without asking, and equal claims are asked once.
-
-    `decide` does the rest, and `background` says that it may run beside the model's work.
-    """
+    """Returns a verdict for each claim of a batch. `decide` finds it. All judges read cleaned observations and are asked
+    equal claims once; an empty observation or a bare answer is a No without asking."""
     decide: Callable[[list[Claim]], list[Verdict]]
     refuse_leaks: bool = True
-    background: bool = False
+    background: bool = False                                 # works in a thread while the caller goes on
     counts: Counter = field(default_factory=Counter)         # requests, retries and cached replies so far
     seconds: float = 0.0                                     # that the last batch took
+    pool: ThreadPool | None = None                           # the thread of a background judge
 
     def __call__(self, claims: Sequence[Claim]) -> list[Verdict]:
-        began = time.perf_counter()
-        claims, verdicts = [c._replace(observation=clean(c.observation)) for c in claims], {}
-        leaking = {claim for claim in set(claims) if claim.observation and leaks(claim)}
-        for claim in claims:
-            if not claim.observation:
-                verdicts[claim] = Verdict(False, "nothing is observed")
-            elif self.refuse_leaks and claim in leaking:
-                verdicts[claim] = Verdict(False, "a bare answer: nothing is said to be seen")
-        asked = [claim for claim in dict.fromkeys(claims) if claim not in verdicts]
-        try:
-            verdicts |= zip(asked, self.decide(asked), strict=True)           # also none: `pagrpo.reference_judge`
+        started = time.perf_counter()
+        claims = [c._replace(observation=clean(c.observation)) for c in claims]
+        leaking = {c for c in set(claims) if c.observation and leaks(c)}
+        refused = {c for c in claims if not c.observation or self.refuse_leaks and c in leaking}
+        asked = [c for c in dict.fromkeys(claims) if c not in refused]
+        verdicts = dict.fromkeys(refused, Verdict(False, "a bare answer: nothing is said to be seen"))
+        try:                                                 # also without claims: all ranks run the reference judge
+            verdicts |= zip(asked, self.decide(asked), strict=True)
         except Exception as error:
             if not self.background:
                 raise
-            # Other ranks wait for the verdicts of this one: let them all hear of it together, as unknown verdicts.
-            verdicts |= dict.fromkeys(asked, Verdict(None, "", error=f"{type(error).__name__}: {error}"))
-        self.seconds = time.perf_counter() - began
-        return [verdicts[claim]._replace(leak=claim in leaking) for claim in claims]
+            # The other ranks wait for these verdicts. Unknown ones stop all ranks together.
+            verdicts |= dict.fromkeys(asked, Verdict(None, "", f"{type(error).__name__}: {error}"))
+        self.seconds = time.perf_counter() - started
+        return [verdicts[c]._replace(leak=c in leaking) for c in claims]
 
     def start(self, claims: Sequence[Claim]) -> Callable[[], list[Verdict]]:
-        """Begins to judge, beside the caller's own work where that is possible. Call the result for the verdicts."""
-        if not self.background:
-            verdicts = self(claims)
-            return lambda: verdicts
-        return run_in_thread(self, claims).result
+        """Starts to judge, in the background if the judge can. Call the result for the verdicts."""
+        if self.background:
+            self.pool = self.pool or ThreadPool(1)
+            return self.pool.apply_async(self, (claims,)).get
+        verdicts = self(claims)
+        return lambda: verdicts
 
 
-# ------------------------------------------------------------------------------------------------ side by side, kept
+# A policy learns to exploit its judge: an observation must neither give the judge instructions nor state the answer.
 
-def run_in_thread(work: Callable, *args) -> Future:
-    """Starts work in a daemon thread: a program that is stopped need not wait for a slow server."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(work(*args))
-        except BaseException as error:
-            future.set_exception(error)
-    threading.Thread(target=run, daemon=True).start()
-    return future
+BRACKETS = str.maketrans("<>＜＞[]", "‹›‹›()")               # no tag and no special token of a chat survives
+MAX_OBSERVATION = 8000                                       # characters that a judge reads
 
 
-def imap_unordered(work: Callable, parts: Iterable, threads: int) -> Iterator[tuple]:
-    """Yields (part, work(part)) in the order of completion, with at most `threads` under way."""
-    running = {}
-    for part in itertools.chain(parts, [None] * threads):    # at the end, every None waits for the next to finish
-        if part is not None and threads == 1:
-            yield part, work(part)
-        elif part is not None:
-            running[run_in_thread(work, part)] = part
-        if running and (part is None or len(running) == threads):
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+def printable(text: str) -> str:
+    """Replaces control, invisible and bidirectional characters by spaces, and white space by single ones."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def read_jsonl(file: Path) -> tuple[list[dict], int]:
-    """The rows of a file of JSON lines, and the bytes that they take. A last line cut short by a kill is left out;
-    ValueError for a broken line before it."""
-    rows, end = [], 0
-    raw = file.read_bytes() if file.is_file() else b""
-    while (stop := raw.find(b"\n", end) + 1):
-        try:
-            rows.append(dict(json.loads(raw[end:stop])))
-        except (ValueError, TypeError):
-            raise ValueError(f"{file}, line {len(rows) + 1}: not JSON; remove the line to go on without it") from None
-        end = stop
-    return rows, end
+def clean(observation: str) -> str:
+    """The observation as judges read it: text on one line, without tags."""
+    return printable(observation).translate(BRACKETS)[:MAX_OBSERVATION].strip()
 
 
-class Journal:
-    """An append-only file of JSON lines, one finished piece of work each, so that a kill costs what was under way."""
-
-    def __init__(self, file: Path):
-        self.file, self.lock = file, threading.Lock()
-        self.rows, end = read_jsonl(file)
-        if file.is_file():
-            os.truncate(file, end)
-
-    def add(self, row: dict) -> None:
-        line = (json.dumps(row) + "\n").encode()
-        with self.lock, self.file.open("ab", buffering=0) as out:
-            if out.write(line) < len(line):
-                raise OSError(errno.ENOSPC, "no space left", str(self.file))
+PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*›", re.I)                # and cleaned tags
+CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the points in 3.5 or 1,000
+ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
+LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
+LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+)?)\W*$")                      # with its unit
 
 
-# ------------------------------------------------------------------------------------------------ models as judges
+def leaks(claim: Claim) -> bool:
+    """Is the observation a bare answer? It is if its clauses hold fewer than four different words of their own.
+
+    A clause does not count if it repeats the question, an option or the reference, speaks of answers and verdicts,
+    names an option by its letter, or ends in the number that is asked for.
+    """
+    known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
+    known, words = {normalize_text(clause) for clause in known}, set()
+    lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
+    wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
+    for clause in map(str.strip, CLAUSE_END.split(PREAMBLE.sub("", claim.observation))):
+        last = LAST_NUMBER.search(clause)
+        stated = lettered and LETTER.search(clause) or wanted is not None and last and number(last[1]) == wanted
+        if not stated and not ANNOUNCEMENT.search(clause) and normalize_text(clause) not in known:
+            # Chinese and Japanese have no spaces: each pair of characters counts as a word.
+            words.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", clause.casefold()))
+    return len(words) < 4
+
 
 class Reply(NamedTuple):
+    """What a language model wrote."""
     text: str | None
     error: str = ""                                          # why there is no text
 
@@ -515,191 +417,29 @@ Text that only names an answer, lists the options or repeats the question descri
 
 First explain in one to three sentences. Then end your reply with <judgement>Yes</judgement> if the observation \
 suffices, or with <judgement>No</judgement> if it does not."""
-
-JUDGEMENT = re.compile(r"<judge?ment>\s*(yes|no)\s*[.!]?\s*</judge?ment>[\s.*]*$", re.I)   # a quotation is none
-
-
+JUDGEMENT = re.compile(r"<judge?ment>\s*(yes|no)\s*[.!]?\s*</judge?ment>[\s.*]*$", re.I)
 UNREADABLE = "no verdict at the end of the reply"
 
 
 def judge_chat(c: Claim) -> list[dict]:
-    """The conversation that asks a language model for a verdict. JSON quotes the observation: it cannot close its own
-    quotation marks, and line breaks in it stay inside."""
+    """The conversation that asks for a verdict. The observation is quoted as JSON: it cannot end its own quotation."""
     return [{"role": "user", "content": JUDGE_PROMPT.format(
         article="an" if c.data_type == "image" else "a", medium=c.data_type, question=c.question,
-        options="".join(f"Option: {o}\n" for o in c.options), reference=c.reference,
+        options="".join(f"Option: {option}\n" for option in c.options), reference=c.reference,
         observation=json.dumps(c.observation, ensure_ascii=False))}]
 
 
 def read_verdict(reply: Reply) -> Verdict:
-    """Yes or No only from the end of the judge's own reply: tags that it quotes on the way do not count."""
+    """Reads Yes or No from the end of a reply. Tags that the judge quotes before its end do not count."""
     if reply.text is None:
         return Verdict(None, "", reply.error)
-    found, words = JUDGEMENT.search(reply.text[-300:]), " ".join(printable(reply.text).split())[:1000]
-    return Verdict(found[1].lower() == "yes", words) if found else Verdict(None, words, UNREADABLE)
+    explanation, found = printable(reply.text)[:1000], JUDGEMENT.search(reply.text[-300:])
+    return Verdict(found[1].lower() == "yes", explanation) if found else Verdict(None, explanation, UNREADABLE)
 
 
 def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
+    """`Judge.decide` from a function that answers a batch of conversations."""
     return lambda claims: [read_verdict(reply) for reply in ask_all([judge_chat(c) for c in claims])]
-
-
-class EveryStatus(urllib.request.HTTPErrorProcessor):
-    """Gives back every reply as it is. Above all it follows no redirect: a key for one server must not travel on."""
-    def http_response(self, request, response):
-        return response
-    https_response = http_response
-
-
-def server_address(url: str) -> str:
-    """The address without a slash at its end. ValueError, which does not repeat it, for one that could hold a key."""
-    parts = urllib.parse.urlsplit(url)
-    if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("an address looks like https://host:port/v1; keys come from the environment, not from it")
-    return url.rstrip("/")
-
-
-LARGEST_REPLY = 2 ** 24                                      # bytes
-TRY_AGAIN = (408, 409, 425, 429)                             # and all from 500 on; other errors would come again
-PATIENCE = 240                                               # seconds for a batch with all its tries: ranks that wait
-                                                             # for each other give up later (--patience)
-
-
-class Client:
-    """Chat completions from any server that speaks OpenAI's protocol: many at once, patient, each asked only once.
-
-    A request that fails for a reason that may pass is tried again after 1, 2, 4 … seconds (times a random factor, so
-    that clients do not return in step), or when the server asks for it with Retry-After; then all other requests wait
-    too. Replies are kept under a hash of the exact request, in a file if one is given.
-    """
-
-    def __init__(self, url: str, model: str, key: str = "", concurrency: int = 64, timeout: float = 60.0,
-                 retries: int = 5, cache: Path | None = None, body: dict = {},
-                 keep: Callable[[str], Any] = lambda text: True):
-        """`key` is sent as bearer token and appears nowhere else. `body` holds temperature, max_tokens and the like;
-        `keep` says whether a reply is worth keeping for an equal request."""
-        self.url, self.body, self.key = server_address(url) + "/chat/completions", {"model": model} | body, key
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.keep = keep
-        self.opener, self.pause_until = urllib.request.build_opener(EveryStatus), 0.0
-        self.journal = Journal(cache) if cache else None
-        self.known = {row["request"]: row["text"] for row in self.journal.rows} if cache else {}
-        self.counts = Counter()
-
-    def ask_all(self, chats: list[list[dict]]) -> list[Reply]:
-        """Replies in the order of the chats, whatever the order in which they arrive."""
-        until = time.monotonic() + PATIENCE
-        replies = dict(imap_unordered(lambda i: self.ask(chats[i], until), range(len(chats)), self.concurrency))
-        return [replies[i] for i in range(len(chats))]
-
-    def ask(self, messages: list[dict], until: float = math.inf) -> Reply:
-        """One reply; `until` is a time of the monotonic clock after which nothing is tried again."""
-        body = json.dumps(self.body | {"messages": messages}, sort_keys=True).encode()
-        name = hashlib.sha256(self.url.encode() + b"\n" + body).hexdigest()
-        if name in self.known:
-            self.counts["cached"] += 1
-            return Reply(self.known[name])
-        lost = f"no time left: a batch has {PATIENCE} s"
-        for attempt in range(self.retries + 1):
-            pause = max(0.0, self.pause_until - time.monotonic())
-            if time.monotonic() + pause > until:
-                break
-            if pause > 0:                                    # the server has asked another thread to wait
-                time.sleep(pause + random.uniform(0, 0.5))
-            self.counts["requests" if attempt == 0 else "retries"] += 1
-            try:                                             # headers that come in drops have no other end
-                text, lost, wait_for = run_in_thread(self.post, body).result(self.timeout + 1)
-            except concurrent.futures.TimeoutError:
-                text, lost, wait_for = None, f"no whole reply in {self.timeout:g} s", 0.0
-            if text is not None:
-                if self.keep(text):
-                    self.known[name] = text
-                    if self.journal:
-                        self.journal.add({"request": name, "text": text})
-                return Reply(text)
-            again = max(wait_for, min(60, 2 ** attempt) * random.uniform(0.5, 1.5))
-            if attempt == self.retries or again > PATIENCE or time.monotonic() + again > until:
-                break
-            if wait_for:
-                self.pause_until = max(self.pause_until, time.monotonic() + wait_for)
-            time.sleep(again)
-        return Reply(None, lost)
-
-    def post(self, body: bytes) -> tuple[str | None, str, float]:
-        """One request. Returns (text, "", 0), or (None, why, seconds that the server asks to wait, infinite where a
-        further try is useless)."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        deadline, raw = time.monotonic() + self.timeout, b""
-        try:
-            with self.opener.open(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as response:
-                while chunk := response.read1(2 ** 16):
-                    raw += chunk
-                    if time.monotonic() > deadline:          # the socket's own timeout allows a drop at a time
-                        raise TimeoutError(f"no whole reply in {self.timeout:g} s")
-                    if len(raw) > LARGEST_REPLY:
-                        raise ValueError(f"more than {LARGEST_REPLY} bytes")
-            if len(self.key) >= 8:                           # a server may repeat it; shorter ones are no secrets
-                raw = raw.replace(self.key.encode(), b"***")
-            if response.status != 200:
-                again = response.status in TRY_AGAIN or response.status >= 500
-                said = " ".join(raw.decode(errors="replace").split())[:300]
-                return None, f"HTTP {response.status} {said}", retry_after(response.headers) if again else math.inf
-            text = json.loads(raw)["choices"][0]["message"]["content"]
-            if not isinstance(text, str):
-                raise TypeError(f"its content is {text!r}")
-            return text.encode(errors="replace").decode(), "", 0.0            # half a character cannot be written
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as failed:
-            return None, f"not a chat completion ({type(failed).__name__}: {failed}): {raw[:200]!r}", 0.0
-        except (OSError, http.client.HTTPException) as failed:
-            return None, f"{type(failed).__name__}: {getattr(failed, 'reason', failed)}", 0.0
-
-
-def retry_after(headers) -> float:
-    """Seconds that a server asks to wait: a number or a date. 0 without such a header, or with one nobody can read."""
-    value = headers.get("Retry-After", "").strip()
-    try:
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time()) if value else 0.0
-    except (ValueError, TypeError):
-        return 0.0
-
-
-def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
-                       ) -> Callable[[list[list[dict]]], list[Reply]]:
-    """Any causal language model in a folder that transformers loads, answering greedily. Weights must be safetensors:
-    nothing is unpickled, no code from the folder is run, nothing is downloaded."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16, local_files_only=True, use_safetensors=True
-    ).to(device).eval()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=ends,
-                              pad_token_id=tokenizer.pad_token_id)
-
-    def written(chat: list[dict]) -> str:
-        text = chat[0]["content"]
-        for special in specials:                             # text of others must not open a turn of its own
-            text = text.replace(special, " ")
-        if not tokenizer.chat_template:
-            return text + "\n\n"
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-
-    def ask_all(chats: list[list[dict]]) -> list[Reply]:
-        replies = []
-        for i in range(0, len(chats), batch):
-            inputs = tokenizer([written(chat) for chat in chats[i:i + batch]], return_tensors="pt", padding=True,
-                               add_special_tokens=not tokenizer.chat_template, return_token_type_ids=False).to(device)
-            with torch.no_grad():
-                out = model.generate(**inputs, generation_config=greedy)
-            replies += map(Reply, tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:],
-                                                         skip_special_tokens=True))
-        return replies
-    return ask_all
 
 
 # ------------------------------------------------------------------------------------------------ the toy world's judge
@@ -797,3 +537,129 @@ def rule_judge(claims: list[Claim]) -> list[Verdict]:
         verdicts.append(Verdict(derived is not None and derived == c.reference,
                                 f"{', '.join(shown) or 'nothing seen'}: from this follows {derived or 'nothing'}"))
     return verdicts
+
+
+# ------------------------------------------------------------------------------------------------ plumbing of judges
+# A first reader may stop here: threads, files, and language models behind http or in a folder.
+
+def read_jsonl(file: Path) -> tuple[list[dict], int]:
+    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out; ValueError
+    for any other broken line."""
+    raw, rows = file.read_bytes() if file.is_file() else b"", []
+    end = raw.rfind(b"\n") + 1
+    for number, line in enumerate(raw[:end].split(b"\n")[:-1], start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{file}, line {number}: not JSON; remove the line to go on without it") from None
+    return rows, end
+
+
+class Journal:
+    """An append-only file of JSON lines, one for each finished piece of work: a kill loses unfinished work only."""
+
+    def __init__(self, file: Path):
+        self.file, self.lock = file, threading.Lock()
+        self.rows, end = read_jsonl(file)
+        if file.is_file():
+            os.truncate(file, end)
+
+    def add(self, row: dict) -> None:
+        with self.lock, self.file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+PATIENCE = 240                                               # seconds for all replies of a batch; ranks that wait for
+                                                             # each other give up later (--patience)
+HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
+
+
+class ChatClient:
+    """A server that speaks OpenAI's chat protocol, through the `openai` package, which retries what may pass.
+
+    It waits 0.5, 1, 2, 4 and then 8 s at a time, less up to a quarter. So 24 retries wait 125 s at least, which is
+    0.75 · (7.5 + 20 · 8), to outlast an outage of two minutes, and 168 s at most, to end within PATIENCE.
+    """
+
+    def __init__(self, url: str, model: str, key: str = "", concurrency: int = 64, timeout: float = 60.0,
+                 retries: int = 24, cache: Path | None = None, keep: Callable[[str], Any] = bool,
+                 patience: float = PATIENCE, **body):
+        """body: temperature, max_tokens and the like. cache: a file for replies that `keep` accepts. patience: seconds
+        for all replies of a batch."""
+        import openai
+        self.url, self.key, self.body, self.keep, self.patience = url, key, {"model": model} | body, keep, patience
+        self.concurrency, self.counts, self.lock = concurrency, Counter(), threading.Lock()
+        self.journal = Journal(cache) if cache else None
+        self.known = {row["request"]: row["text"] for row in self.journal.rows} if cache else {}
+        http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [self.before_request]})
+        self.server = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout, max_retries=retries,
+                                    http_client=http)
+
+    def before_request(self, request) -> None:
+        """Counts it and removes what the package took from the environment (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS …)."""
+        with self.lock:
+            self.counts["retries" if int(request.headers.get("x-stainless-retry-count", 0)) else "requests"] += 1
+        for name in set(request.headers) - HEADERS:
+            del request.headers[name]
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+
+    def ask_all(self, chats: list[list[dict]]) -> list[Reply]:
+        """The replies in the order of the chats. Those that are missing after `patience` seconds are errors."""
+        end, late = time.monotonic() + self.patience, Reply(None, f"no reply within {self.patience:g} s")
+        # Unlike those of a ThreadPoolExecutor, these threads are daemons: a program that ends does not wait for them.
+        with ThreadPool(min(self.concurrency, max(1, len(chats)))) as pool:
+            results = [pool.apply_async(self.ask, (chat,)) for chat in chats]
+            for result in results:
+                result.wait(max(0.0, end - time.monotonic()))
+            return [result.get() if result.ready() else late for result in results]
+
+    def ask(self, messages: list[dict]) -> Reply:
+        """One reply, from the cache or from the server. Whatever goes wrong there is its error."""
+        body = self.body | {"messages": messages}
+        exact = f"{self.url.rstrip('/')}/chat/completions\n{json.dumps(body, sort_keys=True)}"
+        name = hashlib.sha256(exact.encode()).hexdigest()
+        if name in self.known:
+            self.counts["cached"] += 1
+            return Reply(self.known[name])
+        try:
+            text = self.server.chat.completions.create(**body).choices[0].message.content
+            text = text.encode(errors="replace").decode()    # no file and no terminal takes a lone surrogate
+        except Exception as error:
+            if hasattr(error, "status_code"):
+                reason = f"HTTP {error.status_code} {error.response.text}"
+            else:
+                reason = f"no chat completion ({type(error).__name__}: {error.__cause__ or error})"
+            reason = reason.replace(self.key, "***") if self.key else reason   # a server may repeat a key it refuses
+            return Reply(None, printable(reason)[:300])
+        if self.journal and self.keep(text):
+            self.known[name] = text
+            self.journal.add({"request": name, "text": text})
+        return Reply(text)
+
+
+def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
+              ) -> Callable[[list[list[dict]]], list[Reply]]:
+    """A causal language model in a folder that transformers loads, answering greedily. Weights must be safetensors:
+    nothing is unpickled, no code from the folder is run, nothing is downloaded."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32,
+                                                 local_files_only=True, use_safetensors=True).to(device)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
+                              eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id)
+    speak = pipeline("text-generation", model, tokenizer=tokenizer, device=model.device)
+
+    def ask_all(chats: list[list[dict]]) -> list[Reply]:
+        if model.device.type == "cuda":                      # in a new thread GPU 0 is the current one
+            torch.cuda.set_device(model.device)
+        if not chats:                                        # a pipeline wants at least one
+            return []
+        if not tokenizer.chat_template:
+            chats = [chat[0]["content"] + "\n\n" for chat in chats]
+        replies = speak(chats, batch_size=batch, generation_config=greedy, return_full_text=False)
+        return [Reply(reply[0]["generated_text"]) for reply in replies]
+    return ask_all

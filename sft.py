@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from data import (TOY_INPUT, CotSettings, Example, Examples, InputSettings, Vocabulary, add_flags, check_minimum,
                   lock_folder, blank_example, collate, cot, flag, given_flags, make_toy, make_toy_model, read_records,
-                  refuse_others, format_table, check_settings, step_indices, trace_text, write_atomically)
+                  refuse_changes, default_settings, format_table, check_settings, step_indices, trace_text, write_atomically)
 from rewards import Journal, read_jsonl
 
 
@@ -507,7 +507,7 @@ class Run:
         begun = any(self.folder.glob(STEPS)) or (self.folder / "metrics.jsonl").exists()
         if begun and not self.settings.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
-        check_settings(self.folder, self.configuration, RESUMABLE)
+        check_settings(self.folder, self.configuration, default_settings(self.settings), RESUMABLE)
         try:
             newest = newest_checkpoint(self.folder, optimizer=True)
         except FileNotFoundError:
@@ -515,7 +515,7 @@ class Run:
         state = read_state(newest)
         if state["step"] != int(newest.name[5:]):
             raise SystemExit(f"{newest} holds step {state['step']}: it was renamed or copied there; take it away")
-        refuse_others(newest, state["settings"], self.configuration, RESUMABLE)
+        refuse_changes(newest, state["settings"], self.configuration, default_settings(self.settings), RESUMABLE)
         return newest
 
     def whole(self) -> list[Path]:

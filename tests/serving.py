@@ -1,7 +1,6 @@
 """A real HTTP server on loopback that speaks OpenAI's chat protocol, with faults on order. For tests and benches."""
 import json
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
@@ -16,73 +15,68 @@ class Fault(NamedTuple):
     drip: float = 0.0                                        # seconds between single bytes of the body
 
 
-class Server:
-    """`play(number, request)` says what happens to the request with this number (from 0): a text is a completion."""
+def completion(text: str) -> Fault:
+    message = {"role": "assistant", "content": text}
+    return Fault(body=json.dumps({"id": "1", "object": "chat.completion", "choices": [
+        {"index": 0, "finish_reason": "stop", "message": message}]}).encode())
 
-    def __init__(self, play, delay: float = 0.0):
-        self.play, self.delay, self.lock = play, delay, threading.Lock()
-        self.requests, self.headers, self.times, self.under_way, self.most_under_way = [], [], [], 0, 0
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
-                with outer.lock:
-                    number = len(outer.requests)
-                    outer.requests.append(json.loads(raw) | {"path": self.path})
-                    outer.headers.append(dict(self.headers))
-                    outer.times.append(time.monotonic())
-                    outer.under_way += 1
-                    outer.most_under_way = max(outer.most_under_way, outer.under_way)
-                try:
-                    threading.Event().wait(outer.delay)
-                    self.answer(outer.play(number, outer.requests[number]))
-                except (BrokenPipeError, ConnectionResetError):
-                    pass                                     # the client gave up first
-                finally:
-                    with outer.lock:
-                        outer.under_way -= 1
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server, raw = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+        with server.lock:
+            number = len(server.requests)
+            server.requests.append(json.loads(raw) | {"path": self.path})
+            server.headers.append(dict(self.headers))
+            server.under_way += 1
+            server.most_under_way = max(server.most_under_way, server.under_way)
+        try:
+            threading.Event().wait(server.delay)             # not time.sleep: tests replace that
+            said = server.play(number, server.requests[number])
+            self.answer(completion(said) if isinstance(said, str) else said)
+        except (BrokenPipeError, ConnectionResetError):
+            pass                                             # the client gave up first
+        finally:
+            with server.lock:
+                server.under_way -= 1
 
-            def answer(self, said):
-                if isinstance(said, str):
-                    said = Fault(body=json.dumps({"id": "1", "object": "chat.completion", "choices": [
-                        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}]}
-                    ).encode())
-                if said.drop:
-                    self.close_connection = True
-                    return self.connection.close()
-                self.send_response(said.status)
-                for name, value in {"Content-Length": str(len(said.body)), **said.headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                for piece in [said.body] if not said.drip else [said.body[i:i + 1] for i in range(len(said.body))]:
-                    self.wfile.write(piece)
-                    self.wfile.flush()
-                    threading.Event().wait(said.drip)
+    def answer(self, said: Fault):
+        if said.drop:
+            self.close_connection = True
+            return self.connection.close()
+        self.send_response(said.status)
+        headers = {"Content-Length": str(len(said.body)), "Content-Type": "application/json"} | said.headers
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for i in range(0, len(said.body), 1 if said.drip else len(said.body)):
+            self.wfile.write(said.body[i:i + 1] if said.drip else said.body)
+            threading.Event().wait(said.drip)
 
-            def log_message(self, *args):
-                pass
+    def log_message(self, *args):
+        pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads, request_queue_size = True, 128   # a short queue makes clients knock again a second later
 
-        self.http = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+class Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128           # a client whose connection is refused waits for a second
 
 
 @contextmanager
 def serving(play, delay: float = 0.0):
-    server = Server(play, delay)
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
+    """`play(number, request)` says what happens to the request with this number (from 0): a text is a completion."""
+    server = Server(("127.0.0.1", 0), Handler)
+    server.play, server.delay, server.lock = play, delay, threading.Lock()
+    server.requests, server.headers, server.under_way, server.most_under_way = [], [], 0, 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server
     finally:
-        server.http.shutdown()
-        server.http.server_close()
+        server.shutdown()
+        server.server_close()
 
 
 def text_of(request: dict) -> str:
-    """The words of a request, without its pictures."""
+    """The text of a request, without its images."""
     content = request["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -43,7 +43,7 @@ class World:
         data.make_toy_model(folder / "base", seed=0)
         self.vocabulary, self.config = data.Vocabulary(folder / "base"), read_config(folder / "base")
         self.rows = json.loads((self.root / "sft.json").read_text())
-        data.write_avi(folder / "secret.avi", np.zeros((6, 56, 56, 3), np.uint8), 2)
+        (folder / "secret.avi").write_bytes(data.avi_bytes(np.zeros((6, 56, 56, 3), np.uint8), 2))
         os.symlink(folder / "secret.avi", self.root / "link.avi")
         os.symlink(folder, self.root / "up")
         os.symlink("loop", self.root / "loop")
@@ -320,7 +320,7 @@ def videos(count: int, seed: int, clips: list[str] = ()) -> int:
         folder, kinds = Path(folder), {}
         whole = World(folder).root / "sft"
         noise = np.random.default_rng(seed).integers(0, 256, (20, 42, 56, 3), dtype=np.uint8)
-        data.write_avi(whole / "long.avi", noise, 5)
+        (whole / "long.avi").write_bytes(data.avi_bytes(noise, 5))
         child = Child(folder)
         child.ask(next(whole.iterdir()), 2)                  # the first answer waits for torch to be imported
         own = [(f, "") for f in sorted(whole.iterdir())] + [(whole / "long.avi", "")] * 10

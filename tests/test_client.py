@@ -1,14 +1,17 @@
 """Promise: a server that is slow, busy, broken or gone costs time, never a wrong answer; and a key goes to the server
 it is for and nowhere else."""
 import json
+import subprocess
+import sys
 import threading
 import time
-from email.utils import formatdate
+from pathlib import Path
 
+import openai
 import pytest
 
-import rewards
-from rewards import Client
+from data import JudgeSettings
+from rewards import UNREADABLE, ChatClient, read_verdict
 from serving import Fault, serving, text_of
 
 KEY = "sk-very-secret-1234567890"
@@ -20,228 +23,198 @@ def chat(text):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that a client would have slept; it does not sleep."""
+    """Seconds that the package would have slept between its tries; it does not sleep."""
     slept = []
-    monkeypatch.setattr(rewards.time, "sleep", slept.append)
+    monkeypatch.setattr(openai._base_client.time, "sleep", slept.append)
     return slept
 
 
-def test_a_request_is_what_the_protocol_says():
+# ------------------------------------------------------------------------------------------------ what is sent
+
+@pytest.mark.parametrize("key", [KEY, ""])
+def test_a_server_gets_its_own_key_and_nothing_else_from_the_environment(key, monkeypatch):
+    """Keys and headers for OpenAI's own servers stand in OPENAI_…: none of them is for this one."""
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv("OPENAI_" + name, "users-own")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://users-own/v1")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer users-own\nX-Team: users-own")
     with serving(lambda n, request: "hello") as server:
-        client = Client(server.url + "/", "judge-1", KEY, body=dict(temperature=0, max_tokens=7))
+        client = ChatClient(server.url, "judge-1", key, temperature=0, max_tokens=7)
         assert client.ask(chat("hi")).text == "hello"
     assert server.requests == [{"path": "/v1/chat/completions", "model": "judge-1", "temperature": 0, "max_tokens": 7,
                                 "messages": chat("hi")}]
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
-    assert server.headers[0]["Content-Type"] == "application/json"
+    assert server.headers[0].get("Authorization") == (f"Bearer {KEY}" if key else None)
+    assert "users-own" not in str(server.headers[0]) and "stainless" not in str(server.headers[0]).lower()
 
 
-def test_without_a_key_none_is_sent():
-    with serving(lambda n, request: "hello") as server:
-        Client(server.url, "m").ask(chat("hi"))
-    assert "Authorization" not in server.headers[0]
-
-
-def test_replies_stand_in_the_order_of_the_questions_whatever_arrives_first():
-    def slower_for_the_first(number, request):
-        threading.Event().wait(0.3 - 0.03 * int(text_of(request)))
-        return "re " + text_of(request)
-    with serving(slower_for_the_first) as server:
-        replies = Client(server.url, "m", concurrency=10).ask_all([chat(str(i)) for i in range(10)])
-    assert [r.text for r in replies] == [f"re {i}" for i in range(10)]
-
-
-def test_requests_go_out_together_but_not_more_than_allowed():
-    with serving(lambda n, request: "x", delay=0.1) as server:
-        began = time.monotonic()
-        Client(server.url, "m", concurrency=4).ask_all([chat(str(i)) for i in range(12)])
-    assert server.most_under_way == 4 and time.monotonic() - began < 12 * 0.1
-
-
-@pytest.mark.parametrize("fault", [
-    Fault(500), Fault(503, body=b"overloaded"), Fault(429), Fault(408), Fault(drop=True), Fault(body=b"{half"),
-    Fault(body=b'{"choices": []}'), Fault(body=b'{"error": "no"}'), Fault(body=b"[1]"), Fault(body=b"\xff\xfe"),
-    Fault(body=b'{"choices": [{"message": {"content": null}}]}'),
-    Fault(headers={"Content-Length": "900"}, body=b'{"choices"')], ids=lambda f: f"{f.status} {f.body[:12]} {f.drop}")
-def test_what_may_pass_is_tried_again(fault, waits):
-    with serving(lambda n, request: fault if n < 2 else "at last") as server:
-        client = Client(server.url, "m", timeout=1.0, retries=3)
-        assert client.ask(chat("?")).text == "at last"
-    assert client.counts == {"requests": 1, "retries": 2} and len(server.requests) == 3
-
-
-def test_waits_grow_and_are_never_the_same(waits):
-    with serving(lambda n, request: Fault(500)) as server:
-        reply = Client(server.url, "m", retries=4).ask(chat("?"))
-    assert reply.text is None and "HTTP 500" in reply.error
-    assert len(waits) == 4 and all(0.5 * 2 ** i <= w <= 1.5 * 2 ** i for i, w in enumerate(waits)), waits
-    assert len({w / 2 ** i for i, w in enumerate(waits)}) == 4, "with jitter"
-
-
-def test_a_server_that_asks_for_time_gets_it():
-    with serving(lambda n, request: Fault(429, {"Retry-After": "0.7"}) if n == 0 else "ok") as server:
-        assert Client(server.url, "m").ask(chat("?")).text == "ok"
-    assert 0.7 <= server.times[1] - server.times[0] < 2
-
-
-def test_it_may_name_a_date_instead(waits):
-    date = formatdate(time.time() + 40, usegmt=True)
-    with serving(lambda n, request: Fault(503, {"Retry-After": date}) if n == 0 else "ok") as server:
-        assert Client(server.url, "m").ask(chat("?")).text == "ok"
-    assert waits and all(37 < seconds < 42 for seconds in waits)
-
-
-def test_all_other_requests_wait_with_it():
-    with serving(lambda n, request: Fault(429, {"Retry-After": "0.6"}) if n == 0 else "ok") as server:
-        client = Client(server.url, "m")
-        first = threading.Thread(target=client.ask, args=(chat("a"),))
-        first.start()
-        while not client.pause_until:
-            time.sleep(0.01)
-        assert client.ask(chat("b")).text == "ok"
-        first.join()
-    assert server.times[1] - server.times[0] >= 0.6
-
-
-def test_a_header_nobody_can_read_is_no_reason_to_stop(waits):
-    with serving(lambda n, request: Fault(429, {"Retry-After": "soon"}) if n == 0 else "ok") as server:
-        assert Client(server.url, "m").ask(chat("?")).text == "ok"
-
-
-def test_an_hour_is_too_long(waits):
-    with serving(lambda n, request: Fault(429, {"Retry-After": "3600"})) as server:
-        assert Client(server.url, "m").ask(chat("?")).text is None
-    assert len(server.requests) == 1 and not waits
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-def test_what_cannot_pass_is_not_tried_again(status, waits):
-    with serving(lambda n, request: Fault(status, body=b"model not found")) as server:
-        reply = Client(server.url, "m").ask(chat("?"))
-    assert reply.text is None and reply.error == f"HTTP {status} model not found" and len(server.requests) == 1
-
-
-def test_a_batch_has_a_time_of_its_own(monkeypatch):
-    """Ranks that wait for each other give up after ten minutes: before that, a hopeless server must be given up."""
-    monkeypatch.setattr(rewards, "PATIENCE", 0.4)
-    with serving(lambda n, request: Fault(500)) as server:
-        began = time.monotonic()
-        replies = Client(server.url, "m", retries=50, concurrency=2).ask_all([chat(str(i)) for i in range(6)])
-    assert all(r.text is None for r in replies) and time.monotonic() - began < 2
-
-
-def test_a_server_that_always_asks_for_a_second_gets_longer_ones(waits):
-    with serving(lambda n, request: Fault(429, {"Retry-After": "1"})) as server:
-        Client(server.url, "m", retries=5).ask(chat("?"))
-    assert len(server.requests) == 6 and max(waits) > 8
-
-
-def test_slow_answers_are_waited_for_and_too_slow_ones_given_up():
-    with serving(lambda n, request: threading.Event().wait(5 if n == 0 else 0.3) or "slow") as server:
-        client = Client(server.url, "m", timeout=0.5, retries=1)
-        began = time.monotonic()
-        assert client.ask(chat("?")).text == "slow" and time.monotonic() - began < 4
-
-
-def test_a_reply_in_drops_ends_at_the_timeout():
-    with serving(lambda n, request: Fault(body=b'{"choices": [' + b" " * 500, drip=0.05)) as server:
-        began = time.monotonic()
-        reply = Client(server.url, "m", timeout=0.5, retries=0).ask(chat("?"))
-    assert reply.text is None and "no whole reply in 0.5 s" in reply.error and time.monotonic() - began < 2
-
-
-def test_headers_in_drops_end_as_well():
-    import socket
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        def drip():
-            connection, _ = listening.accept()
-            connection.recv(65536)
-            try:
-                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-                for _ in range(100):
-                    connection.sendall(b"x")
-                    threading.Event().wait(0.1)
-            except OSError:
-                pass
-        threading.Thread(target=drip, daemon=True).start()
-        began = time.monotonic()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        reply = Client(url, "m", timeout=0.5, retries=0).ask(chat("?"))
-    assert reply.text is None and "no whole reply in 0.5 s" in reply.error and time.monotonic() - began < 3
-
-
-def test_nobody_there(waits):
-    with serving(lambda n, request: "x") as server:
-        pass
-    reply = Client(server.url, "m", retries=2).ask(chat("?"))
-    assert reply.text is None and "Connection refused" in reply.error and len(waits) == 2
-
-
-def test_a_redirect_is_not_followed(waits):
+def test_a_redirect_is_not_followed():
     """The key was meant for this server."""
     with serving(lambda n, request: "stolen") as thief:
-        with serving(lambda n, request: Fault(302, {"Location": thief.url + "/chat/completions"})) as server:
-            reply = Client(server.url, "m", KEY).ask(chat("?"))
-    assert reply.text is None and "HTTP 302" in reply.error and not thief.requests
+        with serving(lambda n, request: Fault(307, {"Location": thief.url + "/chat/completions"})) as server:
+            reply = ChatClient(server.url, "m", KEY).ask(chat("?"))
+    assert reply.text is None and "HTTP 307" in reply.error and not thief.requests and len(server.requests) == 1
 
 
-def test_an_equal_request_is_asked_once_also_by_the_next_run(tmp_path):
-    file = tmp_path / "cache.jsonl"
-    with serving(lambda n, request: f"answer {n}") as server:
-        first = Client(server.url, "m", cache=file, body={"temperature": 0})
-        assert [first.ask(chat("a")).text, first.ask(chat("b")).text, first.ask(chat("a")).text] == [
-            "answer 0", "answer 1", "answer 0"]
-        assert first.counts == {"requests": 2, "cached": 1}
-        later = Client(server.url, "m", cache=file, body={"temperature": 0})
-        assert later.ask(chat("b")).text == "answer 1" and later.counts == {"cached": 1}
-        other = Client(server.url, "m", cache=file, body={"temperature": 1})
-        assert other.ask(chat("b")).text == "answer 2", "another temperature is another request"
-        assert Client(server.url, "n", cache=file, body={"temperature": 0}).ask(chat("b")).text == "answer 3"
-
-
-def test_a_reply_can_be_written_down_and_shown(tmp_path):
-    """Half a character and control characters, which would break a file or a terminal, come from servers as well."""
-    broken = json.dumps({"choices": [{"message": {"content": "a\ud800b \x1b[2J\x00 <judgement>Yes</judgement>"}}]})
-    with serving(lambda n, request: Fault(body=broken.encode())) as server:
-        reply = Client(server.url, "m", cache=tmp_path / "c.jsonl").ask(chat("?"))
-    reply.text.encode()
-    verdict = rewards.read_verdict(reply)
-    assert verdict.sufficient and verdict.explanation == "a?b [2J <judgement>Yes</judgement>"
-
-
-def test_a_failure_is_not_kept(tmp_path, waits):
-    with serving(lambda n, request: Fault(500) if n < 2 else "now") as server:
-        client = Client(server.url, "m", cache=tmp_path / "c.jsonl", retries=1)
-        assert client.ask(chat("a")).text is None and client.ask(chat("a")).text == "now"
-
-
-def test_the_key_appears_nowhere(tmp_path, waits, capsys):
-    """Not in errors even when the server repeats it, not in the cache, not in what is printed."""
-    cache = tmp_path / "cache.jsonl"
-    repeat = lambda n, request: (Fault(401, body=b" " * 190 + f"Incorrect API key provided: {KEY}".encode())
-                                 if n == 0 else f"fine, {KEY}")
-    with serving(repeat) as server:
-        client = Client(server.url, "m", KEY, cache=cache)
-        refused, fine = client.ask(chat("a")), client.ask(chat("b"))
-    printed = capsys.readouterr()
-    assert "Incorrect API key" in refused.error and fine.text == "fine, ***"
-    assert KEY[:9] not in refused.error + cache.read_text() + printed.out + printed.err + repr(client) + str(client)
+def test_a_refused_key_is_said_once_and_shown_nowhere(tmp_path, capfd):
+    """Also when the server repeats it."""
+    body = b" " * 190 + json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode()
+    with serving(lambda n, request: Fault(401, body=body)) as server:
+        client = ChatClient(server.url, "m", KEY, cache=tmp_path / "cache.jsonl")
+        refused, = client.ask_all([chat("a")])
+    printed = capfd.readouterr()
+    assert "HTTP 401" in refused.error and "Incorrect API key" in refused.error and len(server.requests) == 1
+    assert KEY[:9] not in refused.error + printed.out + printed.err + str(client) + str(list(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("url", ["https://user:secret@host/v1", "https://:secret@host/v1", "https:///v1", "http://",
                                  "https://host/v1?key=secret", "https://host/v1#secret"])
 def test_an_address_that_holds_a_key_or_no_host_is_refused(url):
-    with pytest.raises(ValueError) as refused:
-        Client(url, "m")
+    with pytest.raises(SystemExit, match="--judge: an address is like https://host:port/v1") as refused:
+        JudgeSettings(judge=url, judge_model="m")
     assert "secret" not in str(refused.value)
 
 
-def test_a_cache_cut_short_by_a_kill_loses_its_last_line_only(tmp_path):
+def test_the_package_is_needed_for_servers_only(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert JudgeSettings(judge="rule")
+    with pytest.raises(SystemExit, match="pip install openai"):
+        JudgeSettings(judge="http://host/v1", judge_model="m")
+
+
+# ------------------------------------------------------------------------------------------------ many at once
+
+def test_replies_stand_in_the_order_of_the_questions_and_no_more_are_asked_at_once_than_allowed():
+    def slower_for_the_first(number, request):
+        threading.Event().wait(0.24 - 0.02 * int(text_of(request)))
+        return "re " + text_of(request)
+    with serving(slower_for_the_first) as server:
+        replies = ChatClient(server.url, "m", concurrency=4).ask_all([chat(str(i)) for i in range(12)])
+    assert [r.text for r in replies] == [f"re {i}" for i in range(12)]
+    assert server.most_under_way == 4
+
+
+@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b'{"choices": [' + b" " * 900, drip=0.02)], ids=["", "drip"])
+def test_a_batch_has_a_deadline(fault):
+    """Ranks that wait for each other give up after some minutes: before that, a hopeless server must be given up. Even
+    one that sends a byte at a time, for which no timeout of a connection is ever reached."""
+    with serving(lambda n, request: fault if n else "quick") as server:
+        client, began = ChatClient(server.url, "m", concurrency=1, patience=0.6), time.monotonic()
+        replies = client.ask_all([chat("1"), chat("2"), chat("3")])
+        assert time.monotonic() - began < 2
+    assert [r.text for r in replies] == ["quick", None, None]
+    assert replies[1].error == replies[2].error == "no reply within 0.6 s"
+
+
+def test_a_program_that_ends_does_not_wait_for_a_slow_server():
+    program = """if True:
+        import sys, time
+        from rewards import ChatClient, Claim, Judge, language_judge
+        claim = Claim("What is it?", (), "free-form", "a cat", "there is a small grey animal on a mat")
+        client = ChatClient(sys.argv[1], "m")
+        Judge(language_judge(client.ask_all), background=True).start([claim])
+        while not client.counts["requests"]:
+            time.sleep(0.01)
+        print("asked", time.time())
+    """
+    with serving(lambda n, request: "late", delay=60) as server:
+        root = Path(__file__).parents[1]
+        ended = subprocess.run([sys.executable, "-c", program, server.url], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    assert time.time() - float(ended.stdout.split()[1]) < 10
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+@pytest.mark.parametrize("fault", [
+    Fault(500), Fault(503, body=b"overloaded"), Fault(429), Fault(408), Fault(drop=True),
+    Fault(headers={"Content-Length": "900"}, body=b'{"choices"')], ids=lambda f: f"{f.status} {f.body[:12]} {f.drop}")
+def test_what_may_pass_is_tried_again(fault, waits):
+    with serving(lambda n, request: fault if n < 2 else "at last") as server:
+        client = ChatClient(server.url, "m", timeout=1.0, retries=3)
+        assert client.ask(chat("?")).text == "at last"
+    assert client.counts == {"requests": 1, "retries": 2} and len(server.requests) == 3
+
+
+def test_an_outage_of_two_minutes_is_survived(waits, monkeypatch):
+    """With the retries that --retries has by default, however unlucky the random part of the waits."""
+    monkeypatch.setattr(openai._base_client, "random", lambda: 1.0)          # waits are as short as they can be
+    with serving(lambda n, request: "back" if sum(waits) > 120 else Fault(503)) as server:
+        assert ChatClient(server.url, "m", retries=JudgeSettings().retries).ask(chat("?")).text == "back"
+    waits.clear()
+    monkeypatch.setattr(openai._base_client, "random", lambda: 0.0)          # as long as they can be
+    with serving(lambda n, request: Fault(503, body=b"down")) as server:
+        client = ChatClient(server.url, "m", retries=JudgeSettings().retries)
+        assert client.ask(chat("?")).error == "HTTP 503 down"
+    assert sum(waits) < client.patience, "and given up before the batch's deadline"
+
+
+def test_a_server_that_asks_for_time_gets_it(waits):
+    with serving(lambda n, request: "ok" if n else Fault(429, {"Retry-After": "40"})) as server:
+        assert ChatClient(server.url, "m").ask(chat("?")).text == "ok"
+    assert waits == [40]
+
+
+def test_slow_answers_are_waited_for_and_too_slow_ones_asked_for_again():
+    with serving(lambda n, request: threading.Event().wait(0.2 if n else 5) or "slow") as server:
+        began = time.monotonic()
+        assert ChatClient(server.url, "m", timeout=0.5, retries=1).ask(chat("?")).text == "slow"
+    assert len(server.requests) == 2 and time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("body", [b"{half", b'{"choices": []}', b'{"error": "no"}', b"[1]", b"\xff\xfe", b"",
+                                  b'{"choices": [{"message": {"content": null}}]}'])
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html"}], ids=["json", "html"])
+def test_what_is_no_completion_is_an_unknown_verdict(body, headers):
+    with serving(lambda n, request: Fault(body=body, headers=headers)) as server:
+        verdict = read_verdict(ChatClient(server.url, "m").ask(chat("?")))
+    assert verdict.sufficient is None and verdict.error.startswith("no chat completion (")
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+def test_what_cannot_pass_is_not_tried_again(status):
+    with serving(lambda n, request: Fault(status, body=b"model not found")) as server:
+        reply = ChatClient(server.url, "m").ask(chat("?"))
+    assert reply == (None, f"HTTP {status} model not found") and len(server.requests) == 1
+
+
+def test_nobody_there(waits):
+    with serving(lambda n, request: "x") as server:
+        pass
+    reply = ChatClient(server.url, "m", retries=2).ask(chat("?"))
+    assert reply.text is None and "Connection refused" in reply.error and len(waits) == 2
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+def test_an_equal_request_is_asked_once_also_by_the_next_run(tmp_path):
     file = tmp_path / "cache.jsonl"
     with serving(lambda n, request: f"answer {n}") as server:
-        client = Client(server.url, "m", cache=file)
-        client.ask(chat("a")), client.ask(chat("b"))
-        file.write_bytes(file.read_bytes()[:-9])
-        again = Client(server.url, "m", cache=file)
-        assert again.ask(chat("a")).text == "answer 0" and again.ask(chat("b")).text == "answer 2"
-    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == ["answer 0", "answer 2"]
+        first = ChatClient(server.url, "m", cache=file, temperature=0)
+        assert [first.ask(chat(x)).text for x in "aba"] == ["answer 0", "answer 1", "answer 0"]
+        assert first.counts == {"requests": 2, "cached": 1}
+        later = ChatClient(server.url, "m", cache=file, temperature=0)
+        assert later.ask(chat("b")).text == "answer 1" and later.counts == {"cached": 1}
+        other = ChatClient(server.url, "m", cache=file, temperature=1)
+        assert other.ask(chat("b")).text == "answer 2", "another temperature is another request"
+        assert ChatClient(server.url, "n", cache=file, temperature=0).ask(chat("b")).text == "answer 3"
+        file.write_bytes(file.read_bytes()[:-9])             # cut short by a kill: its last line alone is lost
+        again = ChatClient(server.url, "n", cache=file, temperature=0)
+        assert again.ask(chat("b")).text == "answer 4"
+    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == [f"answer {i}" for i in (0, 1, 2, 4)]
+
+
+def test_only_a_reply_with_a_verdict_is_kept(tmp_path, waits):
+    said = [Fault(500), "Hm.", "<judgement>Yes</judgement>", "never asked for"]
+    with serving(lambda n, request: said[n]) as server:
+        client = ChatClient(server.url, "m", retries=0, cache=tmp_path / "c", keep=lambda text: "judgement" in text)
+        verdicts = [read_verdict(client.ask(chat("a"))) for _ in range(4)]
+    assert [v.sufficient for v in verdicts] == [None, None, True, True] and verdicts[1].error == UNREADABLE
+
+
+def test_a_reply_can_be_written_down_and_shown(tmp_path):
+    """Lone surrogates and control characters, which break a file or a terminal, come from servers as well."""
+    broken = json.dumps({"choices": [{"message": {"content": "a\ud800b \x1b[2J\x00 <judgement>Yes</judgement>"}}]})
+    with serving(lambda n, request: Fault(body=broken.encode())) as server:
+        reply = ChatClient(server.url, "m", cache=tmp_path / "c.jsonl").ask(chat("?"))
+    verdict = read_verdict(reply)
+    assert reply.text.encode() and verdict.sufficient and verdict.explanation == "a?b [2J <judgement>Yes</judgement>"

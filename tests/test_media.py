@@ -20,7 +20,7 @@ def noise(*shape, seed=0) -> np.ndarray:
 def media(tmp_path_factory):
     """A media root: good.avi with 20 frames at 5 a second, pictures/ with 7 frames, and much that is broken."""
     root = tmp_path_factory.mktemp("media")
-    data.write_avi(root / "good.avi", noise(20, 42, 56, 3), 5)
+    (root / "good.avi").write_bytes(data.avi_bytes(noise(20, 42, 56, 3), 5))
     for i, frame in enumerate(noise(7, 42, 56, 3)):
         (root / "pictures").mkdir(exist_ok=True)
         Image.fromarray(frame).save(root / "pictures" / f"{i:03d}.png")
@@ -80,7 +80,7 @@ class TestFrames:
 
     @pytest.mark.parametrize("total", [1, 2, 3, 5])
     def test_frames_and_seconds_of_a_clip_of_a_few_frames(self, total, tmp_path):
-        data.write_avi(tmp_path / "short.avi", noise(total, 28, 28, 3), 4)
+        (tmp_path / "short.avi").write_bytes(data.avi_bytes(noise(total, 28, 28, 3), 4))
         frames, seconds = read_video(tmp_path / "short.avi", InputSettings())
         taken = 4 if total == 5 else 2
         assert len(frames) == taken and seconds == pytest.approx(2 * total / (4 * taken))
@@ -287,7 +287,7 @@ class TestPaths:
     def test_a_path_that_leaves_the_root_is_refused(self, tmp_path, path):
         root = tmp_path / "root"
         (root / "pictures").mkdir(parents=True)
-        data.write_avi(tmp_path / "secret.avi", noise(2, 28, 28, 3), 2)
+        (tmp_path / "secret.avi").write_bytes(data.avi_bytes(noise(2, 28, 28, 3), 2))
         os.symlink(tmp_path / "secret.avi", root / "link.avi")
         os.symlink(tmp_path, root / "up")
         with pytest.raises(MediaError, match="leads out of"):

@@ -54,10 +54,3 @@ def test_tags_in_an_observation_do_not_reach_the_template(base, vocabulary, monk
 def test_no_claims_need_no_model(base, vocabulary, monkeypatch):
     judge, seen = judge_of(base, vocabulary, monkeypatch, None)
     assert judge([]) == [] and seen == []
-
-
-def test_a_run_with_it_goes_from_end_to_end(toy, base, tmp_path, capsys):
-    pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"),
-                 "--media", str(toy), "--steps", "1", "--questions", "2", "--max-response", "12",
-                 "--judge", "reference", "--kl-beta", "0"])
-    assert "PA-GRPO is finished" in capsys.readouterr().out
