@@ -533,7 +533,7 @@ def run(job: Job, questions: list[Question]) -> list[dict]:
         data.check_settings(folder, {name: getattr(job.settings, name) for name in deciding} | {
             "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
             "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
-            "observations": given if job.given else ""}, free=())
+            "observations": given if job.given else ""}, data.default_settings(job.settings), free=())
     done, todo = recorded(folder), []
     for q in questions:                                      # new ones, those without media, and those reworded since
         row, asked = done.get(q.record.problem_id, {}), (q.record.question, list(q.record.options), q.record.reference)

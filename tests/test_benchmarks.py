@@ -12,7 +12,7 @@ import pytest
 
 import data
 import eval as evaluation
-from eval import BENCHES, Condition, asked, read_bench
+from eval import BENCHES, Job, read_bench, variant_record
 
 
 @pytest.fixture
@@ -166,19 +166,33 @@ def test_a_miniature_is_read_answered_and_counted(name, clip, base, tmp_path, ca
                str(tmp_path / "out"), "--max-pixels", "784", "--max-response", "6"]
     evaluation.main(command)
     out = capsys.readouterr().out
-    for words in (*said, f"{questions} questions from", f"NOT the benchmark's {BENCHES[name].expected} questions",
-                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "At most 32 frames"):
+    for words in (*said, f"{questions} questions in", f"NOT the benchmark's {BENCHES[name].expected} questions",
+                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "At most 32 frames (2 a second"):
         assert words in out
     rows = [json.loads(line) for line in (tmp_path / "out" / name / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == questions == len({r["id"] for r in rows}) and sum("missing" in r for r in rows) == lost
     for r in rows:
         if "missing" not in r:
-            assert (r["frames"], r["pixels"]) == ((12 if "tvqa" in r["clip"] else 6), [28, 28])
+            assert (r["frames"], r["pixels"]) == ((8 if "tvqa" in r["clip"] else 6), [28, 28])
             assert len(r["prompt"]) == 16 and 0 <= r["score"] < 1 and not r["finished"]
     summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
     assert summary["questions"] == questions and summary["scored"] == questions - lost == summary["cut_off"]
     evaluation.main(command)                                 # again: nothing is asked twice, the table is the same
     assert capsys.readouterr().out == out
+
+
+def test_prompt_and_template_can_be_chosen_for_a_model_from_elsewhere(clip, base, tmp_path, capsys, monkeypatch):
+    mmvu(tmp_path, clip)
+    shown, real = [], evaluation.pagrpo.rollout
+    monkeypatch.setattr(evaluation.pagrpo, "rollout", lambda model, examples, vocabulary, *rest: (
+        shown.extend(vocabulary.decode(e.ids.tolist()) for e in examples), real(model, examples, vocabulary, *rest))[1])
+    command = ["--bench", "mmvu", "--data", str(tmp_path), "--model", str(base), "--preset", "tiny", "--max-pixels", "784",
+               "--max-response", "2", "--out", str(tmp_path / "out")]
+    evaluation.main([*command, "--prompt", "full", "--template", "think"])
+    assert "<think>" in shown[0] and "<observation>" not in shown[0]
+    assert "full prompt, template think" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="prompt was 'full', is now 'short'"):
+        evaluation.main(command)
 
 
 def read(name, build, clip, tmp_path):
@@ -189,11 +203,14 @@ def read(name, build, clip, tmp_path):
     return {i.record.problem_id: i for i in items}, notes, root
 
 
-def prompt(item, **flags) -> str:
-    """What the model reads, by the project's own words for it."""
-    args = Namespace(**(dict(direct=False, clips=False) | flags))
-    settings = data.InputSettings(prompt="direct" if args.direct else "short")
-    return data.instruction(asked(item, Condition(), args), settings)
+def record_of(question, direct=False, clips=False):
+    return variant_record(Job("", None, None, None, Namespace(direct=direct, clips=clips), None), question)
+
+
+def prompt(question, direct=False) -> str:
+    """What the model reads."""
+    settings = data.InputSettings(prompt="direct" if direct else "short")
+    return data.instruction(record_of(question, direct), settings)
 
 
 def test_options_are_shown_once_with_their_letters(clip, tmp_path):
@@ -205,6 +222,10 @@ def test_options_are_shown_once_with_their_letters(clip, tmp_path):
     items, _, _ = read("videomme", videomme, clip, tmp_path)
     assert "B. Candles.\nC. Berries." in prompt(items["001-1"]) and "B. B." not in prompt(items["001-1"])
     assert prompt(items["001-1"], direct=True).endswith("the same number.\nThe best answer is:")
+    items, _, _ = read("mmvu", mmvu, clip, tmp_path)
+    assert prompt(items["validation_1"], direct=True) == (
+        "Question: Which law?\nA: 0 liters\nB: 1 liters\nC: 2 liters\nD: 3 liters\nE: 4 liters\n\nDo not generate any "
+        "intermediate reasoning process. Answer directly with the option letter from the given choices.")
     items, _, _ = read("tempcompass", tempcompass, clip, tmp_path)
     one = lambda start: next(i for key, i in items.items() if key.startswith(start))
     assert prompt(one("multi-choice/1034419625_reverse/action")).count("dunking") == 1
@@ -220,28 +241,32 @@ def test_options_are_shown_once_with_their_letters(clip, tmp_path):
 def test_questions_keep_the_sentences_that_belong_to_them(clip, tmp_path):
     items, _, _ = read("videommmu", videommmu, clip, tmp_path)
     assert "Please ignore the Quiz question in last frame" in prompt(items["Perception/dev_Biology_3"])
+    assert "A. 3, 4\nB. 4, 3\n" in prompt(items["Perception/validation_Basic_Medical_Science_2"], direct=True)
+    row = dict(id="dev_Math_1", question="?", options=["A. (1)", "B. (2)"], answer="B")
+    lettered = evaluation.videommmu(row, "Perception", (), lambda *paths: paths[0])
+    assert "?\nA. (1)\nB. (2)\nPlease ignore" in prompt(lettered, direct=True) and "A. A." not in prompt(lettered)
     adaptation = items["Adaptation/validation_Math_15"]
     assert "following open-ended question. The image for this question is at the end" in prompt(adaptation, direct=True)
     assert adaptation.metric == "open"
-    assert evaluation.score(adaptation, "<answer>x is 3.43</answer>", None, True)[1] == 1
+    assert evaluation.grade(adaptation, "<answer>x is 3.43</answer>", None, True)[1] == 1
     assert items["Adaptation/validation_Basic_Medical_Science_2"].groups["discipline"] == "Medicine"
     items, _, _ = read("vsibench", vsibench, clip, tmp_path)
     assert prompt(items["0"], direct=True).startswith("These are frames of a video.\nHow many")
     assert prompt(items["0"], direct=True).endswith("using a single word or phrase.")
-    assert evaluation.score(items["0"], "<answer>5</answer>", None, True) == ("5", 0.6)
-    assert evaluation.score(items["1"], "It is on the right.", None, True) == ("B", 1.0)
+    assert evaluation.grade(items["0"], "<answer>5</answer>", None, True) == ("5", 0.6)
+    assert evaluation.grade(items["1"], "It is on the right.", None, True) == ("B", 1.0)
 
 
 @pytest.mark.parametrize("clips, frames, seconds", [(True, 4, 0.667), (False, 12, 0.667)])
 def test_bounds_cut_a_video_only_where_they_are_asked_for(clips, frames, seconds, clip, tmp_path, tiny_settings):
     items, _, root = read("mvbench", mvbench, clip, tmp_path)
     settings = data.replace(tiny_settings, frames=32, fps=0.0)
-    record = asked(items["episodic_reasoning/0"], Condition(), Namespace(direct=False, clips=clips))
+    record = record_of(items["episodic_reasoning/0"], clips=clips)
     shown, step, _ = data.read_media(record, root, settings)
     assert len(shown) == frames and step == pytest.approx(seconds, abs=1e-3)
     reds = [round(frame[14, 14, 0] / 20) for frame in shown]
     assert reds == ([3, 4, 5, 6] if clips else list(range(1, 13))), "1 s to 2 s at 3 a second: pictures 3 to 6, from 1"
-    record = asked(items["action_sequence/0"], Condition(), Namespace(direct=False, clips=clips))
+    record = record_of(items["action_sequence/0"], clips=clips)
     shown, _, _ = data.read_media(record, root, settings)
     assert len(shown) == (2 if clips else 6), "1 s to 2 s at 2 a second: frames 2, 3 and 4, of which an even number"
 
@@ -252,6 +277,23 @@ def test_the_other_branch_of_mvbench_holds_clips_that_are_cut_already(clip, tmp_
         clip((tmp_path / folder / video).with_suffix(".mp4"))
     items, notes = read_bench("mvbench", tmp_path)
     assert all((tmp_path / i.record.path).is_file() and i.record.bounds is None for i in items) and len(items) == 8
+
+
+def test_a_folder_of_one_branch_completes_the_other(clip, tmp_path):
+    """Branch `main` names NTU's videos .avi and lacks them; branch `video` has them as .mp4."""
+    mvbench(tmp_path, clip)
+    clip(tmp_path / "nturgbd_convert/S008.mp4")
+    paths = {q.record.path for q in read_bench("mvbench", tmp_path)[0]}
+    assert "nturgbd_convert/S008.mp4" in paths and "video/star/Charades_v1_480/K9UXS.mp4" in paths
+
+
+def test_a_question_with_one_candidate_counts_and_blanks_do_not(clip, tmp_path):
+    mvbench(tmp_path, clip)
+    row = dict(video="video_14727.mp4", question="Which?", candidates=["The sphere."], answer="The sphere.")
+    write_json(tmp_path / "json/counterfactual_inference.json", [row, row | dict(candidates=["a", "The sphere. "])])
+    one, two = [q for q in read_bench("mvbench", tmp_path)[0] if q.groups["task"] == "counterfactual_inference"]
+    assert (one.record.reference, two.record.reference) == ("A", "B") and two.record.options == ("a", "The sphere.")
+    assert evaluation.grade(one, "<answer>A</answer>", None, True) == ("A", 1.0)
 
 
 def test_annotations_are_the_same_in_every_form(clip, tmp_path):
@@ -273,31 +315,23 @@ def test_annotations_are_the_same_in_every_form(clip, tmp_path):
     assert {i.record.problem_id: i for i in read_bench("videommmu", root)[0]} == items
 
 
-def test_a_clip_is_not_read_again_for_every_question_about_it(clip, base, tmp_path, tiny_settings, monkeypatch):
-    real, reads = data.read_video, []
-    monkeypatch.setattr(data, "read_video", lambda path, *rest: (reads.append(path), real(path, *rest))[1])
-    clip(tmp_path / "a.mp4"), clip(tmp_path / "b.mp4")
-    vocabulary, config = data.Vocabulary(base), data.read_config(base)
-    records = [data.Record(str(i), f"What is {i}?", (), "numerical", "1", path, "video")
-               for path in ("a.mp4", "b.mp4") for i in range(9)]
-    examples = data.Examples(records, tmp_path, vocabulary, config, data.replace(tiny_settings, workers=1))
-    assert len([e for part in examples.prefetch([range(18)]) for e in part]) == 18 and len(reads) == 2
-
-
-def test_the_last_frame_is_always_among_those_taken(tiny_settings):
-    """VideoMMMU's question is a picture at the very end."""
-    for total in (2, 5, 31, 32, 33, 1000, 100_001):
-        for settings in (data.replace(tiny_settings, frames=32, fps=0.0), tiny_settings):
-            assert data.frame_indices(total, 29.97, settings)[-1] == total - 1
-
-
 @pytest.mark.parametrize("name", [name for name in BENCHES if name != "toy"])
 def test_what_is_not_there_is_explained_with_the_commands_that_fetch_it(name, base, tmp_path):
     with pytest.raises(SystemExit) as ended:
         evaluation.main(["--bench", name, "--model", str(base), "--preset", "tiny", "--data", str(tmp_path / "none")])
     told, bench = str(ended.value), BENCHES[name]
     assert f"hf download {bench.repo} --repo-type dataset --local-dir" in told and bench.size in told
-    assert ("accept the form" in told) == bench.form and ("unzip" in told) == (name != "mmvu")
+    assert ("accept the form" in told) == bench.gated and "unzip" in told
+
+
+@pytest.mark.parametrize("name, count", [("mmvu", 1), ("all", 7)])
+def test_a_missing_model_and_missing_data_are_one_error(name, count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(["--bench", name, "--model", "models/Qwen2.5-VL-3B-Instruct"])
+    told = str(ended.value)
+    assert "hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir models/Qwen2.5-VL-3B-Instruct" in told
+    assert told.count("--repo-type dataset") == count and "hf download yale-nlp/MMVU" in told
 
 
 def test_parquet_without_pyarrow_says_what_to_install(clip, tmp_path, monkeypatch):
@@ -345,7 +379,7 @@ def test_one_broken_question_in_two_hundred_is_left_out_and_named(clip, tmp_path
 def test_no_number_is_too_large_to_be_wrong(clip, tmp_path):
     items, _, _ = read("vsibench", vsibench, clip, tmp_path)
     for huge in ("1e400", "9" * 90, "-1e400"):
-        assert evaluation.score(items["0"], f"<answer>{huge}</answer>", None, True)[1] == 0
+        assert evaluation.grade(items["0"], f"<answer>{huge}</answer>", None, True)[1] == 0
 
 
 def test_one_broken_benchmark_does_not_stop_the_others(clip, base, tmp_path, monkeypatch, capsys):
@@ -357,18 +391,8 @@ def test_one_broken_benchmark_does_not_stop_the_others(clip, base, tmp_path, mon
     with pytest.raises(SystemExit, match="(?s)6 of 7 benchmarks are not there, or broken.*test.jsonl cannot be read"):
         evaluation.main(["--bench", "all", "--model", str(base), "--preset", "tiny", "--out", "out", "--max-pixels",
                          "784", "--max-response", "4"])
-    table = capsys.readouterr().out.splitlines()[-6:]
-    assert table[0].split() == ["percent", "mmvu*", "mean"] and table[-1].startswith("* not the whole benchmark")
-    assert table[-2].split() == ["VideoP2R", "(paper)", "65.4", "65.4"]
-
-
-def test_questions_that_offer_a_text_twice_are_named(clip, tmp_path):
-    mmvu(tmp_path, clip)
-    rows = json.loads((tmp_path / "validation.json").read_text())
-    rows[0]["choices"]["E"] = rows[0]["choices"]["A"]
-    write_json(tmp_path / "validation.json", rows)
-    assert "1 questions offer the same text twice, where only the letter decides: validation_1" in " ".join(
-        read_bench("mmvu", tmp_path)[1])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert table[0][-2:] == ["mmvu*", "mean"] and table[-1] == ["VideoP2R", "(paper)", "65.4", "65.4"]
 
 
 def test_a_question_that_stands_there_twice_counts_twice(clip, tmp_path):
