@@ -9,10 +9,9 @@
     python eval.py --video clip.avi --question "Which letter comes right after the red O?" --options "red X" "blue T"
 
 Protocol of the seven, unless flags say otherwise (Video-R1's, to which the paper's numbers belong): 2 frames a second
-but at most 32, always with the first and the last, at most 256·28·28 pixels each; temperature 0.01, top-p 0.001; at
-most 1,024 tokens; the prompt the model was trained with. The toy world and --video keep the run's frames and pixels.
-Results are written to MODEL/eval/BENCH: responses.jsonl (one row for each question), summary.json, settings.json. The
-same command resumes an evaluation that was stopped, on any number of ranks.
+but at most 32, always with the first and the last, of 256·28·28 pixels; temperature 0.01, top-p 0.001; 1,024 tokens;
+the prompt of training. The toy world and --video keep the run's frames and pixels. Results are written to MODEL/eval/BENCH:
+responses.jsonl (a row for each question), summary.json, settings.json. The same command resumes, on any number of ranks.
 """
 import argparse
 import ast
@@ -45,8 +44,8 @@ from model import newest_checkpoint
 # ------------------------------------------------------------------------------------------------ 1. reading answers
 
 def answer_text(response: str, finished: bool = True) -> str | None:
-    """The part of a response in which its answer is read: the last <answer>; without one, what follows the last closed
-    segment; without tags, everything. None if it was cut off before an <answer>, or ends inside a segment."""
+    """The last <answer>, else what follows the last closed segment, else everything. None if the response was cut off
+    before an <answer>, or ends inside a segment."""
     if "<answer>" in response:
         return response.rsplit("<answer>", 1)[1].split("</answer>")[0]
     rest = response.rsplit("</observation>", 1)[-1].rsplit("</think>", 1)[-1]
@@ -73,7 +72,7 @@ def option_names(options: Sequence[str], labels: Sequence[str] = ()) -> dict[str
 
 
 VERBS = r"(?:is|was|because|since|as|fits|seems|would|or|and)\b"              # before these, A is a letter
-CUE = re.compile(r"\b(?:answer|option|choice)(?:\W*:|\s+(?:is|(?:would|should|must) be)\b)(?:(?!-)\W|\bthe\b)*", re.I)
+CUE = re.compile(r"\b(?:answer|option|choice)(?:\W*:|\s+(?:is|(?:would|should) be)\b)(?:(?!-)\W|\bthe\b)*", re.I)
 ENDORSED = re.compile(r"\W{0,3}(?:is|was|seems) (?:(?:the|most|my) )*(?:best|correct|right|answer)\b", re.I)
 
 
@@ -121,7 +120,7 @@ def ends_on(think: str, options: Sequence[str]) -> str | None:
 
 
 def first_number(text: str) -> Fraction | None:
-    """The first number in an answer, in digits, behind the last "=" or "answer is": "about 3.5 m", "4 m × 5 m = 20"."""
+    """The first number, in digits, behind the last "=" or "answer is": "about 3.5 m", "4 m × 5 m = 20"."""
     text = strip_markup(text)
     behind = re.split(r"=|\banswer is\b", text, flags=re.I)[-1]
     found = re.search(r"-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?", behind if re.search(r"\d", behind) else text)
@@ -143,8 +142,7 @@ class Question:
 def mean_relative_accuracy(predicted: float, wanted: float) -> float:
     """MRA (VSI-Bench): the share of the ten tolerances 50 %, 45 % … 5 % within which the relative error lies.
 
-    Bit for bit the official code, floats and all: 5 instead of 4 scores 0.6, and so does 10 instead of 8. Only a wanted
-    0, of which the benchmark has none, divides by zero there.
+    Bit for bit the official code, floats and all: 5 instead of 4 scores 0.6, and so does 10 instead of 8.
     """
     if wanted == 0:
         return float(predicted == 0)
@@ -173,10 +171,8 @@ def open_answer(text: str, gold: str) -> float:
 
 
 def grade(question: Question, response: str, answer: str | None, finished: bool) -> tuple[str | None, float]:
-    """What was read from a response, and its score in [0, 1]. Nothing read scores 0 and stays in the mean.
-
-    The metric `task` is the reward of training: one well-formed <answer>, in a response that came to its end.
-    """
+    """What was read from a response (None: nothing), and its score in [0, 1]. `task` is the reward of training: one
+    well-formed <answer>, in a response that came to its end."""
     r = question.record
     if question.metric == "task":
         return answer, rewards.task_metric(r.problem_type, answer, r.reference, r.options) * finished
@@ -204,11 +200,8 @@ def is_correct(row: dict) -> float:
 
 
 def weighted_groups(rows: list[dict], parts: Sequence[tuple]) -> list[tuple[float, list[dict]]]:
-    """The weight and the rows of each group in an aggregate. What has no rows gets no weight.
-
-    An aggregate is a mean over parts, each a mean over groups, each a mean over the rows with certain labels (None:
-    over all). `ALL` is the plain mean; ((("a",),), (("b",), ("c",))) weighs a by 1/2, b and c by 1/4.
-    """
+    """The weight and the rows of each group in an aggregate: a mean over parts, each a mean over groups, each a mean
+    over the rows with certain labels (None: all). ((("a",),), (("b",), ("c",))) weighs a by 1/2, b and c by 1/4."""
     filled = []
     for part in parts:
         groups = [[r for r in rows if labels is None or next(iter(r["groups"].values())) in labels] for labels in part]
@@ -218,10 +211,10 @@ def weighted_groups(rows: list[dict], parts: Sequence[tuple]) -> list[tuple[floa
 
 
 def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = itemgetter("score")) -> dict:
-    """An aggregate in percent, with its 95 % interval and its chance level (what guessing among the options scores).
+    """An aggregate in percent, with its 95 % interval and what guessing among the options scores (chance).
 
-    One mean of zeros and ones has Wilson's interval. Anything else (MRA, ROUGE, means of means) gets a bootstrap over
-    clips: 2,000 draws, each clip with all its questions, since questions about one clip are not independent.
+    A mean of zeros and ones has Wilson's interval. Anything else (MRA, ROUGE, means of means) gets a bootstrap over
+    clips, each with all its questions: questions about one clip are not independent.
     """
     groups = weighted_groups(rows, parts)
     if not groups:
@@ -261,17 +254,14 @@ def summarise(name: str, rows: list[dict]) -> dict:
     aggregates = {what: mean(scored, parts, bench.value) for what, parts in bench.aggregates.items()}
     if bench.value is is_correct:
         aggregates["mean of the task metrics"] = mean(scored)
-
-    def least_and_most(values: list[int]) -> str:
-        return "–".join(str(x) for x in sorted({min(values), max(values)})) if values else "no"
+    frames, pixels = {r["frames"] for r in scored} or {0}, {math.prod(r["pixels"]) for r in scored} or {0}
     return {"bench": name, "questions": len(rows), "scored": len(scored),
             "missing": dict(Counter(r["missing"] for r in rows if "missing" in r).most_common()),
             "unread": sum(r["extracted"] is None for r in scored), "cut_off": sum(not r["finished"] for r in scored),
             "format": mean(scored, value=itemgetter("format")),
             "perception": mean(judged, value=itemgetter("perception")),
-            "frames": least_and_most([r["frames"] for r in scored]),
-            "pixels": least_and_most([math.prod(r["pixels"]) for r in scored]),
-            "aggregates": aggregates, "groups": groups, "paper": bench.paper}
+            "frames": [min(frames), max(frames)], "pixels": [min(pixels), max(pixels)], "aggregates": aggregates,
+            "groups": groups, "paper": bench.paper}
 
 
 def cell(x: dict) -> str:
@@ -298,9 +288,10 @@ def report(s: dict) -> str:
     for dimension, labels in s["groups"].items():
         table.append([f"by {dimension}", "", "", "", ""])
         table += [cells(f"  {label}", x, cell(x["perception"])) for label, x in labels.items()]
-    tail = [f"The model saw {s['frames']} frames of {s['pixels']} pixels. Responses that keep the template: "
-            f"{cell(s['format'])};", f"without a readable answer: {s['unread']} (they count as wrong); cut off at the "
-            f"token limit: {s['cut_off']}; media missing or broken: {lost}."]
+    frames, pixels = ("–".join(str(x) for x in dict.fromkeys(s[name])) for name in ("frames", "pixels"))
+    tail = [f"{frames} frames of {pixels} pixels. Responses that keep the template: {cell(s['format'])};",
+            f"without a readable answer: {s['unread']} (they count as wrong); cut off at the token limit: "
+            f"{s['cut_off']}; media missing or broken: {lost}."]
     tail += [f"  {n} × {reason}" for reason, n in [*s["missing"].items()][:3]]
     if s["paper"]:
         tail.append(f"Paper, {next(iter(s['aggregates']))}: Qwen2.5-VL-7B {s['paper'][0]}, VideoP2R {s['paper'][1]}")
@@ -492,17 +483,18 @@ load_model = lru_cache(maxsize=2)(data.load_local)           # several benchmark
 
 
 def respond(job: Job, questions: list[Question], folder: Path) -> None:
-    """Answers this rank's questions and appends each row to a file at once. ValueError if the judge cannot be reached."""
+    """Answers this rank's questions and appends each row to a file at once. Raises ValueError without verdicts."""
     s, args, judge, (vocabulary, model, device) = job.settings, job.args, None, load_model(job.model)
-    if args.judge != "none" and job.given is None:       # `reference`: --judge-model, else the model itself
+    if args.judge != "none" and job.given is None:           # `reference`: --judge-model, else the model itself
         words, blind, _ = load_model(Path(s.judge == "reference" and s.judge_model or job.model))
         judge = data.make_judge(s, folder / f"judge-{job.world.rank}.jsonl", lambda claims: data.blind_answers(
             blind, words, claims, s, s.max_response, args.batch, device), device)
-    out, by_id = rewards.Journal(folder / f"responses.{job.world.rank}.jsonl"), {q.record.problem_id: q for q in questions}
+    by_id = {q.record.problem_id: q for q in questions}
+    out = rewards.Journal(folder / f"responses.{job.world.rank}.jsonl")
     examples = data.Examples([variant_record(job, q) for q in questions], job.root, vocabulary, model.config,
                              s, max_unreadable=1, teaching=False)
     batches = [range(i, min(i + args.batch, len(questions))) for i in range(0, len(questions), args.batch)]
-    scores, bar = [0.0], tqdm(total=len(questions), desc=f"{job.bench} {job.variant}", disable=not job.world.first)
+    bar = tqdm(total=len(questions), desc=f"{job.bench} {job.variant}", unit="question", disable=not job.world.first)
     for batch, readable in zip(batches, examples.prefetch(batches)):
         for i in examples.skipped.keys() & set(batch):
             r = questions[i].record
@@ -514,11 +506,8 @@ def respond(job: Job, questions: list[Question], folder: Path) -> None:
             raise ValueError(f"{len(errors)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
                              f"{s.max_unknown:g} allows: {errors[0]:.200}. The same command goes on from here.")
         for (response,), (verdict,) in zip(groups, verdicts):
-            row = to_row(by_id[response.example.record.problem_id], response, s, verdict)
-            scores.append(row["score"])
-            out.add(row)
+            out.add(to_row(by_id[response.example.record.problem_id], response, s, verdict))
         bar.update(len(batch))
-        bar.set_postfix_str(f"score {100 * sum(scores) / max(1, len(scores) - 1):.1f}")
     bar.close()
 
 
@@ -527,12 +516,12 @@ def run(job: Job, questions: list[Question]) -> list[dict]:
     args, world = job.args, job.world
     folder = args.out / f"{job.bench} {job.variant}".strip().replace(" ", "-")
     if world.first:
-        weights = [f"{f.stat().st_size} bytes of {int(f.stat().st_mtime)}" for f in sorted(job.model.glob("*.safetensors"))]
+        stats = [file.stat() for file in sorted(job.model.glob("*.safetensors"))]
         given = hashlib.sha256(json.dumps(job.given, sort_keys=True).encode()).hexdigest()[:16]
         deciding = (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")
         data.check_settings(folder, {name: getattr(job.settings, name) for name in deciding} | {
-            "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
-            "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
+            "bench": job.bench, "model": str(job.model.resolve()), "temperature": args.temperature, "top_p": args.top_p,
+            "weights": [f"{x.st_size} bytes of {int(x.st_mtime)}" for x in stats], "direct": args.direct, "clips": args.clips, "judge": args.judge,
             "observations": given if job.given else ""}, data.default_settings(job.settings), free=())
     done, todo = recorded(folder), []
     for q in questions:                                      # new ones, those without media, and those reworded since
@@ -617,7 +606,7 @@ def mmvu(row: dict, part: str, keys: tuple, find: Callable) -> Question | None:
         return None
     return make_question(row["id"], row["question"], list(row["choices"].values()), row["answer"],
                          find(row["video"].split("/resolve/main/")[-1]), {"subject": row["metadata"]["subject"]},
-                         [f"Question: {row['question']}", *(f"{letter}: {text}" for letter, text in row["choices"].items()), "",
+                         [f"Question: {row['question']}", *(f"{x}: {text}" for x, text in row["choices"].items()), "",
                           "Do not generate any intermediate reasoning process. Answer directly with the option letter "
                           "from the given choices."])
 
@@ -662,8 +651,8 @@ def mvbench(row: dict, part: str, keys: tuple, find: Callable) -> Question:
     bounds = (float(row["start"]), float(row["end"])) if "start" in row and path.startswith("video/") else None
     return make_question(f"{part}/{keys[-1]}", row["question"], options,
                          chr(65 + options.index(row["answer"].strip())), path, {"task": part},
-                         [f"Question: {row['question']}", "Options:", *(f"({chr(65 + i)}) {o}" for i, o in enumerate(options)),
-                          "Only give the best option."], bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
+                         [f"Question: {row['question']}", "Options:",
+                          *(f"({chr(65 + i)}) {text}" for i, text in enumerate(options)), "Only give the best option."], bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
 
 
 def tempcompass(row: dict, part: str, keys: tuple, find: Callable) -> Question:
@@ -711,7 +700,8 @@ class Bench(NamedTuple):
 TRACKS, FORMATS = ("Perception", "Comprehension", "Adaptation"), ("multi-choice", "yes_no", "caption_matching")
 BENCHES = {
     "toy": Bench({"heldout": ("heldout.json",)}, toy, 512, value=is_correct),
-    "vsibench": Bench({"test": ("test.jsonl",)}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False, (30.1, 36.8), {
+    "vsibench": Bench({"test": ("test.jsonl",)}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False,
+                      (30.1, 36.8), {
         "mean of multiple choice and MRA (paper)": ((VSI_CHOICE + VSI_DIRECTION,), (VSI_NUMERIC,)),
         "mean of eight tasks (official)": (tuple((task,) for task in VSI_DIRECTION),
                                            *(((task,),) for task in VSI_NUMERIC + VSI_CHOICE)),
@@ -769,7 +759,7 @@ def annotation_rows(file: Path) -> list[tuple[tuple, dict]]:
 def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
     """A benchmark's questions, and notes on what was found. Raises BenchError: with the commands that fetch it if
     nothing is there, with file and number if more than 1 % of the questions are broken."""
-    bench, questions, seen, missing, broken = BENCHES[name], [], Counter(), [], []
+    bench, questions, missing, broken = BENCHES[name], [], [], []
 
     def find(*paths: str) -> str:
         for path in paths:
@@ -791,10 +781,7 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
                 except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
                     broken.append(f"{file}, question {n}: {type(error).__name__}: {error}")
                     continue
-                if question:
-                    seen[key := question.record.problem_id] += 1              # duplicates are kept
-                    key += f" ({seen[key]})" * (seen[key] > 1)
-                    questions.append(replace(question, record=replace(question.record, problem_id=key)))
+                questions += [question] if question else []  # duplicates are kept
     if len(broken) > 0.01 * (len(questions) + len(broken)):
         raise BenchError(f"{broken[0]} (one of {len(broken)})")
     if not any((root / q.record.path).exists() for q in questions):
@@ -815,18 +802,17 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
 def find_model(args: argparse.Namespace) -> tuple[Path, Path, str]:
     """The model's folder, its newest checkpoint, and why it was chosen. SystemExit names all that is missing, model and
     benchmarks, with the commands that fetch it."""
-    finished, why = [], "chosen by flag"
-    for file in () if args.model else Path("runs").glob("*/*/settings.json"):
+    finished = []
+    for file in Path("runs").glob("*/*/settings.json"):
         try:
             newest = newest_checkpoint(file.parent)
             if json.loads(file.read_text())["steps"] == int(newest.name[5:]):
                 finished.append(((newest / "state.json").stat().st_mtime, file.parent))
         except (OSError, ValueError, TypeError, KeyError):   # another folder, or a damaged one
             continue
-    folder = Path(args.model or sft.QWEN.format("7B"))
-    if not args.model:
-        why = "the newest finished run" if finished else "no run is finished, so the base model"
-        folder = max(finished)[1] if finished else folder
+    folder, why = Path(args.model or sft.QWEN.format("7B")), "no run is finished, so the base model"
+    if args.model or finished:
+        folder, why = (folder, "chosen by flag") if args.model else (max(finished)[1], "the newest finished run")
     try:
         return folder, newest_checkpoint(folder), why
     except (OSError, ValueError) as error:
@@ -842,22 +828,19 @@ def find_model(args: argparse.Namespace) -> tuple[Path, Path, str]:
 
 
 def run_settings(model: Path, preset: str | None) -> pagrpo.Settings:
-    """The settings a model was trained with, from its run's folder; else those of a preset, which also fill in what an
-    SFT run does not have."""
-    saved = {}
-    for file in (model / "settings.json", model.parent / "settings.json"):
-        if file.is_file() and not saved:
-            try:
-                saved = dict(json.loads(file.read_text()))
-                preset = preset or ("tiny" if saved["prompt"] == "short" else "7b")
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    """The settings a model was trained with, from its run's folder; a preset's fill in what is missing."""
+    file = next((f for f in (model / "settings.json", model.parent / "settings.json") if f.is_file()), None)
+    try:
+        saved = dict(json.loads(file.read_text())) if file else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
     same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
-            if k in pagrpo.Settings.__dataclass_fields__ and not k.startswith("judge")}
-    return pagrpo.Settings(**pagrpo.PRESETS[preset or "7b"] | same)
+            if k in data.default_settings(pagrpo.Settings) and not k.startswith("judge")}
+    return pagrpo.Settings(**pagrpo.PRESETS[preset or ("tiny" if saved.get("prompt") == "short" else "7b")] | same)
 
 
-def evaluate(name: str, path: Path, settings: pagrpo.Settings, args: argparse.Namespace, world: sft.World) -> dict | None:
+def evaluate(name: str, path: Path, settings: pagrpo.Settings, args: argparse.Namespace,
+             world: sft.World) -> dict | None:
     """One benchmark, from its files to its table. Returns its summary."""
     root = Path(args.data or f"data/{name}")
     if name == "toy" and not args.data:                      # beside the model; else runs/tiny's, made when missing
@@ -868,11 +851,11 @@ def evaluate(name: str, path: Path, settings: pagrpo.Settings, args: argparse.Na
     if args.limit and args.limit < len(questions):
         notes.append(f"ONLY {args.limit} of them, evenly spread")
         questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
-    prompt = "official short-answer prompt" if args.direct else f"{settings.prompt} prompt, template {settings.template}"
-    world.print0(f"\n{name}: {'; '.join(notes)}\nAt most {settings.frames} frames ({settings.fps:g} a second; 0: always "
-                 f"so many) of {settings.max_pixels} pixels, {'cut to their bounds' if args.clips else 'uncut'}; "
-                 f"temperature {args.temperature:g}, top-p {args.top_p:g};\nat most {settings.max_response} tokens; "
-                 f"{prompt}; judge of observations: {args.judge}.")
+    prompt = "official short-answer" if args.direct else f"template {settings.template}, {settings.prompt}"
+    rate = f"{settings.fps:g} frames a second, at most" if settings.fps else "frames: always"
+    world.print0(f"\n{name}: {'; '.join(notes)}\n{rate} {settings.frames}, of {settings.max_pixels} pixels, "
+                 f"{'cut to their bounds' if args.clips else 'uncut'}; temperature {args.temperature:g}, top-p "
+                 f"{args.top_p:g};\n{settings.max_response} tokens; {prompt} prompt; judge of observations: {args.judge}.")
     job = Job(name, root, path, settings, args, world)
     if args.perception_from:
         return world.print0(perception_from(job, questions))
@@ -881,7 +864,8 @@ def evaluate(name: str, path: Path, settings: pagrpo.Settings, args: argparse.Na
     file, text = args.out / name / "summary.json", json.dumps(summary, indent=1) + "\n"
     if world.first and not (file.is_file() and file.read_text() == text):     # a read-only folder can be shown again
         data.write_atomically(file, text)
-    world.print0(f"\n{report(summary)}\n{mismatch(rows) if args.mismatch else ''}\nResponses and numbers: {file.parent}")
+    said = mismatch(rows) + "\n" if args.mismatch else ""
+    world.print0(f"\n{report(summary)}\n{said}Responses and numbers: {file.parent}")
     return summary
 
 
@@ -934,8 +918,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
     what.add_argument("--video", help="ask about this video, picture or folder of frames")
-    how = parser.add_argument_group("which model, and what it gets (not given: as the model's run had it; benchmarks: as "
-                                    "the protocol above)")
+    how = parser.add_argument_group("which model, and what it gets (default: as its run; benchmarks: as above)")
     how.add_argument("--model", help="model folder, or a stage's folder [the newest finished run, else the base model]")
     how.add_argument("--preset", choices=pagrpo.PRESETS, help="settings for a model from elsewhere [7b]")
     data.add_flags(how, pagrpo.Settings, {"benchmarks": PROTOCOL}, INPUTS)
@@ -947,30 +930,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     bench.add_argument("--direct", action="store_true", help="the official short-answer prompt, not the training one")
     bench.add_argument("--clips", action="store_true", help="cut videos to the bounds of the annotations (MVBench)")
     bench.add_argument("--mismatch", action="store_true", help="how often the answer is not what the think ends on")
-    bench.add_argument("--perception-from", metavar="RUN", help="ask four times: the question alone, with the "
-                       "observation of this evaluation, the video, both")
+    bench.add_argument("--perception-from", metavar="RUN", help="ask with and without this evaluation's observations")
     bench.add_argument("--limit", type=int, help="only so many questions, evenly spread: a try, no score [all]")
     bench.add_argument("--batch", type=int, help="questions answered together [toy 128, else 8]")
     one = parser.add_argument_group("for --video")
     one.add_argument("--question", help="the question")
     one.add_argument("--options", nargs="+", default=[], help="options of a multiple choice, without letters")
-    one.add_argument("--problem-type", choices=rewards.PROBLEM_TYPES, help="[multiple choice with options, else free-form]")
-    data.add_flags(parser.add_argument_group(
-        "for judging observations: by rule in the toy world, elsewhere by nobody unless --judge is given; `reference` "
-        "without --judge-model is the model itself"), data.JudgeSettings)
+    one.add_argument("--problem-type", choices=rewards.PROBLEM_TYPES, help="[by --options: multiple choice or free-form]")
+    judge = parser.add_argument_group("judges of observations [toy: rule; else none; `reference`: the model itself]")
+    data.add_flags(judge, data.JudgeSettings)
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.bench, args.compare, args.video))) != 1 or (args.video and not args.question):
-        parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")
-    if args.bench == "all" and (args.data or args.perception_from):
-        parser.error("--bench all reads data/BENCH; --data and --perception-from belong to one benchmark")
-    if not (math.isfinite(args.temperature) and args.temperature >= 0 and 0 < args.top_p <= 1):
-        parser.error("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1")
-    if args.prompt == "direct" or args.direct and (args.bench in (None, "toy") or args.prompt or args.template):
-        parser.error("--direct belongs to one of the seven benchmarks, and goes without --prompt and --template")
-    if any(number is not None and number < 1 for number in (args.limit, args.batch)):
-        parser.error("--limit and --batch must be at least 1")
-    if args.mismatch and args.perception_from:
-        parser.error("--mismatch belongs to a --bench without --perception-from")
+    positive = [number for number in (args.limit, args.batch) if number is not None]
+    for wrong, complaint in (
+        (sum(map(bool, (args.bench, args.compare, args.video))) != 1 or args.video and not args.question,
+         "give one of --bench NAME, --compare A B, or --video FILE with --question TEXT"),
+        (args.bench == "all" and (args.data or args.perception_from),
+         "--data and --perception-from belong to one benchmark, not to all"),
+        (not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1),
+         "--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1"),
+        (args.prompt == "direct" or args.direct and (args.bench in (None, "toy") or args.prompt or args.template),
+         "--direct belongs to one of the seven benchmarks, and goes without --prompt and --template"),
+        (min(positive, default=1) < 1, "--limit and --batch must be at least 1"),
+        (args.mismatch and args.perception_from, "--mismatch belongs to a --bench without --perception-from"),
+    ):
+        if wrong:
+            parser.error(complaint)
     return args
 
 

