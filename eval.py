@@ -10,8 +10,8 @@
 
 Protocol of the seven, unless flags say otherwise (Video-R1's, to which the paper's numbers belong): 2 frames a second
 but at most 32, always with the first and the last, of 256·28·28 pixels; temperature 0.01, top-p 0.001; 1,024 tokens;
-the prompt of training. The toy world and --video keep the run's frames and pixels. Results are written to MODEL/eval/BENCH:
-responses.jsonl (a row for each question), summary.json, settings.json. The same command resumes, on any number of ranks.
+the prompt of training. The toy world and --video keep the run's frames and pixels. Results are in MODEL/eval/BENCH:
+responses.jsonl (a row a question), summary.json, settings.json. The same command resumes, on any number of ranks.
 """
 import argparse
 import ast
@@ -78,7 +78,7 @@ ENDORSED = re.compile(r"\W{0,3}(?:is|was|seems) (?:(?:the|most|my) )*(?:best|cor
 
 def mentions(text: str, names: dict[str, str]) -> list[tuple[str, re.Match]]:
     """(letter, match) of the options that a text mentions, in order. match.lastgroup is `text` (an option's), `capital`
-    (a letter alone) or `short` ("b)"). None are the article A, the pronoun I, the A of "5 A", and what follows "not"."""
+    (a letter alone) or `short` ("b)"). Not the article A, the pronoun I, the A of "5 A", and what follows "not"."""
     long = sorted((re.escape(name) for name in names if len(name) > 1 or name.isdigit()), key=len, reverse=True)
     short = [re.escape(name) for name in names if len(name) == 1 and not name.isdigit()]
     pattern = (r"(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?(?:"
@@ -280,8 +280,8 @@ def report(s: dict) -> str:
     lost, (dimension, labels) = s["questions"] - s["scored"], next(iter(s["groups"].items()))
     head = f"{s['bench']}: {s['scored']} questions scored"
     if lost > 0.01 * s["questions"]:
-        head += (f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) have no readable media or too "
-                 "long a prompt, and are not in the score")
+        head += (f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) have no readable media or "
+                 "too long a prompt, and are not in the score")
     if empty := [label for label, x in labels.items() if not x["n"]]:
         head += f"; {len(labels) - len(empty)} of {len(labels)} {dimension}s (without {', '.join(empty)})"
     table = [HEADER] + [cells(name, x, cell(s["perception"])) for name, x in s["aggregates"].items()]
@@ -521,7 +521,8 @@ def run(job: Job, questions: list[Question]) -> list[dict]:
         deciding = (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")
         data.check_settings(folder, {name: getattr(job.settings, name) for name in deciding} | {
             "bench": job.bench, "model": str(job.model.resolve()), "temperature": args.temperature, "top_p": args.top_p,
-            "weights": [f"{x.st_size} bytes of {int(x.st_mtime)}" for x in stats], "direct": args.direct, "clips": args.clips, "judge": args.judge,
+            "weights": [f"{x.st_size} bytes of {int(x.st_mtime)}" for x in stats],
+            "direct": args.direct, "clips": args.clips, "judge": args.judge,
             "observations": given if job.given else ""}, data.default_settings(job.settings), free=())
     done, todo = recorded(folder), []
     for q in questions:                                      # new ones, those without media, and those reworded since
@@ -594,8 +595,8 @@ def videommmu(row: dict, part: str, keys: tuple, find: Callable) -> Question:
     question += f"\n{ignore}"
     if part == "Adaptation":                                 # these sentences belong to the question in any prompt
         question = ("You should watch and learn the video content. Then apply what you learned to answer the following "
-                    f"{'multi-choice' if options else 'open-ended'} question. The image for this question is at the end "
-                    f"of the video.\n{row['question']}")
+                    f"{'multi-choice' if options else 'open-ended'} question. The image for this question is at the "
+                    f"end of the video.\n{row['question']}")
         direct = [question, *rewards.letter_options(options)]
     groups = {"track": part, "discipline": Path(path).parent.name}            # "*" for a video that is not there
     return make_question(f"{part}/{row['id']}", question, options, row["answer"], path, groups, direct, metric="open")
@@ -652,7 +653,8 @@ def mvbench(row: dict, part: str, keys: tuple, find: Callable) -> Question:
     return make_question(f"{part}/{keys[-1]}", row["question"], options,
                          chr(65 + options.index(row["answer"].strip())), path, {"task": part},
                          [f"Question: {row['question']}", "Options:",
-                          *(f"({chr(65 + i)}) {text}" for i, text in enumerate(options)), "Only give the best option."], bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
+                          *(f"({chr(65 + i)}) {text}" for i, text in enumerate(options)),
+                          "Only give the best option."], bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
 
 
 def tempcompass(row: dict, part: str, keys: tuple, find: Callable) -> Question:
@@ -855,7 +857,7 @@ def evaluate(name: str, path: Path, settings: pagrpo.Settings, args: argparse.Na
     rate = f"{settings.fps:g} frames a second, at most" if settings.fps else "frames: always"
     world.print0(f"\n{name}: {'; '.join(notes)}\n{rate} {settings.frames}, of {settings.max_pixels} pixels, "
                  f"{'cut to their bounds' if args.clips else 'uncut'}; temperature {args.temperature:g}, top-p "
-                 f"{args.top_p:g};\n{settings.max_response} tokens; {prompt} prompt; judge of observations: {args.judge}.")
+                 f"{args.top_p:g};\n{settings.max_response} tokens; {prompt} prompt; judge: {args.judge}.")
     job = Job(name, root, path, settings, args, world)
     if args.perception_from:
         return world.print0(perception_from(job, questions))
@@ -936,7 +938,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     one = parser.add_argument_group("for --video")
     one.add_argument("--question", help="the question")
     one.add_argument("--options", nargs="+", default=[], help="options of a multiple choice, without letters")
-    one.add_argument("--problem-type", choices=rewards.PROBLEM_TYPES, help="[by --options: multiple choice or free-form]")
+    one.add_argument("--problem-type", choices=rewards.PROBLEM_TYPES, help="[free-form, or multiple choice]")
     judge = parser.add_argument_group("judges of observations [toy: rule; else none; `reference`: the model itself]")
     data.add_flags(judge, data.JudgeSettings)
     args = parser.parse_args(argv)
