@@ -599,6 +599,8 @@ def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
                          f"Finish it first, or start from this one with --model {start}")
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
+    if settings.judge == "rule" and not data.is_toy(data.read_records(settings.data)):
+        raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
