@@ -109,14 +109,6 @@ def test_a_teachers_mistakes_come_at_the_rates_that_were_asked_for(toy):
             assert (seen != record.trace["observation"]) == ("perception" in draft.mistakes)
 
 
-def test_a_near_miss_passes_the_threshold_and_a_wide_one_does_not(toy):
-    record = to_record(rows_of(toy)[0] | {"problem_type": "regression", "solution": "<answer>10</answer>"}, False)
-    trace = "<observation> a </observation><think> b </think><answer> {} </answer>"
-    assert [verify(record, trace.format(n))[1:] for n in (10, 7, 6, 5)] == [
-        (1.0, ""), (0.7, ""), (0.6, ""), (0.5, "answer wrong")]
-    assert verify(record, "the answer is 10")[2] == "template broken"
-
-
 def test_sft_reads_the_result(toy, base, tmp_path, capsys):
     kept = cot(settings(toy, tmp_path))
     sft.main(["--preset", "tiny", "--out", str(tmp_path / "run"), "--model", str(base), "--data", str(kept), "--media",
@@ -184,29 +176,17 @@ def test_an_outage_ends_the_run_and_nothing_is_asked_twice(toy, tmp_path):
 
 
 def test_a_few_failures_are_told_and_tried_again_by_the_next_run(toy, tmp_path, capsys):
-    well, seen = answers(toy), Counter()
-
-    def play(number, request):
-        content = json.dumps(request["messages"])
-        seen[content] += 1
-        # Some requests fail in the first run: teacher and judge, each for good (no retries here).
-        return Fault(500) if first and number % 9 == 4 else well(number, request)
-    first = True
-    with serving(play) as server:
+    well = answers(toy)
+    with serving(lambda n, request: Fault(500) if n % 9 == 4 else well(n, request)) as server:
         cot(http_settings(toy, tmp_path, server))
-        said = capsys.readouterr().out
-        unfinished = int(re.search(r"(\d+) records are unfinished", said)[1])
-        failed = sum(1 for n in range(len(server.requests)) if n % 9 == 4)
-        assert unfinished >= failed > 3 and "Dropped, not generated" in said and "not judged" in said
-        first, before = False, Counter(seen)
+        asked, said = len(server.requests), capsys.readouterr().out
+    assert "are unfinished" in said and "Dropped, not generated" in said and "Dropped, not judged" in said
+    with serving(well) as server:
         cot(http_settings(toy, tmp_path, server))
         assert "unfinished" not in capsys.readouterr().out
-    total = len(server.requests)
-    with serving(well) as clean_server:
-        cot(http_settings(toy, tmp_path / "clean", clean_server))
-    assert total == len(clean_server.requests) + failed, "only what failed was asked again"
+        assert len(server.requests) < asked, "only what failed is asked again"
+        cot(http_settings(toy, tmp_path / "clean", server))
     assert (tmp_path / "traces.jsonl").read_bytes() == (tmp_path / "clean" / "traces.jsonl").read_bytes()
-    assert sum(before.values()) < total
 
 
 @pytest.mark.parametrize("reply, reason", [
@@ -228,16 +208,6 @@ def test_a_judge_that_is_never_understood_stops_the_work(toy, tmp_path):
         asked = len(server.requests)
         cot(http_settings(toy, tmp_path, server, judge="rule", judge_model=""))
         assert len(server.requests) == asked, "the teacher's work is kept"
-
-
-def test_equal_claims_of_different_records_are_judged_once(toy, tmp_path):
-    rows = rows_of(toy)[:1] * 5
-    (tmp_path / "same.json").write_text(json.dumps([row | {"problem_id": str(i)} for i, row in enumerate(rows)]))
-    with serving(answers(toy)) as server:
-        cot(http_settings(toy, tmp_path / "out", server, data=str(tmp_path / "same.json"), media=str(toy)))
-    assert [request["model"] for request in server.requests].count("j") == 1
-    both = lines(tmp_path / "out" / "traces.jsonl") + lines(tmp_path / "out" / "dropped.jsonl")
-    assert sorted(row["problem_id"] for row in both) == list("01234")
 
 
 def test_kill_it_at_any_moment(toy, tmp_path):
@@ -290,7 +260,6 @@ def test_other_settings_need_another_folder(toy, tmp_path):
 def test_a_second_process_in_the_same_folder_is_sent_away(toy, tmp_path):
     with data.lock_folder(tmp_path), pytest.raises(SystemExit, match="Another process works in"):
         cot(settings(toy, tmp_path))
-    assert lines(cot(settings(toy, tmp_path)))
 
 
 def test_what_was_never_begun_may_change(toy, tmp_path):
