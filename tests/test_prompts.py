@@ -12,7 +12,7 @@ from data import (PROBLEM_TYPES, TYPE_LINES, InputSettings, Record, Vocabulary, 
 from model import CONFIGS, Qwen2_5_VL, read_config
 
 PETS = Record("1", "Which pet?", ("A. a cat", "B. a dog", "C. a cow"), "multiple choice", "B", "./x.avi", "video",
-              "a dog barks", "so it is a dog")
+              {"observation": "a dog barks", "think": "so it is a dog"})
 FULL = InputSettings(frames=6, min_pixels=784, max_pixels=784, image_max_pixels=4 * 784)
 
 
