@@ -77,28 +77,36 @@ HTTP = ("http://", "https://")
 FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
 
 
-def check_settings(folder: Path, settings: dict, free: Sequence[str]) -> None:
-    """Writes settings.json. SystemExit, with the difference, if the folder's work was begun with other settings than
-    these, except for those in FREE and `free`, which may change on the way."""
+def default_settings(settings) -> dict:
+    return {f.name: f.default for f in fields(settings)}
+
+
+def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[str]) -> None:
+    """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    try:
-        before = dict(json.loads(file.read_text())) if file.is_file() else now
-    except (ValueError, TypeError):
-        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
-    refuse_others(folder, before, now, free)
-    if now != before or not file.is_file():                  # what is finished can be shown from a read-only disk
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=2) + "\n")
+    if file.is_file():
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
+        refuse_changes(folder, before, now, defaults, free)
+        if before == now:                                    # a finished run may lie on a read-only disk
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(now, indent=2) + "\n")
 
 
-def refuse_others(folder: Path, before: dict, now: dict, free: Sequence[str]) -> None:
-    """SystemExit with the difference, where settings differ that may not."""
-    same = lambda a, b: a == b or all(str(x).startswith(HTTP) for x in (a, b))             # a server may move
-    other = {k: (before.get(k), v) for k, v in now.items() if k not in (*FREE, *free) and not same(before.get(k), v)}
-    if other:
-        raise SystemExit(f"{folder} holds work with other settings:\n" + "\n".join(
-            f"  --{k.replace('_', '-')} was {a!r}, is now {b!r}" for k, (a, b) in other.items())
-            + "\nUse the old settings to continue it, another --out to begin anew, or remove the folder.")
+def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: Sequence[str]) -> None:
+    """SystemExit with the difference between earlier settings and those of now. A setting that `before` lacks counts
+    as its default. Those in FREE and `free`, and the address of a server, may change."""
+    before, changed = json.loads(json.dumps(defaults)) | before, []
+    for name, value in now.items():
+        moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
+        if before.get(name) != value and not moved and name not in (*FREE, *free):
+            changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}")
+    if changed:
+        raise SystemExit("\n".join([f"{where} holds work with other settings:", *changed, "Use the old settings to "
+                                    "continue it, another --out to begin anew, or remove the folder."]))
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -796,7 +804,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
     return folder
 
 
-def make_toy_model(folder: str | Path, seed: int) -> None:
+def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny"]) -> None:
     """Writes a random tiny twin of Qwen2.5-VL with a byte-level tokenizer that holds the toy world's words whole."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -816,15 +824,15 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed)
+    model = init_weights(Qwen2_5_VL(config), seed)
     assert len(pieces) <= model.config.vocab_size
 
-    def beside(where: Path) -> None:
+    def write_extra(where: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
                                 ).save_pretrained(str(where))
         write_config(model.config, where, stop_ids=[2, 0])
 
-    save_model(dict(model.named_parameters()), folder, beside=beside)
+    save_model(dict(model.named_parameters()), folder, write_extra=write_extra)
 
 
 # ------------------------------------------------------------------------------------------------ judges and teachers
@@ -1147,7 +1155,7 @@ def make_traces(s: CotSettings, folder: Path) -> Path:
     elif s.judge == "reference":
         newest_checkpoint(s.judge_model)
     made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may still change
-    check_settings(folder, asdict(s), asdict(s) if not made.exists() else
+    check_settings(folder, asdict(s), default_settings(s), asdict(s) if not made.exists() else
                   ("limit", "batch") + ("judge", "judge_model") * (not judged.exists()))
 
     # Step 1, generate: a teacher writes a trace for every record.

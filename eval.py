@@ -670,7 +670,7 @@ def run(job: Job, items: list[Item], condition: Condition = Condition()) -> list
         check_settings(folder, {name: getattr(job.settings, name) for name in OWN} | {
             "bench": job.bench, "model": str(job.model.resolve()), "weights": weights, "temperature": args.temperature,
             "top_p": args.top_p, "direct": args.direct, "clips": args.clips, "judge": args.judge,
-            "observations": condition.source}, free=())
+            "observations": condition.source}, {}, free=())
     todo = unanswered(items, recorded(folder), job.root)
     world.barrier()                                             # all have read before any writes
     if todo:
@@ -1130,7 +1130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 evaluate_all(path, settings, args, world)
             else:
                 evaluate(args.bench, path, settings, args, world)
-        world.leave()
+        world.shutdown()
     except MediaError as error:
         sys.exit(f"{args.video}: {error}")
     except (OSError, ValueError) as error:

@@ -30,11 +30,11 @@ import sft
 from data import (HTTP, Example, Examples, InputSettings, JudgeSettings, Record, Vocabulary, check_minimum, blind_answers,
                   claim_about, collate, flag, is_toy, make_judge, question_uniforms, read_records, format_table,
                   step_indices, write_atomically)
-from model import Qwen2_5_VL, newest_checkpoint, read_config
+from model import Qwen2_5_VL, build_model, gathered, newest_checkpoint, read_config
 from rewards import (PATIENCE, PROBLEM_TYPES, Claim, Judge, Parsed, SegmentReward, Verdict, parse, perception_tokens,
                      response_rewards, rule_judge, task_metric, read_jsonl)
-from sft import (TINY, Run, TrainSettings, World, build_model, gathered, learning_rate, make_optimizer,
-                 micro_batches, need_files, norms, peak_memory_gb, prepare_toy, read_report, read_state, update)
+from sft import (TINY, Run, TrainSettings, World, grad_norm_metrics, learning_rate, make_optimizer, memory_metrics,
+                 micro_batches, optimizer_step, prepare_toy, read_json, require_files)
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def train_on(parts: list[Part], policy: Qwen2_5_VL, optimizer, lr: float, settin
                     values["logprob_gap"] = (logprobs.detach() - batch.sampled).abs()
                 for name, x in values.items():
                     seen[name] += x[real].tolist()
-        seen["grad_norm"].append(update(policy, optimizer, lr, settings.clip_norm))
+        seen["grad_norm"].append(optimizer_step(policy, optimizer, lr, settings.clip_norm))
     return seen
 
 
@@ -407,9 +407,9 @@ def learn(groups: list[list[Response]], parts: list[Part], policy: Qwen2_5_VL, o
     return {**pooled(values, REWARD_PARTS, world, spread=True), **pooled(values, SHARES, world),
             **pooled(seen, OF_TOKENS, world), "logprob_gap_max": world.all_reduce_max(max(seen["logprob_gap"], default=0.0)),
             "loss": counts["loss"] / max(1, counts["questions"] * settings.group_size),
-            **norms(seen["grad_norm"]), "lr": lr, "questions": int(counts["questions"]),
+            **grad_norm_metrics(seen["grad_norm"]), "lr": lr, "questions": int(counts["questions"]),
             "tokens": int(counts["tokens"]), "seconds_training": seconds,
-            "peak_memory_gb": world.all_reduce_max(peak_memory_gb(world))}
+            **memory_metrics(world)}
 
 
 def transcript(e: Response) -> str:
@@ -494,12 +494,12 @@ def train(settings: Settings, world: World) -> None:
     if toy:
         same = {f.name: getattr(settings, f.name) for f in fields(InputSettings)}
         begin = settings.model or sft.train(
-            sft.Settings(**(sft.PRESETS["tiny"] | same | dict(out=settings.out, seed=settings.seed))), world)
+            sft.Settings(**(sft.PRESETS[settings.preset] | same | dict(out=settings.out, seed=settings.seed, preset=settings.preset))), world)
         made = prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=str(begin))
         settings = replace(settings, **made)
-    settings = need_files(settings)
+    settings = require_files(settings)
     start = world.on_rank0(lambda: newest_checkpoint(settings.model))
-    if start != Path(settings.model) and (state := read_state(start))["step"] < state["steps"]:
+    if start != Path(settings.model) and (state := read_json(start / "state.json"))["step"] < state["steps"]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
                          f"Finish it first, or start from this one with --model {start}")
     folder = Path(settings.out) / STAGES[settings.advantage]
@@ -510,10 +510,10 @@ def train(settings: Settings, world: World) -> None:
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     run, report = Run(folder, settings, settings.steps, settings.questions, world), folder / "results.json"
-    if run.finished and (results := world.on_rank0(lambda: read_report(report))):
+    if run.finished and (results := world.on_rank0(lambda: read_json(report))):
         return world.print0(f"{folder} is finished:\n{table(results)}")
     if run.finished and not settings.heldout:
-        return world.print0(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
+        return world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
     vocabulary = Vocabulary(start)
     reference = build_model(start, vocabulary, world, shards=settings.shards, frozen=True,
                             offload=settings.offload_reference) if (
@@ -532,9 +532,9 @@ def train(settings: Settings, world: World) -> None:
     if exact and world.first:
         print(agreement(run, settings.judge))
     if not settings.heldout:
-        return world.print0(f"PA-GRPO is finished: {run.newest}. Evaluate it with eval.py --bench.")
+        return world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
     models = {"base": Path(settings.out) / "base"} if toy else {}
-    models |= {"SFT": start, folder.name: run.newest}
+    models |= {"SFT": start, folder.name: run.last_checkpoint}
     results = {}
     for name, path in models.items():
         model = build_model(path, vocabulary, world, shards=settings.shards, frozen=True)
@@ -564,7 +564,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
               judge: Judge, exact: Judge | None, look: Callable[[Qwen2_5_VL], list[dict]], settings: Settings,
               world: World) -> None:
     """The loop: act, show, learn, log, save. `look` answers the held-out questions greedily."""
-    policy = build_model(run.newest or start, vocabulary, world, settings.save_memory, settings.shards)
+    policy = build_model(run.last_checkpoint or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
@@ -585,7 +585,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
                 groups, parts, times = act(step, batch, policy, reference, vocabulary, judge, exact, settings, world)
             except JudgeDown as error:
                 raise stopped(error, step) from None
-            run.boundary(step, policy, optimizer, start)     # a signal: rather the last step whole than this one late
+            run.end_of_step(step, policy, optimizer, start)     # a signal: rather the last step whole than this one late
             if groups and world.first and (step == run.step or step % settings.transcript_every == 0):
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n"
                            + transcript(groups[0][0]))
@@ -609,7 +609,7 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
                                 f"answer {metrics['reasoning/accuracy']:.2f} KL {metrics['kl']:.3f}")
             if not metrics["questions"]:
                 world.print0(f"Step {step + 1}: the media of none of its questions can be read; nothing was learned.")
-            run.boundary(step + 1, policy, optimizer, start, **score)
+            run.end_of_step(step + 1, policy, optimizer, start, **score)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pagrpo  # noqa: E402
 from data import Vocabulary, build_example, read_records  # noqa: E402
 from rewards import Judge, rule_judge  # noqa: E402
-from sft import TINY, build_model, start_world, update  # noqa: E402
+from model import build_model  # noqa: E402
+from sft import TINY, optimizer_step, start_world  # noqa: E402
 
 
 def situations(toy: Path) -> dict[str, list]:
@@ -39,7 +40,7 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
         policy = build_model(model, vocabulary, world, shards=shards)
         frozen = build_model(reference, vocabulary, world, shards=shards, frozen=True, offload=shards > 0)
         take_steps(policy, frozen, vocabulary, settings, toy, out / str(shards), world)
-    world.leave()
+    world.shutdown()
 
 
 def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world) -> None:
@@ -52,9 +53,9 @@ def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world
                 if p.grad is not None}
         if world.first:
             save_file({n: g.clone() for n, g in full.items()}, out / f"{name}.safetensors")
-        return update(model, optimizer, 0.0, clip_norm)
+        return optimizer_step(model, optimizer, 0.0, clip_norm)
 
-    pagrpo.update = keep
+    pagrpo.optimizer_step = keep
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     for name, records in world.on_rank0(lambda: situations(toy)).items():
         mine = [build_example(r, toy, vocabulary, policy.config, settings) for r in records[world.rank::world.size]]
