@@ -630,7 +630,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
     return folder
 
 
-def make_toy_model(folder: str | Path, seed: int) -> None:
+def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny"]) -> None:
     """Writes a random tiny twin of Qwen2.5-VL with a byte-level tokenizer that holds the toy world's words whole."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -650,15 +650,15 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed)
+    model = init_weights(Qwen2_5_VL(config), seed)
     assert len(pieces) <= model.config.vocab_size
 
-    def beside(where: Path) -> None:
+    def write_extra(where: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
                                 ).save_pretrained(str(where))
         write_config(model.config, where, stop_ids=[2, 0])
 
-    save_model(dict(model.named_parameters()), folder, beside=beside)
+    save_model(dict(model.named_parameters()), folder, write_extra=write_extra)
 
 
 # ================================================================ a first reader may stop here: plumbing follows

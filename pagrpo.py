@@ -29,7 +29,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import data
 import model
@@ -92,9 +92,8 @@ STAGES = {"pa": "pagrpo", "gdpo": "gdpo", "grpo": "grpo", "joint": "joint"}   # 
 def train(t: "Setup") -> None:
     """PA-GRPO: B questions of this rank (perhaps none), G responses to each, K segments."""
     settings, run = t.settings, t.run
-    with run.guard(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
-                           disable=not t.world.first) as bar:
-        for step, examples in zip(range(run.step, run.steps), t.questions):
+    with run.guard():
+        for step, examples in run.batches(t.questions):
             clock = Clock()
             groups = rollout(t.policy, examples, t.vocabulary, settings, f"step {step}",              # 1
                              settings.group_size, settings.temperature)
@@ -122,9 +121,10 @@ def train(t: "Setup") -> None:
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
                 rows = evaluate(t.policy, t.heldout, t.judge, run.stop, settings, 0.0, t.world)
                 metrics |= {f"heldout/{name}": cell["value"] for name, cell in summarise(rows).items()}
-            run.log({"step": step + 1, "lr": lr, **metrics})
-            bar.update()
-            run.end_of_step(step + 1, t.policy, t.optimizer, t.start, score=metrics.get("heldout/answer"))
+            run.log({"step": step + 1, "lr": lr, **metrics}, "  ".join(
+                f"{segment.name} {metrics.get(f'{segment.name}/accuracy', math.nan):.2f}" for segment in SEGMENTS))
+            score = {"score": metrics["heldout/answer"]} if "heldout/answer" in metrics else {}
+            run.end_of_step(step + 1, t.policy, t.optimizer, t.start, **score)
 
 
 # ------------------------------------------------------------------------------------------------ 1. rollout
@@ -368,7 +368,7 @@ class Setup(NamedTuple):
     reference: Qwen2_5_VL | None                             # the frozen SFT model
     judge: Judge
     rule: Judge | None                                       # the toy world's exact judge, to compare another one with
-    questions: Iterator[list[Example]]                       # this rank's part of each step
+    questions: data.Examples
     heldout: data.Examples
 
 
@@ -381,14 +381,11 @@ def prepare(settings: Settings, run: sft.Run, world: World) -> Setup:
     optimizer = sft.make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
-        world.print0(f"{run.folder.name} continues after step {run.step}")
     examples = open_examples(settings.data, settings, run, vocabulary)
-    mine = (data.step_indices(len(examples), settings.questions, step, settings.seed)[world.rank::world.size]
-            for step in range(run.step, run.steps))
     compare = settings.judge != "rule" and data.is_toy(examples.records)
     rule = Judge(rewards.rule_judge, settings.refuse_leaks) if compare else None
     return Setup(settings, world, run, start, vocabulary, policy, optimizer, reference, judge, rule,
-                 examples.prefetch(mine), open_examples(settings.heldout, settings, run, vocabulary))
+                 examples, open_examples(settings.heldout, settings, run, vocabulary))
 
 
 def open_examples(file: str, settings: Settings, run: sft.Run, vocabulary: data.Vocabulary) -> data.Examples:
@@ -595,7 +592,7 @@ def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
         settings = replace(settings, **made)
     settings = sft.require_files(settings)
     start = world.on_rank0(lambda: model.newest_checkpoint(settings.model))
-    if start != Path(settings.model) and (state := sft.read_state(start))["step"] < state["steps"]:
+    if start != Path(settings.model) and (state := sft.read_json(start / "state.json"))["step"] < state["steps"]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
                          f"Finish it first, or start from this one with --model {start}")
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
@@ -611,7 +608,7 @@ def run_stage(settings: Settings, world: World) -> None:
     """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
     toy = not settings.data
     settings, run = open_run(settings, world)
-    if run.finished and (results := world.on_rank0(lambda: sft.read_report(run.folder / "results.json"))):
+    if run.finished and (results := world.on_rank0(lambda: sft.read_json(run.folder / "results.json"))):
         return world.print0(f"{run.folder} is finished:\n{results_table(results)}")
     if not run.finished:
         train(prepare(settings, run, world))

@@ -138,7 +138,7 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
         save_model(dict(model.named_parameters()), out / "model", out / "base",
-                   beside=lambda folder: write_config(CONFIGS[preset], folder, [2, 0], "bfloat16"))
+                   write_extra=lambda folder: write_config(CONFIGS[preset], folder, [2, 0], "bfloat16"))
         del model
         torch.cuda.empty_cache()
     toy, rng = make_toy(out / "toy", {"rl": clips}), np.random.default_rng(0)
@@ -162,7 +162,7 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     first.terminate()
     first.wait()
     subprocess.run(words, check=True)
-    settings, _, _ = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
+    settings, _ = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
     told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):
