@@ -586,7 +586,8 @@ def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
     """Finds the files (in the toy world it makes them, SFT included) and the state of the run. SystemExit if not."""
     if not settings.data:
         same = {f.name: getattr(settings, f.name) for f in fields(data.InputSettings)}
-        tiny = sft.Settings(**(sft.PRESETS["tiny"] | same | dict(out=settings.out, seed=settings.seed)))
+        tiny = sft.Settings(**(sft.PRESETS["tiny"] | same | dict(
+            preset=settings.preset, out=settings.out, seed=settings.seed)))
         start = settings.model or str(sft.train(tiny, world))
         made = sft.prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=start)
         settings = replace(settings, **made)
