@@ -82,6 +82,7 @@ class TestRefusing:
         ({"options": "print('hello')"}, "options are no list"),
         ({"options": ["A. a cat"]}, "one option"),
         ({"problem": 5}, "problem: not a text"),
+        ({"problem": "\ud800"}, "surrogates not allowed"),
         ({"solution": "<answer> </answer>"}, "solution holds no answer"),
         ({"solution": "<answer>A</answer><answer>B</answer>"}, "or several"),
         ({"solution": "A</answer>"}, "or several"),
