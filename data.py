@@ -232,7 +232,8 @@ def to_record(row: dict, traces: bool) -> Record:
     """Checks a row of a record file. Raises ValueError that says what is missing or wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
-    needed = ["problem", "problem_type", "solution", "path", "data_type", *[*TRACE_FIELDS.values()] * traces]
+    json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate: no tokenizer takes it
+    needed = ["problem", "problem_type", "solution", "path", "data_type", *(TRACE_FIELDS.values() if traces else [])]
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
     if wrong := [name for name in ("problem", "path", *TRACE_FIELDS.values()) if type(row.get(name, "")) is not str]:
@@ -1172,7 +1173,10 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
     def read(r: Record) -> int | str:
         """Tokens of the prompt (0 without a tokenizer), or why the medium cannot be read."""
         try:
-            return len(build_example(r, root, *tokens, settings).ids) if tokens else read_media(r, root, settings) and 0
+            if tokens:
+                return len(build_example(r, root, *tokens, settings).ids)
+            read_media(r, root, settings)
+            return 0
         except MediaError as error:
             return f"{r.path}: {error}"
 

@@ -62,11 +62,6 @@ class TestReading:
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in (row, ROW)), "utf-8")
         assert [r.question for r in read_records(tmp_path / "a.jsonl")] == [row["problem"], ROW["problem"]]
 
-    def test_a_record_in_which_every_value_is_a_text(self, tmp_path):
-        row = self.read(tmp_path, problem_id="5", options="[]", problem_type="regression",
-                        solution="<answer>9.62</answer>")
-        assert (row.problem_id, row.options, row.reference) == ("5", (), "9.62")
-
     def test_traces_are_needed_only_where_they_are_asked_for(self, tmp_path):
         bare = {k: v for k, v in ROW.items() if k not in ("observation", "process")}
         (tmp_path / "rl.json").write_text(json.dumps([bare]))
@@ -87,6 +82,7 @@ class TestRefusing:
         ({"options": "print('hello')"}, "options are no list"),
         ({"options": ["A. a cat"]}, "one option"),
         ({"problem": 5}, "problem: not a text"),
+        ({"problem": "\ud800"}, "surrogates not allowed"),
         ({"solution": "<answer> </answer>"}, "solution holds no answer"),
         ({"solution": "<answer>A</answer><answer>B</answer>"}, "or several"),
         ({"solution": "A</answer>"}, "or several"),
@@ -98,12 +94,6 @@ class TestRefusing:
     def test_a_wrong_record_is_named_by_file_and_number(self, write, changes, reason, tmp_path):
         (tmp_path / "train.json").write_text(write([ROW, ROW, ROW | changes, ROW]))
         with pytest.raises(ValueError, match=f"train.json, record 3: .*{reason}"):
-            read_records(tmp_path / "train.json")
-
-    @pytest.mark.parametrize("name", ["problem", "data_type"])
-    def test_a_missing_field_is_named(self, name, tmp_path):
-        (tmp_path / "train.json").write_text(json.dumps([ROW, {k: v for k, v in ROW.items() if k != name}]))
-        with pytest.raises(ValueError, match=f"train.json, record 2: lacks {name}$"):
             read_records(tmp_path / "train.json")
 
     @pytest.mark.parametrize("row", ["a text", 5, None, [ROW]])
@@ -131,10 +121,6 @@ class TestRefusing:
     def test_a_file_that_holds_no_records_is_named(self, content, reason, tmp_path):
         (tmp_path / "train.json").write_bytes(content)
         with pytest.raises(ValueError, match=f"train.json.*{reason}"):
-            read_records(tmp_path / "train.json")
-
-    def test_a_file_that_is_not_there_is_named(self, tmp_path):
-        with pytest.raises(ValueError, match="train.json: .*No such file"):
             read_records(tmp_path / "train.json")
 
 
@@ -177,15 +163,6 @@ class TestSkipping:
         examples = load([replace(records[0], **changes), records[1]])
         assert examples[0] is None and examples.skipped[0].startswith(reason) and examples[1] is not None
         assert (tmp_path / "skipped.txt").read_text().startswith(f"{records[0].path}\t{reason}")
-
-    def test_a_trace_is_taken_out_of_its_tags_only_if_nothing_stands_beside_them(self, tmp_path):
-        (tmp_path / "a.json").write_text(json.dumps([ROW | {"process": "so <think>it is</think> a dog"}]))
-        assert read_records(tmp_path / "a.json")[0].trace["think"] == "so <think>it is</think> a dog"
-
-    def test_a_record_that_is_asked_for_again_is_not_counted_again(self, records, load, tmp_path):
-        examples = load(without_media(records, {0}))
-        assert [examples[0] for _ in range(3)] == [None] * 3
-        assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 1
 
     def test_every_question_keeps_its_own_clip(self, records, load, toy, tiny_settings):
         examples = load(without_media(records, {1, 4, 6}))
@@ -230,9 +207,6 @@ class TestPrefetch:
         for indices, examples in zip(steps, load(records, workers=workers).prefetch(steps), strict=True):
             assert [e.record for e in examples] == [records[i] for i in indices]
 
-    def test_no_steps_are_no_work(self, records, load):
-        assert list(load(records).prefetch([])) == []
-
 
 class TestCache:
     def test_kept_media_stay_under_the_limit(self, records, load):
@@ -243,10 +217,6 @@ class TestCache:
         again = [examples[i] for i in range(10)]
         assert [a is b for a, b in zip(first, again)] == [True] * 3 + [False] * 7
         assert all(torch.equal(a.ids, b.ids) and torch.equal(a.pixels, b.pixels) for a, b in zip(first, again))
-
-    def test_no_room_keeps_nothing(self, records, load):
-        examples = load(records, cache_gb=0.0)
-        assert examples[0] is not None and not examples.cache
 
 
 class TestOrder:
@@ -261,11 +231,3 @@ class TestOrder:
         forwards = [step_indices(50, 7, step, seed=3) for step in range(30)]
         backwards = [step_indices(50, 7, step, seed=3) for step in reversed(range(30))]
         assert forwards == backwards[::-1]
-
-    def test_the_size_of_a_step_does_not_change_the_order(self):
-        small = [i for step in range(12) for i in step_indices(50, 5, step, seed=3)]
-        large = [i for step in range(4) for i in step_indices(50, 15, step, seed=3)]
-        assert small == large
-
-    def test_seeds_shuffle_apart(self):
-        assert len({tuple(step_indices(50, 50, 0, seed)) for seed in range(20)}) == 20
