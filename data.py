@@ -232,7 +232,8 @@ def to_record(row: dict, traces: bool) -> Record:
     """Checks a row of a record file. Raises ValueError that says what is missing or wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
-    needed = ["problem", "problem_type", "solution", "path", "data_type", *[*TRACE_FIELDS.values()] * traces]
+    json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate: no tokenizer takes it
+    needed = ["problem", "problem_type", "solution", "path", "data_type", *(TRACE_FIELDS.values() if traces else [])]
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
     if wrong := [name for name in ("problem", "path", *TRACE_FIELDS.values()) if type(row.get(name, "")) is not str]:
@@ -630,7 +631,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
     return folder
 
 
-def make_toy_model(folder: str | Path, seed: int) -> None:
+def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny"]) -> None:
     """Writes a random tiny twin of Qwen2.5-VL with a byte-level tokenizer that holds the toy world's words whole."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -650,15 +651,15 @@ def make_toy_model(folder: str | Path, seed: int) -> None:
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed)
+    model = init_weights(Qwen2_5_VL(config), seed)
     assert len(pieces) <= model.config.vocab_size
 
-    def beside(where: Path) -> None:
+    def write_extra(where: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
                                 ).save_pretrained(str(where))
         write_config(model.config, where, stop_ids=[2, 0])
 
-    save_model(dict(model.named_parameters()), folder, beside=beside)
+    save_model(dict(model.named_parameters()), folder, write_extra=write_extra)
 
 
 # ================================================================ a first reader may stop here: plumbing follows
@@ -1172,7 +1173,10 @@ def check(file: str, media: str, model: str | None, limit: int, keep: str | None
     def read(r: Record) -> int | str:
         """Tokens of the prompt (0 without a tokenizer), or why the medium cannot be read."""
         try:
-            return len(build_example(r, root, *tokens, settings).ids) if tokens else read_media(r, root, settings) and 0
+            if tokens:
+                return len(build_example(r, root, *tokens, settings).ids)
+            read_media(r, root, settings)
+            return 0
         except MediaError as error:
             return f"{r.path}: {error}"
 

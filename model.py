@@ -13,11 +13,10 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}.")
-import hashlib
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -25,9 +24,13 @@ from typing import Callable, NamedTuple
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # shapes change from step to step
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
@@ -628,7 +631,96 @@ class Qwen2_5_VL(nn.Module):
         return tuple(torch.cat(x) for x in zip(*parts))
 
 
-# ------------------------------------------------------------------------------------------------ configuration files
+def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
+    """Random start: normal matrices of variance 1 / inputs, zero biases, unit norms; the same for a seed everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5)
+        else:
+            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+# --------------------------------------------- several GPUs and files; a first reader may stop here
+
+# ------------------------------------------------------------------------------------------------ sharding
+
+def compute_dtype(device: torch.device, config: Config) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, else float32. Toy-sized models are float32 everywhere."""
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if supported and config.hidden_size >= SMALLEST_IN_BF16 else torch.float32
+
+
+SMALLEST_IN_BF16 = 512                                       # hidden_size
+
+
+def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5_VL:
+    """FSDP2: each rank keeps a part of every weight, and a block's weights are gathered while the block runs.
+
+    Each block is a group, the rest of the vision tower another; the root holds embedding, last norm and head. Weights
+    keep their dtype and are gathered in `compute_dtype`. `offload` keeps the parts in host memory (frozen models only).
+    """
+    device = torch.device(mesh.device_type)
+    dtype = compute_dtype(device, model.config)
+    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(  # inputs are not cast: rotary tables stay fp32
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for block in (*model.visual.blocks, *model.model.layers, model.visual):
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    for entry in ("generate", "logprobs"):                   # FSDP gathers the root's weights for these calls too
+        register_fsdp_forward_method(model, entry)
+    model.sharded = True
+    return model
+
+
+def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False, shards: int = 0,
+                frozen: bool = False, offload: bool = False) -> Qwen2_5_VL:
+    """Loads a model folder for training, or `frozen`; sharded where there are several ranks or a GPU.
+
+    vocabulary: a data.Vocabulary, world: a sft.World. A sharded model is built on the meta device, read by rank 0 alone
+    and broadcast part by part. A model that learns has fp32 weights; a frozen one is stored in `compute_dtype`.
+    """
+    config = read_config(folder)
+    dtype = compute_dtype(world.device, config) if frozen else torch.float32
+    if world.size == 1 and world.device.type == "cpu":
+        model = load_model(folder, dtype)
+    else:
+        with torch.device("meta"):
+            model = shard(Qwen2_5_VL(config).to(dtype), world.mesh(shards), offload)
+        wanted = {name: p.shape for name, p in model.named_parameters()}
+        model.to_empty(device="cpu" if offload else world.device)
+        tensors = load_weights(folder, wanted, dtype) if world.first else {}
+        world.barrier()                                      # a large model takes minutes to read
+        set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        model.set_reshard_after_forward(frozen, recurse=False)
+    model.save_memory = save_memory
+    return vocabulary.mask_special_tokens(model.requires_grad_(not frozen))
+
+
+@contextmanager
+def gathered(model: Qwen2_5_VL):
+    """`with gathered(model):` every rank holds all weights, so that ranks may sample different numbers of tokens."""
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    trains = any(p.requires_grad for p in model.parameters())
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:                               # as build_model set it: in training the root stays whole
+            module.set_reshard_after_forward(module is not model or not trains, recurse=False)
+            module.reshard()
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file
+CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
+
 
 def read_config(folder: str | Path) -> Config:
     """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing."""
@@ -667,71 +759,39 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
     (folder / "config.json").write_text(json.dumps(flat, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
-    """Random start: normal matrices of variance 1 / inputs, zero biases, unit norms; the same for a seed everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.dim() > 1:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5)
-        else:
-            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-    return model
-
-
-SHARD_BYTES = 5 * 2 ** 30                                    # of one safetensors file
-STEPS = "step-" + 6 * "[0-9]"                                # checkpoints of a run
-SUMS = "SHA256SUMS"                                          # written last: the mark of a whole checkpoint
-
-
 def tensor_files(folder: Path, stem: str = "model") -> dict[str, Path]:
-    """Which file holds which tensor, from the index or from the single file."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / f"{stem}.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
-    with opened(single) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def opened(path: Path) -> safe_open:
-    """A file of tensors. Raises ValueError if it is none, or cut short."""
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    """Maps each tensor to its file, from the headers of stem*.safetensors. Raises ValueError if one is damaged."""
+    where = {}
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                where |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    return where
 
 
 def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch.dtype = torch.float32, device="cpu"
                  ) -> dict[str, Tensor]:
-    """Reads a folder's tensors strictly: one missing, left over or misshapen raises ValueError that names it. Each is
-    converted as it is read, so that no second copy of the whole exists."""
-    where = tensor_files(Path(folder))
-    missing, extra = sorted(wanted.keys() - where.keys()), sorted(where.keys() - wanted.keys())
-    if missing or extra:
-        raise ValueError(f"{folder}: " + "; ".join(
-            f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-            for what, names in (("missing tensors", missing), ("tensors too many", extra)) if names))
-    tensors = {}
-    for path in sorted(set(where.values())):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is named in the index but is not there")
-        with opened(path) as file:
-            for name in (n for n, p in where.items() if p == path):
-                shape = torch.Size(file.get_slice(name).get_shape())
-                if shape != wanted[name]:
-                    raise ValueError(f"{path}: {name} has shape {tuple(shape)}, not {tuple(wanted[name])}")
-                tensors[name] = file.get_tensor(name).to(device, dtype)
-                if not bool(tensors[name].isfinite().all()):
-                    raise ValueError(f"{path}: {name} holds numbers that are NaN or infinite")
+    """Reads exactly the `wanted` tensors, each converted as it is read. Raises ValueError naming what does not fit."""
+    where, tensors = tensor_files(Path(folder)), {}
+    for kind, names in (("missing", wanted.keys() - where.keys()), ("unexpected", where.keys() - wanted.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:5]) + (" …" if len(names) > 5 else "")
+            raise ValueError(f"{folder}: {len(names)} {kind} tensors: {listed}")
+    for name, path in where.items():
+        with safe_open(path, "pt") as file:
+            x = file.get_tensor(name)
+        if x.shape != wanted[name]:
+            raise ValueError(f"{path}: {name} has shape {tuple(x.shape)}, not {tuple(wanted[name])}")
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{path}: {name} contains NaN or infinite values")
+        tensors[name] = x.to(device, dtype)
     return tensors
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
-    """Builds the network on the meta device, where weights take no memory, and fills it from a checkpoint folder."""
+    """Builds the network on the meta device, where weights take no memory, and fills it from a model folder."""
     with torch.device("meta"):
         model = Qwen2_5_VL(read_config(folder))
     wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -739,116 +799,73 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
     return model
 
 
-def checksums(files: list[Path]) -> list[str]:
-    """SHA-256 of each file. Threads hash several at once, without holding up Python: training goes on beside it."""
-    def digest(path: Path) -> str:
-        total = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(2 ** 22):
-                total.update(block)
-        return total.hexdigest()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(digest, files))
+def check_files(checkpoint: Path, optimizer: bool) -> None:
+    """Raises OSError or ValueError unless the files have the sizes that state.json lists and safetensors headers hold.
 
-
-def damage(folder: Path, optimizer: bool = True) -> str:
-    """What is wrong with a checkpoint, "" for nothing: every file must be as SHA256SUMS says (`sha256sum -c SHA256SUMS`
-    asks the same), and nothing else may be there that a loader would read. The optimizer's files matter only to a run
-    that goes on."""
-    if not (folder / SUMS).is_file():
-        return f"it has no {SUMS}, so it was never finished"
-    lines = [line.partition("  ") for line in (folder / SUMS).read_text(errors="replace").splitlines()]
-    sums = {name: value for value, _, name in lines}
-    if not all(len(value) == 64 and name for value, _, name in lines):
-        return f"its {SUMS} is damaged"
-    there = {p.name: p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".jinja", ".safetensors")}
-    if odd := sorted(sums.keys() ^ there.keys()):
-        return f"{odd[0]} is " + ("missing" if odd[0] in sums else f"not listed in {SUMS}")
-    checked = [p for name, p in sorted(there.items()) if optimizer or not name.startswith("optimizer")]
-    broken = [p.name for p, value in zip(checked, checksums(checked)) if value != sums[p.name]]
-    return f"{', '.join(broken)} changed since it was written" if broken else ""
+    Flipped bits inside a file are not noticed. State.json of earlier versions lists no sizes. `optimizer`: its files
+    count too.
+    """
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, size in dict(state).get("files", {}).items():
+        if (optimizer or not name.startswith("optimizer")) and (checkpoint / name).stat().st_size != size:
+            raise ValueError(f"{checkpoint / name} has not the size that it was written with")
+    for stem in ("model", "optimizer") if optimizer else ("model",):
+        tensor_files(checkpoint, stem)
 
 
 def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
-    """A model folder itself, or the newest whole checkpoint of a stage's folder: a damaged one is refused by name, and
-    the one before it taken. Raises FileNotFoundError, or ValueError if the folder itself is a damaged checkpoint."""
+    """A model folder itself, or the newest checkpoint of a run's folder. A damaged one is named, and the next older one
+    taken. Raises FileNotFoundError if there is none, OSError or ValueError if `folder` is itself a damaged checkpoint.
+    """
     folder = Path(folder)
     if (folder / "config.json").is_file():
-        if (folder / SUMS).is_file() and (wrong := damage(folder, optimizer)):            # models from elsewhere: none
-            raise ValueError(f"{folder} is refused: {wrong}")
+        if (folder / "state.json").is_file():                # models from elsewhere have none
+            check_files(folder, optimizer)
         return folder
-    for found in sorted(folder.glob(STEPS), reverse=True):
-        if not (wrong := damage(found, optimizer)):
-            return found
-        print(f"{found} is refused: {wrong}", file=sys.stderr, flush=True)
+    for checkpoint in sorted(folder.glob(CHECKPOINTS), reverse=True):
+        try:
+            check_files(checkpoint, optimizer)
+            return checkpoint
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            print(f"{checkpoint} is damaged and not used: {error}", file=sys.stderr, flush=True)
     raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
 
 
-def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk itself: a power cut then takes nothing back."""
-    if path.is_dir() and os.name != "posix":
-        return                                               # Windows keeps no folder open
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes stem.safetensors, or several files and an index where there are more than `shard_bytes`."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int) -> None:
-    """Writes stem.safetensors, or several files and their index where there is more than `shard_bytes`."""
-    shards, size = [{}], 0
-    for name, x in tensors.items():
-        if size + x.nbytes > shard_bytes and shards[-1]:
-            shards, size = shards + [{}], 0
-        shards[-1][name], size = x.detach().cpu().contiguous(), size + x.nbytes
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(names if len(shards) > 1 else [f"{stem}.safetensors"], shards):
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:                     # a full disk, in the words of another language
-            raise OSError(f"{folder / file} cannot be written: {error}") from None
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
-                 "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def exchange(folder: Path, new: Path | None = None) -> None:
-    """Puts `new` (or nothing) in a folder's place by renaming: half a checkpoint never stands under its name."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    if new:
-        os.replace(new, folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        save_torch_state_dict(tensors, folder, filename_pattern=stem + "{suffix}.safetensors",
+                              max_shard_size=shard_bytes)
+    except SafetensorError as error:                         # how the Rust library reports a full disk
+        raise OSError(f"{folder} cannot be written: {error}") from None
 
 
 def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
-               beside: Callable[[Path], None] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors as (sharded) safetensors, with the configuration and tokenizer files of `source` beside them, and
-    whatever `beside(folder)` adds. The folder appears under its name only when it is whole: it is written aside,
-    flushed to the disk, sealed with SHA256SUMS, and renamed. Raises OSError, and then leaves nothing aside."""
+               write_extra: Callable[[Path], None] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a model folder: tensors, the configuration and tokenizer files of `source`, and what `write_extra` adds.
+
+    Files are written into FOLDER.writing and flushed to the disk, then the folder is renamed: it is there whole or not
+    at all. Raises OSError, and leaves nothing behind.
+    """
     folder = Path(folder)
-    aside = folder.with_name(folder.name + ".writing")
+    aside, old = (folder.with_name(folder.name + end) for end in (".writing", ".old"))
     shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         for file in Path(source).iterdir() if source else ():
             if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith((".index.json", "state.json")):
                 shutil.copy(file, aside)
         write_tensors(tensors, aside, "model", shard_bytes)
-        if beside:
-            beside(aside)
-        files = sorted(aside.iterdir())
-        for file in files:
-            flush(file)
-        (aside / SUMS).write_text("".join(f"{x}  {file.name}\n" for x, file in zip(checksums(files), files)))
-        flush(aside / SUMS)
-        flush(aside)
-    except OSError:                                          # most often a full disk: what is left has its uses
+        if write_extra:
+            write_extra(aside)
+        for file in aside.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+    except OSError:                                          # most often a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    exchange(folder, aside)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

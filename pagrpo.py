@@ -29,7 +29,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import data
 import model
@@ -37,7 +37,7 @@ import rewards
 import sft
 import torch
 import torch.nn.functional as F
-from data import Example, flag
+from data import Example, Examples, flag
 from model import Qwen2_5_VL
 from rewards import SEGMENTS, Judge, Parsed, Verdict
 from sft import World
@@ -89,42 +89,44 @@ STAGES = {"pa": "pagrpo", "gdpo": "gdpo", "grpo": "grpo", "joint": "joint"}   # 
 
 # ------------------------------------------------------------------------------------------------ the loop
 
-def train(t: "Setup") -> None:
+def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.optim.Optimizer, judge: Judge,
+          questions: Examples, heldout: Examples, run: sft.Run, settings: Settings, world: World) -> None:
     """PA-GRPO: B questions of this rank (perhaps none), G responses to each, K segments."""
-    settings, run = t.settings, t.run
-    with run.guard(), tqdm(total=run.steps, initial=run.step, desc=run.folder.name, unit="step",
-                           disable=not t.world.first) as bar:
-        for step, examples in zip(range(run.step, run.steps), t.questions):
+    vocabulary, source = questions.vocabulary, settings.model
+    with run.guard():
+        for step, examples in run.batches(questions):
             clock = Clock()
-            groups = rollout(t.policy, examples, t.vocabulary, settings, f"step {step}",              # 1
+            groups = rollout(policy, examples, vocabulary, settings, f"step {step}",                  # 1
                              settings.group_size, settings.temperature)
             clock.lap("sampling")
-            verdicts = start_judging(t.judge, groups)        # a judge behind http works while the reference does
+            verdicts = start_judging(judge, groups)          # a judge behind http works while the reference does
             clock.lap("judging")
-            batches = make_batches(groups, t.policy, t.reference, t.vocabulary, settings, t.world)
+            batches = make_batches(groups, policy, reference, vocabulary, settings, world)
             clock.lap("scoring")
             verdicts = verdicts()
-            metrics = judge_metrics(verdicts, groups, t) | check_verdicts(verdicts, run.stop, settings, t.world)
+            metrics = judge_metrics(verdicts, groups, judge, settings, world)
+            metrics |= check_verdicts(verdicts, run.stop, settings, world)
             clock.lap("judging")
-            run.end_of_step(step, t.policy, t.optimizer, t.start)             # stops here if asked to
+            run.end_of_step(step, policy, optimizer, source)                  # stops here if asked to
 
             parts = reward_tensor(groups, verdicts, settings)                 # 2 (B, G, K, 3)
             totals = total_rewards(parts, settings.reward_off)                #   (B, G, K)
             advantages = group_advantages(totals, settings.advantage)         # 3 (B, G, K)
-            if groups and t.world.first and step % settings.transcript_every == 0:
+            if groups and world.first and step % settings.transcript_every == 0:
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n" + transcript(
                     groups[0][0], verdicts[0][0], parts[0, 0], advantages[0, 0]))
             lr = sft.learning_rate(step, run.steps, settings)
-            values = update(t.policy, t.optimizer, batches, advantages, lr, settings, t.world)        # 4, 5
+            values = update(policy, optimizer, batches, advantages, lr, settings, world)              # 4, 5
             clock.lap("training")
 
-            metrics |= step_metrics(groups, parts, totals, values, settings, t.world) | clock.seconds
+            metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
-                rows = evaluate(t.policy, t.heldout, t.judge, run.stop, settings, 0.0, t.world)
+                rows = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
                 metrics |= {f"heldout/{name}": cell["value"] for name, cell in summarise(rows).items()}
-            run.log({"step": step + 1, "lr": lr, **metrics})
-            bar.update()
-            run.end_of_step(step + 1, t.policy, t.optimizer, t.start, score=metrics.get("heldout/answer"))
+            run.log({"step": step + 1, "lr": lr, **metrics}, "  ".join(
+                f"{segment.name} {metrics.get(f'{segment.name}/accuracy', math.nan):.2f}" for segment in SEGMENTS))
+            score = {"score": metrics["heldout/answer"]} if "heldout/answer" in metrics else {}
+            run.end_of_step(step + 1, policy, optimizer, source, **score)
 
 
 # ------------------------------------------------------------------------------------------------ 1. rollout
@@ -356,43 +358,21 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[M
 # The algorithm ends here, and a first reader may stop. Below: set-up, metrics, the held-out table.
 # ----------------------------------------------------------------------------------------------------------------------
 
-class Setup(NamedTuple):
-    """What the loop works with."""
-    settings: Settings
-    world: World
-    run: sft.Run
-    start: Path                                              # the SFT checkpoint
-    vocabulary: data.Vocabulary
-    policy: Qwen2_5_VL
-    optimizer: torch.optim.Optimizer
-    reference: Qwen2_5_VL | None                             # the frozen SFT model
-    judge: Judge
-    rule: Judge | None                                       # the toy world's exact judge, to compare another one with
-    questions: Iterator[list[Example]]                       # this rank's part of each step
-    heldout: data.Examples
-
-
-def prepare(settings: Settings, run: sft.Run, world: World) -> Setup:
-    """Loads models, judge and questions, and continues from the newest checkpoint."""
-    start = Path(settings.model)
-    vocabulary = data.Vocabulary(start)
+def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
+    """Loads what `train` needs, in the order of its parameters, and continues from the newest checkpoint."""
+    vocabulary = data.Vocabulary(settings.model)
     reference, judge = load_judge(settings, run, vocabulary, world)
-    policy = model.build_model(run.last_checkpoint or start, vocabulary, world, settings.save_memory, settings.shards)
+    policy = model.build_model(run.last_checkpoint or settings.model, vocabulary, world, settings.save_memory,
+                               settings.shards)
     optimizer = sft.make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
-        world.print0(f"{run.folder.name} continues after step {run.step}")
-    examples = open_examples(settings.data, settings, run, vocabulary)
-    mine = (data.step_indices(len(examples), settings.questions, step, settings.seed)[world.rank::world.size]
-            for step in range(run.step, run.steps))
-    compare = settings.judge != "rule" and data.is_toy(examples.records)
-    rule = Judge(rewards.rule_judge, settings.refuse_leaks) if compare else None
-    return Setup(settings, world, run, start, vocabulary, policy, optimizer, reference, judge, rule,
-                 examples.prefetch(mine), open_examples(settings.heldout, settings, run, vocabulary))
+    questions, heldout = (open_examples(file, settings, run, vocabulary) for file in (settings.data, settings.heldout))
+    return policy, reference, optimizer, judge, questions, heldout, run, settings, world
 
 
-def open_examples(file: str, settings: Settings, run: sft.Run, vocabulary: data.Vocabulary) -> data.Examples:
-    return data.Examples(data.read_records(file) if file else [], settings.media, vocabulary,
+def open_examples(file: str, settings: Settings, run: sft.Run, vocabulary: data.Vocabulary) -> Examples:
+    return Examples(data.read_records(file) if file else [], settings.media, vocabulary,
                          model.read_config(settings.model), settings, run.folder / "skipped.log")
 
 
@@ -463,19 +443,21 @@ def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: boo
     return result
 
 
-def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], t: Setup) -> dict:
+def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], judge: Judge, settings: Settings,
+                  world: World) -> dict:
     """How the judge works and, in the toy world, how often it says what the exact rule says."""
-    values, rules = defaultdict(list), start_judging(t.rule, groups)() if t.rule else verdicts
+    values, rules = defaultdict(list), verdicts
+    if settings.judge != "rule" and data.is_toy([group[0].example.record for group in groups]):
+        rules = start_judging(Judge(rewards.rule_judge), groups)()
     for v, rule in zip(sum(verdicts, []), sum(rules, [])):
-        if v is UNCLOSED:
-            continue
-        values["judge/leak"].append(float(v.leak))
-        if t.rule and v.sufficient is not None:              # a false positive accepts what does not suffice
+        if v is not UNCLOSED:
+            values["judge/leak"].append(float(v.leak))
+        if v is not UNCLOSED and v is not rule and v.sufficient is not None:
             values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
-            values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))
-    requests = {f"judge/{name}": t.judge.counts.pop(name, 0) for name in ("requests", "cached")}
-    return {**mean_over_ranks(values, t.world), **t.world.all_reduce_sum(requests),
-            "judge/seconds": t.world.all_reduce_max(t.judge.seconds)}
+            values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))      # too little is accepted
+    requests = {f"judge/{name}": judge.counts.pop(name, 0) for name in ("requests", "retries", "cached")}
+    return {**mean_over_ranks(values, world), **world.all_reduce_sum(requests),
+            "judge/seconds": world.all_reduce_max(judge.seconds)}
 
 
 def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], settings: Settings, world: World) -> dict:
@@ -509,7 +491,7 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 # ------------------------------------------------------------------------------------------------ held-out table
 
 @torch.no_grad()
-def evaluate(policy: Qwen2_5_VL, held: data.Examples, judge: Judge, stop: Callable[[str], None], settings: Settings,
+def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[str], None], settings: Settings,
              temperature: float, world: World) -> list[dict]:
     """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together. Returns a row a
     record, all of them on every rank. `stop` is for `check_verdicts`. The toy world has an exact judge."""
@@ -589,16 +571,19 @@ def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
     """Finds the files (in the toy world it makes them, SFT included) and the state of the run. SystemExit if not."""
     if not settings.data:
         same = {f.name: getattr(settings, f.name) for f in fields(data.InputSettings)}
-        tiny = sft.Settings(**(sft.PRESETS["tiny"] | same | dict(out=settings.out, seed=settings.seed)))
+        tiny = sft.Settings(**(sft.PRESETS["tiny"] | same | dict(
+            preset=settings.preset, out=settings.out, seed=settings.seed)))
         start = settings.model or str(sft.train(tiny, world))
         made = sft.prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=start)
         settings = replace(settings, **made)
     settings = sft.require_files(settings)
     start = world.on_rank0(lambda: model.newest_checkpoint(settings.model))
-    if start != Path(settings.model) and (state := sft.read_state(start))["step"] < state["steps"]:
+    if start != Path(settings.model) and (state := sft.read_json(start / "state.json"))["step"] < state["steps"]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
                          f"Finish it first, or start from this one with --model {start}")
     settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
+    if settings.judge == "rule" and not data.is_toy(data.read_records(settings.data)):
+        raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
@@ -609,10 +594,10 @@ def run_stage(settings: Settings, world: World) -> None:
     """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
     toy = not settings.data
     settings, run = open_run(settings, world)
-    if run.finished and (results := world.on_rank0(lambda: sft.read_report(run.folder / "results.json"))):
+    if run.finished and (results := world.on_rank0(lambda: sft.read_json(run.folder / "results.json"))):
         return world.print0(f"{run.folder} is finished:\n{results_table(results)}")
     if not run.finished:
-        train(prepare(settings, run, world))
+        train(*prepare(settings, run, world))
         gc.collect()                                         # FSDP modules are reference cycles: free the policy now
         torch.cuda.empty_cache()
     if not settings.heldout:

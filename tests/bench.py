@@ -138,7 +138,7 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
             for p in model.parameters():
                 torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
         save_model(dict(model.named_parameters()), out / "model", out / "base",
-                   beside=lambda folder: write_config(CONFIGS[preset], folder, [2, 0], "bfloat16"))
+                   write_extra=lambda folder: write_config(CONFIGS[preset], folder, [2, 0], "bfloat16"))
         del model
         torch.cuda.empty_cache()
     toy, rng = make_toy(out / "toy", {"rl": clips}), np.random.default_rng(0)
@@ -162,14 +162,14 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     first.terminate()
     first.wait()
     subprocess.run(words, check=True)
-    settings, _, _ = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
+    settings, _ = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
     told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):
-        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB measured, said / measured "
-              f"{told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, reference "
+        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB allocated, {row['reserved_memory_gb']:.1f} reserved, said / "
+              f"allocated {told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, reference "
               f"{row['seconds_scoring']:.1f} s, learning {row['seconds_training']:.1f} s, "
-              f"{row['tokens_per_second']:.0f} tokens/s, gap {row['logprob_gap_max']:.3f}")
+              f"{row['tokens'] / row['seconds_sampling']:.0f} tokens/s sampled, gap {row['logprob_gap_max']:.3f}")
 
 
 def judge(out: Path, delay: float, flags: list[str]) -> None:
@@ -194,7 +194,7 @@ def judge(out: Path, delay: float, flags: list[str]) -> None:
         parts = [row[f"seconds_{k}"] for k in ("sampling", "scoring", "judging", "training")]
         cells = [parts[0], parts[1], row["judge/seconds"], parts[2], parts[3], sum(parts)]
         print(f"{row['step']:>14}{row['judge/requests']:>14}" + "".join(f"{x:>12.2f} s" for x in cells)
-              + f"{row['judge/share']:>14.1%}{parts[2] / 30:>14.1%}")
+              + f"{parts[2] / sum(parts):>14.1%}{parts[2] / 30:>14.1%}")
 
 
 def main() -> None:

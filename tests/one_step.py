@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pagrpo  # noqa: E402
 from data import Vocabulary, build_example, read_records  # noqa: E402
 from rewards import Judge, rule_judge  # noqa: E402
-from sft import TINY, build_model, start_world, update  # noqa: E402
+from model import build_model  # noqa: E402
+from sft import TINY, optimizer_step, start_world  # noqa: E402
 
 
 def situations(toy: Path) -> dict[str, list]:
@@ -44,28 +45,29 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
 
 def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    judge = Judge(rule_judge, True)
+    judge, optimizer = Judge(rule_judge), torch.optim.SGD(policy.parameters(), lr=0.0)
 
-    def keep(model, optimizer, lr, clip_norm):
-        """In the place of the update: the gradients, whole."""
+    def keep_gradients(model, optimizer, lr, clip_norm):
+        """In the place of the optimizer step: writes the gradients, whole."""
         full = {n: getattr(p.grad, "full_tensor", lambda: p.grad)() for n, p in model.named_parameters()
                 if p.grad is not None}
         if world.first:
             save_file({n: g.clone() for n, g in full.items()}, out / f"{name}.safetensors")
-        return update(model, optimizer, 0.0, clip_norm)
+        return optimizer_step(model, optimizer, 0.0, clip_norm)
 
-    pagrpo.update = keep
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    pagrpo.sft.optimizer_step = keep_gradients
     for name, records in world.on_rank0(lambda: situations(toy)).items():
         mine = [build_example(r, toy, vocabulary, policy.config, settings) for r in records[world.rank::world.size]]
-        groups, parts, times = pagrpo.act(3, mine, policy, frozen, vocabulary, judge, None, settings, world)
-        if name == "zero variance":
-            for group in groups:
-                for e in group:
-                    e.advantages = (0.0, 0.0)
-        metrics = times | pagrpo.learn(groups, parts, policy, optimizer, 0.0, settings, world)
-        tokens = {e.example.record.problem_id: [e.tokens for e in group] for group in groups for e in group[:1]}
-        metrics = {k: v for k, v in metrics.items() if "seconds" not in k and "memory" not in k}
+        groups = pagrpo.rollout(policy, mine, vocabulary, settings, "step 3", settings.group_size, 1.0)
+        verdicts = pagrpo.start_judging(judge, groups)()
+        batches = pagrpo.make_batches(groups, policy, frozen, vocabulary, settings, world)
+        parts = pagrpo.reward_tensor(groups, verdicts, settings)
+        totals = pagrpo.total_rewards(parts, "none")
+        advantages = pagrpo.group_advantages(totals, "pa") * (name != "zero variance")
+        values = pagrpo.update(policy, optimizer, batches, advantages, 0.0, settings, world)
+        metrics = pagrpo.step_metrics(groups, parts, totals, values, settings, world)
+        tokens = {group[0].example.record.problem_id: [r.tokens for r in group] for group in groups}
+        metrics = {k: v for k, v in metrics.items() if "memory" not in k}
         (out / f"{name}.{world.rank}.json").write_text(json.dumps({"tokens": tokens, "metrics": metrics}))
 
 

@@ -21,7 +21,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def write(config, folder, **how) -> dict[str, torch.Tensor]:
     """Writes a random model and returns what should be in the folder."""
     tensors = random_model(config, seed=0).state_dict()
-    save_model(tensors, folder, beside=lambda f: write_config(config, f, [3]), **how)
+    save_model(tensors, folder, write_extra=lambda f: write_config(config, f, [3]), **how)
     return tensors
 
 
@@ -229,7 +229,7 @@ def test_a_tensor_larger_than_a_shard_gets_one_to_itself(tmp_path):
 
 def test_numbers_keep_their_type_on_disk_and_take_the_wanted_one_in_memory(tmp_path):
     tensors = {name: x.bfloat16() for name, x in random_model(TIED, seed=0).state_dict().items()}
-    save_model(tensors, tmp_path / "a", beside=lambda f: write_config(TIED, f, [3], dtype="bfloat16"))
+    save_model(tensors, tmp_path / "a", write_extra=lambda f: write_config(TIED, f, [3], dtype="bfloat16"))
     with safe_open(tmp_path / "a" / SINGLE, "pt") as file:
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
     assert_same(load_model(tmp_path / "a", torch.bfloat16).state_dict(), tensors)
@@ -271,7 +271,7 @@ def test_configuration_and_tokenizer_travel_along_and_nothing_else(tmp_path):
     for name in travels + stays:
         (source / name).write_text(f"{{}} of {name}")
     save_model(tensors, tmp_path / "a", source)
-    assert set(contents(tmp_path / "a")) == {*travels, "config.json", SINGLE, "SHA256SUMS"}
+    assert set(contents(tmp_path / "a")) == {*travels, "config.json", SINGLE}
     assert all(contents(tmp_path / "a")[name] == contents(source)[name] for name in [*travels, "config.json"])
     assert_same(load_model(tmp_path / "a").state_dict(), tensors)
 
@@ -283,8 +283,8 @@ def test_what_stands_beside_the_weights_appears_with_them(tmp_path):
         seen.append(folder.exists())
         (aside / "state.json").write_text("{}")
 
-    save_model({"x": torch.ones(2)}, folder, beside=beside)
-    assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json", "SHA256SUMS"}
+    save_model({"x": torch.ones(2)}, folder, write_extra=beside)
+    assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json"}
     assert [f.name for f in folder.parent.iterdir()] == ["a"], "nothing is left aside"
 
 
@@ -294,7 +294,7 @@ def interrupt(folder):
 
 def test_an_interrupted_first_write_leaves_no_folder_under_the_name(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        save_model({"x": torch.ones(2)}, tmp_path / "a", beside=interrupt)
+        save_model({"x": torch.ones(2)}, tmp_path / "a", write_extra=interrupt)
     assert not (tmp_path / "a").exists()
 
 
@@ -303,7 +303,7 @@ def test_an_interrupted_write_leaves_the_old_folder_as_it_was(tmp_path):
     tensors = write(TIED, folder)
     before = contents(folder)
     with pytest.raises(KeyboardInterrupt):
-        save_model({name: x + 1 for name, x in tensors.items()}, folder, source=folder, beside=interrupt)
+        save_model({name: x + 1 for name, x in tensors.items()}, folder, source=folder, write_extra=interrupt)
     assert contents(folder) == before
 
 
@@ -311,10 +311,10 @@ def test_the_next_write_clears_away_what_an_interrupted_one_left(tmp_path):
     folder = tmp_path / "a"
     tensors = write(TIED, folder)
     with pytest.raises(KeyboardInterrupt):
-        save_model(tensors, folder, source=folder, beside=interrupt, shard_bytes=2 ** 20)
+        save_model(tensors, folder, source=folder, write_extra=interrupt, shard_bytes=2 ** 20)
     later = {name: x + 1 for name, x in tensors.items()}
     save_model(later, folder, source=folder)
-    assert set(contents(folder)) == {"config.json", SINGLE, "SHA256SUMS"}
+    assert set(contents(folder)) == {"config.json", SINGLE}
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
     assert_same(load_model(folder).state_dict(), later)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 import sft
-from data import CotSettings, Draft, cot, read_records, to_record, toy_teacher, verify, run_resumable
+from data import CotSettings, cot, read_records, to_record, toy_teacher
 from rewards import parse
 from serving import Fault, serving, text_of
 
@@ -44,7 +44,7 @@ def settings(toy, out, **changes):
 def test_a_faultless_teacher_loses_nothing(toy, tmp_path, capsys):
     """And its traces are the toy world's own."""
     kept = cot(settings(toy, tmp_path, perception_mistakes=0.0, reasoning_mistakes=0.0, template_mistakes=0.0))
-    assert [(r.observation, r.think) for r in read_records(kept, traces=True)] == [
+    assert [tuple(r.trace.values()) for r in read_records(kept, traces=True)] == [
         (row["observation"], row["process"]) for row in rows_of(toy)]
     said = capsys.readouterr().out
     assert "Dropped" not in said and "precision" not in said and "40 traces for SFT" in said
@@ -86,9 +86,10 @@ def test_the_funnel_adds_up_and_finds_what_it_should(toy, tmp_path, capsys):
     assert total[-1] == len(kept) and total[0] - total[-1] == len(dropped)
     for reason, n in Counter(row["reason"] for row in dropped).items():
         assert f"Dropped, {reason}: {n} (" in said
-    found = re.findall(r"(step \d) against .*?: precision ([\d.]+) .*?recall ([\d.]+)", said)
+    found = re.findall(r"(step \d) against .*?: precision (\d+) of (\d+), recall (\d+) of (\d+)", said)
     assert [step for step, *_ in found] == ["step 2", "step 3"]
-    assert all(float(x) >= 0.95 for _, *both in found for x in both)
+    for _, right, dropped, caught, wrong in found:
+        assert int(right) >= 0.95 * int(dropped) > 0 and int(caught) >= 0.95 * int(wrong) > 0
 
 
 def test_a_teachers_mistakes_come_at_the_rates_that_were_asked_for(toy):
@@ -105,15 +106,7 @@ def test_a_teachers_mistakes_come_at_the_rates_that_were_asked_for(toy):
         if not draft.mistakes:
             assert draft.output == data.trace_text(record, "p2r")
         elif seen is not None:
-            assert (seen != record.observation) == ("perception" in draft.mistakes)
-
-
-def test_a_near_miss_passes_the_threshold_and_a_wide_one_does_not(toy):
-    record = to_record(rows_of(toy)[0] | {"problem_type": "regression", "solution": "<answer>10</answer>"}, False)
-    trace = "<observation> a </observation><think> b </think><answer> {} </answer>"
-    assert [verify(record, trace.format(n))[1:] for n in (10, 7, 6, 5)] == [
-        (1.0, ""), (0.7, ""), (0.6, ""), (0.5, "answer wrong")]
-    assert verify(record, "the answer is 10")[2] == "template broken"
+            assert (seen != record.trace["observation"]) == ("perception" in draft.mistakes)
 
 
 def test_sft_reads_the_result(toy, base, tmp_path, capsys):
@@ -174,8 +167,7 @@ def test_it_never_sends_what_should_stay_secret(toy, tmp_path, monkeypatch, capf
 def test_an_outage_ends_the_run_and_nothing_is_asked_twice(toy, tmp_path):
     well = answers(toy)
     with serving(lambda n, request: well(n, request) if n < 9 else Fault(503, body=b"down")) as server:
-        with pytest.raises(ValueError, match="20 of 29 records came to nothing, 20 of them because: HTTP 503 down. "
-                                             "9 are kept; the same command goes on from there"):
+        with pytest.raises(ValueError, match="20 records failed, most often for HTTP 503.*9 are done and kept"):
             cot(http_settings(toy, tmp_path, server, concurrency=1))
     assert len(lines(tmp_path / "1-generated.jsonl")) == 9 and not (tmp_path / "traces.jsonl").exists()
     with serving(well) as again:                             # the server comes back, at another address
@@ -184,77 +176,45 @@ def test_an_outage_ends_the_run_and_nothing_is_asked_twice(toy, tmp_path):
 
 
 def test_a_few_failures_are_told_and_tried_again_by_the_next_run(toy, tmp_path, capsys):
-    well, seen = answers(toy), Counter()
-
-    def play(number, request):
-        content = json.dumps(request["messages"])
-        seen[content] += 1
-        # Some requests fail in the first run: teacher and judge, each for good (no retries here).
-        return Fault(500) if first and number % 9 == 4 else well(number, request)
-    first = True
-    with serving(play) as server:
+    well = answers(toy)
+    with serving(lambda n, request: Fault(500) if n % 9 == 4 else well(n, request)) as server:
         cot(http_settings(toy, tmp_path, server))
-        said = capsys.readouterr().out
-        unfinished = int(re.search(r"(\d+) records are unfinished", said)[1])
-        failed = sum(1 for n in range(len(server.requests)) if n % 9 == 4)
-        assert unfinished >= failed > 3 and "no reply from the teacher" in said and "verdict missing" in said
-        first, before = False, Counter(seen)
+        asked, said = len(server.requests), capsys.readouterr().out
+    assert "are unfinished" in said and "Dropped, not generated" in said and "Dropped, not judged" in said
+    with serving(well) as server:
         cot(http_settings(toy, tmp_path, server))
         assert "unfinished" not in capsys.readouterr().out
-    total = len(server.requests)
-    with serving(well) as clean_server:
-        cot(http_settings(toy, tmp_path / "clean", clean_server))
-    assert total == len(clean_server.requests) + failed, "only what failed was asked again"
+        assert len(server.requests) < asked, "only what failed is asked again"
+        cot(http_settings(toy, tmp_path / "clean", server))
     assert (tmp_path / "traces.jsonl").read_bytes() == (tmp_path / "clean" / "traces.jsonl").read_bytes()
-    assert sum(before.values()) < total
-
-
-@pytest.mark.parametrize("reply, reason", [
-    ("<judgement>Yes</judgement> or so", "verdict unreadable"), ("No idea.", "verdict unreadable"),
-    ("<judgement>No</judgement>", "observation insufficient")])
-def test_an_unreadable_verdict_is_its_own_reason(toy, tmp_path, reply, reason):
-    well = answers(toy)
-    with serving(lambda n, request: well(n, request) if request["model"] == "t" else reply) as server:
-        assert lines(cot(http_settings(toy, tmp_path, server, max_unknown=1.0))) == []
-    assert reason in {row["reason"] for row in lines(tmp_path / "dropped.jsonl")}
 
 
 def test_a_judge_that_is_never_understood_stops_the_work(toy, tmp_path):
     """And another one may take over, since no verdict has been given yet."""
     well = answers(toy)
     with serving(lambda n, request: well(n, request) if request["model"] == "t" else "Hm.") as server:
-        with pytest.raises(ValueError, match="20 of them because: no verdict at the end of the reply"):
+        with pytest.raises(ValueError, match="20 records failed, most often for no verdict at the end of the reply"):
             cot(http_settings(toy, tmp_path, server, concurrency=1))
         asked = len(server.requests)
         cot(http_settings(toy, tmp_path, server, judge="rule", judge_model=""))
         assert len(server.requests) == asked, "the teacher's work is kept"
 
 
-def test_equal_claims_of_different_records_are_judged_once(toy, tmp_path):
-    rows = rows_of(toy)[:1] * 5
-    (tmp_path / "same.json").write_text(json.dumps([row | {"problem_id": str(i)} for i, row in enumerate(rows)]))
-    with serving(answers(toy)) as server:
-        cot(http_settings(toy, tmp_path / "out", server, data=str(tmp_path / "same.json"), media=str(toy)))
-    assert [request["model"] for request in server.requests].count("j") == 1
-    both = lines(tmp_path / "out" / "traces.jsonl") + lines(tmp_path / "out" / "dropped.jsonl")
-    assert sorted(row["problem_id"] for row in both) == list("01234")
-
-
 def test_kill_it_at_any_moment(toy, tmp_path):
-    """SIGKILL while requests are under way, twice. At the end: the same files as without, and no request repeated
-    except those that were under way."""
+    """SIGKILL, then Ctrl-C, while requests are under way. At the end: the same files as without, and no request
+    repeated except the two that were under way at the first."""
     moments = random.Random(0)
     with serving(answers(toy), delay=0.05) as server:
         command = [sys.executable, str(ROOT / "data.py"), "cot", "--data", str(toy / "sft.json"), "--out",
                    str(tmp_path / "killed"), "--teacher", server.url, "--teacher-model", "t", "--judge", server.url,
                    "--judge-model", "j", "--concurrency", "2", "--frames", "2", "--max-pixels", "784", "--min-pixels",
                    "784", "--no-refuse-leaks"]
-        for least in (8, 45):
+        for least, stop in ((8, signal.SIGKILL), (45, signal.SIGINT)):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             while len(server.requests) < least:
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(stop)
             process.wait()
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert ended.returncode == 0, ended.stderr
@@ -262,7 +222,7 @@ def test_kill_it_at_any_moment(toy, tmp_path):
         command[command.index("--out") + 1] = str(tmp_path / "whole")
         subprocess.run(command, check=True, capture_output=True, timeout=60)
         whole = len(server.requests) - killed
-    assert killed - whole <= 2 * 2
+    assert killed - whole <= 2
     for name in ("traces.jsonl", "dropped.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -287,10 +247,18 @@ def test_other_settings_need_another_folder(toy, tmp_path):
         cot(settings(toy, tmp_path, perception_mistakes=0.5))
 
 
+def test_a_setting_that_did_not_exist_yet_counts_as_its_default(toy, tmp_path):
+    kept = cot(settings(toy, tmp_path)).read_bytes()
+    old = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({k: v for k, v in old.items() if k != "luck"}))
+    with pytest.raises(SystemExit, match="--luck was 0.5, is now 0.25"):
+        cot(settings(toy, tmp_path, luck=0.25))
+    assert cot(settings(toy, tmp_path)).read_bytes() == kept
+
+
 def test_a_second_process_in_the_same_folder_is_sent_away(toy, tmp_path):
     with data.lock_folder(tmp_path), pytest.raises(SystemExit, match="Another process works in"):
         cot(settings(toy, tmp_path))
-    assert lines(cot(settings(toy, tmp_path)))
 
 
 def test_what_was_never_begun_may_change(toy, tmp_path):
@@ -322,7 +290,7 @@ def test_media_that_cannot_be_read_are_a_reason_and_can_be_repaired(toy, base, t
     s = settings(world, tmp_path / "out", teacher=str(base), max_response=8)
     cot(s)
     said = capsys.readouterr().out
-    assert "Dropped, media unreadable: 1 (1 video, multiple choice)" in said
+    assert "Dropped, not generated: 1 (1 video, multiple choice)" in said
     assert "1 records are unfinished (most often: media: no such file)" in said
     os.link(toy / rows[0]["path"], world / rows[0]["path"])
     cot(s)
@@ -365,13 +333,3 @@ def test_what_cannot_work_is_said_in_a_line(tmp_path, flags, complaint):
         data.main(["cot", "--data", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), *flags])
     assert complaint in str(ended.value) and "secret" not in str(ended.value)
     assert not list(tmp_path.rglob("settings.json")) or "--judge" in flags and flags[-1] == "."
-
-
-def test_what_is_lost_is_tried_again_later(tmp_path):
-    """run_resumable by itself: what is lost is not noted down."""
-    worker = lambda good: lambda s: lambda items: [Draft("x") if i in good else Draft(None, "busy") for i in items]
-    items, s = {str(i): i for i in range(5)}, CotSettings(batch=2)
-    done, lost = run_resumable(items, worker({0, 2, 4}), "somebody", tmp_path / "j", "try", s)
-    assert set(done) == {"0", "2", "4"} and lost == {"1": "busy", "3": "busy"}
-    done, lost = run_resumable(items, worker({1, 3}), "somebody", tmp_path / "j", "try", s)
-    assert set(done) == set(items) and not lost

@@ -5,7 +5,8 @@ import torch
 import data
 import pagrpo
 import sft
-from model import Qwen2_5_VL, gathered, load_model, qwen, shard
+import model as network
+from model import Qwen2_5_VL, load_model, qwen, shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -33,10 +34,11 @@ def half(base, vocabulary):
     return vocabulary.mask_special_tokens(load_model(base, torch.bfloat16, "cuda"))
 
 
-def test_kl_is_0_before_the_first_update(base, vocabulary, world, step):
+def test_kl_is_0_before_the_first_update(base, vocabulary, world, step, monkeypatch):
     """The policy keeps fp32 weights and computes in bf16; the reference keeps bf16: the same numbers."""
-    policy = shard(load_model(base, device="cuda"), world, dtype=torch.bfloat16)
-    reference = shard(load_model(base, torch.bfloat16, "cuda"), world, dtype=torch.bfloat16)
+    monkeypatch.setattr(network, "SMALLEST_IN_BF16", 0)
+    policy = shard(load_model(base, device="cuda"), world.mesh(0))
+    reference = shard(load_model(base, torch.bfloat16, "cuda"), world.mesh(0))
     with torch.no_grad():
         ours, theirs = (vocabulary.mask_special_tokens(m).logprobs(*on_gpu(step))[0] for m in (policy, reference))
     _, kl, _ = pagrpo.pa_grpo_loss(ours, ours, theirs, torch.zeros_like(ours), torch.ones_like(ours), 0.2, 0.04)

@@ -45,12 +45,6 @@ def media(tmp_path_factory):
     return root
 
 
-def unsealed(clip) -> bytes:
-    """A clip as others write it: without the checksum."""
-    raw = clip.read_bytes()
-    return raw[:data.SEAL] + bytes(4) + raw[data.SEAL + 4:]
-
-
 class TestFrames:
     @pytest.mark.parametrize("fps", [0.5, 1, 24, 29.97, 60])
     @pytest.mark.parametrize("frames", [2, 4, 6, 16, 32])
@@ -68,9 +62,11 @@ class TestFrames:
     def test_short_clips_give_what_they_have(self, total, chosen):
         assert frame_indices(total, 25.0, InputSettings()) == chosen
 
-    @pytest.mark.parametrize("seconds, count", [(1, 4), (2, 4), (3, 6), (5, 10), (8, 16), (9, 16), (600, 16)])
-    def test_two_frames_a_second_between_4_and_16(self, seconds, count):
-        assert len(frame_indices(30 * seconds, 30.0, InputSettings(frames=16, fps=2.0))) == count
+    @pytest.mark.parametrize("total, fps, frames, official", [
+        (30, 30, 16, 4), (90, 30, 16, 6), (150, 30, 16, 10), (9000, 30, 16, 16), (234, 30, 16, 14), (270, 25, 32, 20)])
+    def test_two_frames_a_second_rounded_down_to_an_even_number(self, total, fps, frames, official):
+        """234 frames at 30 a second last 7.8 s: 15.6 frames, of which the official utility takes 14."""
+        assert len(frame_indices(total, float(fps), InputSettings(frames=frames))) == official
 
     def test_frames_and_seconds_of_a_video_file(self, media):
         frames, seconds = read_video(media / "good.avi", InputSettings(frames=8))
@@ -78,13 +74,12 @@ class TestFrames:
         assert np.array_equal(frames, noise(20, 42, 56, 3)[chosen])
         assert seconds == pytest.approx(2 * 20 / (5 * 8))
 
-    @pytest.mark.parametrize("total", [1, 2, 3, 5])
-    def test_frames_and_seconds_of_a_clip_of_a_few_frames(self, total, tmp_path):
-        (tmp_path / "short.avi").write_bytes(data.avi_bytes(noise(total, 28, 28, 3), 4))
-        frames, seconds = read_video(tmp_path / "short.avi", InputSettings())
-        taken = 4 if total == 5 else 2
-        assert len(frames) == taken and seconds == pytest.approx(2 * total / (4 * taken))
-        assert np.array_equal(frames[[0, -1]], noise(total, 28, 28, 3)[[0, -1]])
+    @pytest.mark.parametrize("bounds, chosen", [((1.0, 2.0), [5, 7, 8, 10]), ((3.0, 99.0), [15, 16, 18, 19]),
+                                                ((2.0, 1.0), [10, 10])])
+    def test_a_part_of_a_video(self, media, bounds, chosen):
+        frames, seconds = read_video(media / "good.avi", InputSettings(), bounds)
+        assert np.array_equal(frames, noise(20, 42, 56, 3)[chosen])
+        assert seconds == pytest.approx(2 * (chosen[-1] - chosen[0] + 1) / (5 * len(chosen)))
 
     def test_a_folder_of_frames_is_a_video(self, media):
         frames, seconds = read_video(media / "pictures", InputSettings(fps=2.0))
@@ -96,12 +91,6 @@ class TestFrames:
             Image.fromarray(frame).save(tmp_path / f"frame_{i}.png")
         assert np.array_equal(read_video(tmp_path, InputSettings())[0], noise(12, 28, 28, 3))
 
-    def test_the_same_file_gives_the_same_frames_from_many_threads(self, media):
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(4) as pool:
-            several = list(pool.map(lambda _: read_video(media / "good.avi", InputSettings())[0], range(12)))
-        assert all(np.array_equal(frames, several[0]) for frames in several)
-
 
 class TestPatches:
     @pytest.mark.parametrize("least, most", [
@@ -111,12 +100,6 @@ class TestPatches:
         for height, width in np.exp(rng.uniform(np.log(28), np.log(3000), (200, 2))).astype(int).tolist():
             assert smart_resize(height, width, least, most) == \
                 official.smart_resize(height, width, min_pixels=least, max_pixels=most), (height, width)
-
-    def test_a_side_is_at_least_one_merged_patch(self):
-        """transformers rounds a side of less than 14 pixels to 0 first; Qwen's own utility, and we, to 28."""
-        assert smart_resize(10, 280, 784, 100 * 784) == (28, 280)
-        assert smart_resize(1, 1, 784, 100 * 784) == (28, 28)
-        assert smart_resize(20, 3900, 784, 16 * 784)[0] == 28
 
     @pytest.mark.parametrize("height, width, least, most", [
         (56, 84, 784, 100 * 784), (100, 140, 784, 64 * 784), (333, 77, 784, 16 * 784), (30, 40, 16 * 784, 64 * 784),
@@ -150,17 +133,6 @@ class TestPatches:
         assert grid == (1, 4, 4)
         assert brightness == [0, 1, 10, 11, 2, 3, 12, 13, 20, 21, 30, 31, 22, 23, 32, 33]
 
-    def test_the_last_frame_of_an_odd_number_is_its_own_partner(self):
-        frames = noise(3, 28, 28, 3)
-        patches, grid = patchify(frames, 784, 784)
-        assert grid == (2, 2, 2)
-        assert torch.equal(patches, patchify(frames[[0, 1, 2, 2]], 784, 784)[0])
-
-    def test_frames_are_left_as_they_were(self):
-        frames = noise(2, 28, 28, 3)
-        patchify(frames, 784, 784)[0].zero_()
-        assert np.array_equal(frames, noise(2, 28, 28, 3))
-
 
 class TestPictures:
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
@@ -171,11 +143,6 @@ class TestPictures:
         assert pixels.shape == (1, 20, 30, 3) and pixels.dtype == np.uint8
         if mode != "CMYK":
             assert np.array_equal(pixels[0], np.asarray(picture.convert("RGB")))
-
-    def test_a_grey_picture_has_three_equal_colours(self, tmp_path):
-        Image.fromarray(noise(20, 30)).save(tmp_path / "grey.png")
-        assert np.array_equal(read_image(tmp_path / "grey.png")[0], noise(20, 30)[..., None].repeat(3, -1))
-
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
     def test_what_is_transparent_is_white(self, mode, tmp_path):
@@ -201,86 +168,34 @@ class TestBrokenMedia:
         with pytest.raises(MediaError):
             read_image(media / name)
 
-    def test_a_picture_so_large_that_it_must_be_an_attack(self, media, monkeypatch):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        with pytest.raises(MediaError):
-            read_image(media / "pictures" / "000.png")
-
     @pytest.mark.parametrize("height, width", [(1, 300), (300, 1), (10, 2001)])
     def test_a_picture_that_is_too_narrow(self, height, width):
         with pytest.raises(MediaError, match="narrow"):
             patchify(noise(1, height, width, 3), 784, 100 * 784)
 
-    def test_a_clip_of_the_toy_world_is_as_it_was_written_or_refused(self, media, tmp_path):
-        good, rng = (media / "good.avi").read_bytes(), np.random.default_rng(0)
-        for at in [*range(0, 260, 7), *rng.integers(0, len(good), 40)]:
-            damaged = good[:at] + bytes([good[at] ^ rng.integers(1, 256)]) + good[at + 1:]
-            for content in (damaged, good[:at], good[:at] + good[at + 100:]):
-                (tmp_path / "x.avi").write_bytes(content)
-                with pytest.raises(MediaError):
-                    read_video(tmp_path / "x.avi", InputSettings(frames=4))
-
-    def test_a_clip_without_a_checksum_is_read_as_well(self, media, tmp_path):
-        (tmp_path / "x.avi").write_bytes(unsealed(media / "good.avi"))
-        assert np.array_equal(read_video(tmp_path / "x.avi", InputSettings())[0],
-                              read_video(media / "good.avi", InputSettings())[0])
-
-    @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-    def test_a_file_that_is_shorter_than_it_says(self, media, tmp_path, share):
-        """Without its index an AVI file would be read up to where the download broke off."""
-        raw = unsealed(media / "good.avi")
-        (tmp_path / "x.avi").write_bytes(raw[:int(share * len(raw))])
-        with pytest.raises(MediaError, match="shorter than it says"):
+    def test_a_codec_that_decord_lacks_is_said_in_plain_words(self, media, tmp_path):
+        (tmp_path / "x.avi").write_bytes((media / "good.avi").read_bytes().replace(b"MPNG", b"XXXX"))
+        with pytest.raises(MediaError, match="a codec that decord lacks, such as AV1: convert it to H.264"):
             read_video(tmp_path / "x.avi", InputSettings())
 
-    @pytest.mark.parametrize("says, whole", [
-        (b"\x9e", True), (b"\x9f", False), (b"\x01" + bytes(6) + b"\x1e", True), (b"\x01" + bytes(6) + b"\xff", False),
-        (b"\xff", True), (b"\x01" + b"\xff" * 7, True)],
-        ids=["right", "too long", "right in 8 bytes", "too long in 8 bytes", "live", "live in 8 bytes"])
-    def test_matroska_and_webm_say_how_long_they_are(self, tmp_path, says, whole):
-        head = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67" + says
-        (tmp_path / "x.webm").write_bytes(head.ljust(30, b"\0"))
-        if whole:
-            data.check_whole(tmp_path / "x.webm")
-        else:
-            with pytest.raises(MediaError, match="shorter than it says"):
-                data.check_whole(tmp_path / "x.webm")
-
-    @pytest.mark.parametrize("bounds", [None, (1.0, 3.0)])
-    @pytest.mark.parametrize("name, found", [
-        ("get_key_indices", [7]), ("get_frame_timestamp", np.full((20, 2), -9e17))],
-                             ids=["first key frame missing", "no times"])
-    def test_where_decord_cannot_seek_frames_are_read_from_the_front(self, media, monkeypatch, name, found, bounds):
-        import decord
-        sought = read_video(media / "good.avi", InputSettings(frames=6), bounds)
-        monkeypatch.setattr(decord.VideoReader, name, lambda *_: found)
-        monkeypatch.setattr(decord.VideoReader, "get_batch", None)
-        frames, seconds = read_video(media / "good.avi", InputSettings(frames=6), bounds)
-        assert np.array_equal(frames, sought[0]) and seconds == sought[1]
-
-    def test_random_damage_is_never_another_error(self, media, tmp_path):
-        """In other people's files, which have no checksum: damage that decord does not notice is borne."""
-        good, rng = unsealed(media / "good.avi"), np.random.default_rng(0)
-        for i in range(25):
-            damaged = np.frombuffer(good, np.uint8).copy()
-            damaged[rng.integers(0, 2000 if i % 2 else len(good), 20)] = rng.integers(0, 256, 20)
-            (tmp_path / f"{i}.avi").write_bytes(damaged.tobytes())
-            try:
-                frames, seconds = read_video(tmp_path / f"{i}.avi", InputSettings(frames=4))
-            except MediaError:
-                continue
-            assert len(frames) in (2, 4) and seconds > 0
+    @pytest.mark.parametrize("frame", [0, 8, 19])
+    def test_a_frame_that_cannot_be_decoded_is_never_shown_as_another(self, media, tmp_path, frame):
+        """decord refuses the file or, at random, leaves the frame out: every frame that it gives is a real one."""
+        raw, clip = bytearray((media / "good.avi").read_bytes()), [frame.tobytes() for frame in noise(20, 42, 56, 3)]
+        at = [i for i in range(len(raw)) if raw[i:i + 4] == b"00dc"][frame]
+        raw[at + 8:at + 500] = bytes(492)
+        (tmp_path / "x.avi").write_bytes(raw)
+        try:
+            shown = [clip.index(x.tobytes()) for x in read_video(tmp_path / "x.avi", InputSettings(frames=8))[0]]
+        except MediaError:
+            return
+        assert frame not in shown and shown == sorted(set(shown))
 
 
 class TestPaths:
     @pytest.mark.parametrize("path", ["good.avi", "./good.avi", "pictures/../good.avi", ".//good.avi"])
     def test_a_path_inside_the_root_is_found(self, media, path):
         assert media_path(media, path) == (media / "good.avi").resolve()
-
-    @pytest.mark.parametrize("path", ["missing.avi", "pictures/missing.png", "good.avi/inside"])
-    def test_a_file_that_is_not_there(self, media, path):
-        with pytest.raises(MediaError, match="no such file"):
-            media_path(media, path)
 
     @pytest.mark.parametrize("path", ["/etc/passwd", "/", "..", "../secret.avi", "pictures/../../secret.avi",
                                       "link.avi", "up/secret.avi"])
@@ -299,19 +214,3 @@ class TestPaths:
         os.symlink("loop", tmp_path / "loop")
         with pytest.raises(MediaError):
             media_path(tmp_path, path)
-
-    def test_a_pipe_is_no_file(self, tmp_path):
-        os.mkfifo(tmp_path / "endless.avi")
-        with pytest.raises(MediaError, match="no such file"):
-            media_path(tmp_path, "endless.avi")
-
-    def test_a_neighbour_whose_name_begins_alike_is_outside(self, tmp_path):
-        (tmp_path / "root").mkdir()
-        (tmp_path / "root2").mkdir()
-        (tmp_path / "root2" / "x.avi").touch()
-        with pytest.raises(MediaError, match="leads out of"):
-            media_path(tmp_path / "root", "../root2/x.avi")
-
-    def test_a_root_behind_a_link_is_a_root(self, media, tmp_path):
-        os.symlink(media, tmp_path / "media")
-        assert media_path(tmp_path / "media", "good.avi").is_file()

@@ -94,7 +94,7 @@ def test_dry_run_prints_the_table_and_makes_nothing(tmp_path, capsys):
 def test_out_of_memory_ends_in_a_line_with_the_flags_that_help(error, toy, base, tmp_path, monkeypatch):
     def full(*args):
         raise error
-    monkeypatch.setattr(pagrpo, "update", full)
+    monkeypatch.setattr(pagrpo, "optimizer_step", full)
     with pytest.raises(SystemExit) as ended:
         pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"),
                      "--media", str(toy), "--steps", "2", "--group-size", "2"])

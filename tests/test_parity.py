@@ -27,7 +27,7 @@ SMALL = {  # what official rows have in common is varied here: a value that one 
 def both(request, tmp_path_factory):
     """One random checkpoint, read by this project and by transformers."""
     config, folder = SMALL[request.param], tmp_path_factory.mktemp("parity") / request.param
-    save_model(random_model(config, seed=1).state_dict(), folder, beside=lambda f: write_config(config, f, [3]))
+    save_model(random_model(config, seed=1).state_dict(), folder, write_extra=lambda f: write_config(config, f, [3]))
     return load_model(folder), load_reference(folder)
 
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from data import (PROBLEM_TYPES, TYPE_LINES, InputSettings, Record, Vocabulary, blank_example, build_example, collate,
-                  instruction, patchify, read_records, read_video, trace_text)
+                  instruction, read_records, trace_text)
 from model import CONFIGS, Qwen2_5_VL, read_config
 
 PETS = Record("1", "Which pet?", ("A. a cat", "B. a dog", "C. a cow"), "multiple choice", "B", "./x.avi", "video",
-              "a dog barks", "so it is a dog")
+              {"observation": "a dog barks", "think": "so it is a dog"})
 FULL = InputSettings(frames=6, min_pixels=784, max_pixels=784, image_max_pixels=4 * 784)
 
 
@@ -57,23 +57,6 @@ class TestLayout:
         start, end = (example.ids.tolist().index(vocabulary.id[f"<|vision_{x}|>"]) for x in ("start", "end"))
         assert end - start - 1 == count
 
-    def test_patches_and_seconds_are_those_of_the_clip(self, record, build, toy):
-        example = build(record)
-        frames, seconds = read_video(toy / record.path, FULL)
-        pixels, grid = patchify(frames, 784, 784)
-        assert torch.equal(example.pixels, pixels) and (example.grid, example.seconds) == (grid, seconds)
-
-    def test_positions_reach_from_the_first_token_to_the_first_answer_token(self, record, build):
-        example = build(record)
-        assert example.positions.shape == (3, len(example.ids))
-        assert example.positions[:, 0].tolist() == [0, 0, 0]
-        assert example.positions[:, -1].tolist() == [example.next_position - 1] * 3
-
-    def test_the_short_prompt_holds_the_question_and_ends_alike(self, record, build, vocabulary, tiny_settings):
-        text = written(vocabulary, build(record, tiny_settings).ids)
-        assert instruction(record, tiny_settings) in text and "<observation>" not in text
-        assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
-
 
 class TestInstruction:
     @pytest.mark.parametrize("prompt", ["full", "short"])
@@ -96,9 +79,6 @@ class TestInstruction:
             assert after[i] in (option, f"{'ABC'[i]}. {option}")
             assert text.count(after[i]) == 1
 
-    def test_without_options_none_are_announced(self):
-        assert "Options" not in instruction(replace(PETS, options=(), problem_type="OCR"), FULL)
-
     def test_the_full_prompt_asks_for_every_part_once_in_order(self):
         tags = [f"<{slash}{tag}>" for tag in ("observation", "think", "answer") for slash in ("", "/")]
         text = instruction(PETS, FULL)
@@ -110,18 +90,9 @@ class TestInstruction:
         assert "observation" not in instruction(PETS, settings) and "<think>" in instruction(PETS, settings)
         assert trace_text(PETS, "think") == "<think> so it is a dog </think>\n<answer> B </answer>"
 
-    def test_the_medium_is_called_what_it_is(self):
-        assert "video" in instruction(PETS, FULL) and "image" not in instruction(PETS, FULL)
-        image = instruction(replace(PETS, data_type="image"), FULL)
-        assert "image" in image and "video" not in image
-
     def test_braces_in_a_question_are_left_alone(self):
         question = r"What is \frac{1}{2} of {medium}?"
         assert question in instruction(replace(PETS, question=question), FULL)
-
-    def test_the_trace_is_the_template(self):
-        assert trace_text(PETS, "p2r") == ("<observation> a dog barks </observation>\n<think> so it is a dog </think>\n"
-                                           "<answer> B </answer>")
 
 
 class TestPlainText:
@@ -159,9 +130,6 @@ class TestVocabulary:
         assert vocabulary.decode([stop, *ids]) == "<|im_end|>red O"
         assert vocabulary.decode([]) == vocabulary.decode([stop]) == ""
 
-    def test_half_a_character_is_shown_as_such(self, vocabulary):
-        assert vocabulary.decode(vocabulary.encode("猫")[:-1]) == "\ufffd"
-
     def test_placeholders_and_ids_without_a_text_are_banned(self, vocabulary, base):
         with torch.device("meta"):
             model = Qwen2_5_VL(read_config(base))
@@ -194,10 +162,6 @@ class TestCollate:
         sizes = [len(e.pixels) for e in examples]
         for part, e in zip(batch.pixels.split(sizes), examples, strict=True):
             assert torch.equal(part, e.pixels)
-
-    def test_one_prompt_needs_no_padding(self, record, build):
-        example = build(record)
-        assert torch.equal(collate([example]).ids, example.ids[None])
 
     def test_a_blank_example_fits_into_any_batch(self, record, build, vocabulary, base):
         blank = blank_example(vocabulary, read_config(base))

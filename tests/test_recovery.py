@@ -199,12 +199,12 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path,
     sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=2))
     (tmp_path / "sft/step-000004/state.json").write_text("{")
     (tmp_path / "sft/results.json").unlink()
-    update = sft.update
+    update = sft.optimizer_step
 
     def stop(*args):
         signal.raise_signal(signal.SIGTERM)
         return update(*args)
-    monkeypatch.setattr(sft, "update", stop)
+    monkeypatch.setattr(sft, "optimizer_step", stop)
     with pytest.raises(SystemExit, match="Stopped after step 3 of 4. Checkpoint .*step-000003 stands"):
         sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=1))
     assert newest_checkpoint(tmp_path / "sft").name == "step-000003"
@@ -221,7 +221,7 @@ def test_a_writer_that_fails_for_any_reason_ends_the_run(toy, base, tmp_path, mo
 
 def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_path, monkeypatch):
     """Saving must change nothing: also where every update so far was left out."""
-    update = sft.update
+    update = sft.optimizer_step
 
     def run(out, save_every):
         calls = []
@@ -232,7 +232,7 @@ def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_pa
                 for p in model.parameters():
                     p.grad = torch.full_like(p, float("nan"))
             return update(model, *rest)
-        monkeypatch.setattr(sft, "update", poisoned)
+        monkeypatch.setattr(sft, "optimizer_step", poisoned)
         sft.main(sft_flags(out, toy, base, steps=5, save_every=save_every))
     run(tmp_path / "often", 1)
     run(tmp_path / "seldom", 99)

@@ -2,12 +2,11 @@
 answer from it; no verdict can be written into the observation."""
 import torch
 
+import data
 import pagrpo
 from model import Sampled, load_model
 from rewards import Claim, Judge
-from sft import World
 
-ALONE = World(0, 1, torch.device("cpu"))
 SETTINGS = pagrpo.Settings(prompt="short", group_size=2, micro_batch=1, max_response=24)
 
 
@@ -28,7 +27,9 @@ def judge_of(base, vocabulary, monkeypatch, answer):
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)[:, None]
         return Sampled(tokens, torch.tensor([[len(r)] for r in replies]), tokens * 0.0, tokens[..., 0] > -1)
     monkeypatch.setattr(model, "generate", generate)
-    decide = pagrpo.reference_judge(model, vocabulary, SETTINGS, ALONE)
+
+    def decide(claims):
+        return data.blind_answers(model, vocabulary, claims, SETTINGS, SETTINGS.max_response, 2, "cpu")
     return lambda claims: [verdict.sufficient for verdict in Judge(decide, refuse_leaks=False)(claims)], seen
 
 

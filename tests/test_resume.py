@@ -35,14 +35,14 @@ def metrics(folder):
 
 def interrupt_in_step(monkeypatch, module, number):
     """Sends Ctrl-C while step `number` computes its update."""
-    update, calls = module.update, []
+    update, calls = module.optimizer_step, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == number:
             signal.raise_signal(signal.SIGINT)
         return update(*args)
-    monkeypatch.setattr(module, "update", interrupted)
+    monkeypatch.setattr(module, "optimizer_step", interrupted)
 
 
 @pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
@@ -102,7 +102,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(toy, base, tmp_
 def test_a_finished_run_shows_its_table_and_trains_nothing(toy, base, tmp_path, capsys, monkeypatch):
     pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
     first = capsys.readouterr().out
-    monkeypatch.setattr(pagrpo, "update", None)
+    monkeypatch.setattr(pagrpo, "optimizer_step", None)
     pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
     again = capsys.readouterr().out
     assert "is finished" in again and first[first.index("Percent of"):] == again[again.index("Percent of"):]
@@ -110,7 +110,7 @@ def test_a_finished_run_shows_its_table_and_trains_nothing(toy, base, tmp_path, 
 
 def poison(monkeypatch, module, steps):
     """Gradients of these updates (from 1) are not numbers."""
-    update, calls = module.update, []
+    update, calls = module.optimizer_step, []
 
     def poisoned(model, *rest):
         calls.append(1)
@@ -118,7 +118,7 @@ def poison(monkeypatch, module, steps):
             for p in model.parameters():
                 p.grad = torch.full_like(p, float("nan"))
         return update(model, *rest)
-    monkeypatch.setattr(module, "update", poisoned)
+    monkeypatch.setattr(module, "optimizer_step", poisoned)
 
 
 @pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])

@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_a_number_changes_no_weight(traces):
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    norm = sft.update(model, optimizer, 0.1, 1.0)
+    norm = sft.optimizer_step(model, optimizer, 0.1, 1.0)
     assert norm != norm and all(torch.equal(a, p) for a, p in zip(before, model.parameters()))
 
 
