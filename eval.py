@@ -981,7 +981,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluate_all(path, settings, args, world)
         else:
             evaluate(args.bench, path, settings, args, world)
-        world.leave()
+        world.shutdown()
     except data.MediaError as error:
         sys.exit(f"{args.video}: {error}")
     except (OSError, ValueError) as error:
