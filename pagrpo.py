@@ -456,7 +456,8 @@ def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], j
             values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
             values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))      # too little is accepted
     requests = {f"judge/{name}": judge.counts.pop(name, 0) for name in ("requests", "retries", "cached")}
-    return {**mean_over_ranks(values, world), **world.all_reduce_sum(requests),
+    requests = {name: int(n) for name, n in world.all_reduce_sum(requests).items()}
+    return {**mean_over_ranks(values, world), **requests,
             "judge/seconds": world.all_reduce_max(judge.seconds)}
 
 
@@ -469,7 +470,7 @@ def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], s
         reason = Counter(errors).most_common(1)[0][0][:200] if errors else "see the other ranks"
         stop(f"{sums['judge/unknown']:.0f} of {sums['judge/claims']:.0f} verdicts stayed unknown, more than "
              f"--max-unknown {settings.max_unknown:g} allows. Most often: {reason}")
-    return sums
+    return {name: int(n) for name, n in sums.items()}
 
 
 def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: Tensor) -> str:
