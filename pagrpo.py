@@ -568,7 +568,6 @@ def reinforce(records: list[Record], start: Path, reference: Qwen2_5_VL | None, 
     optimizer = make_optimizer(policy, settings)
     if run.step:
         run.restore(policy, optimizer)
-        world.print0(f"{run.folder.name} continues after step {run.step}")
     examples = Examples(records, settings.media, vocabulary, policy.config, settings, run.folder / "skipped.log")
     def stopped(error: JudgeDown, done: int) -> JudgeDown:
         if done > run.step:
