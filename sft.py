@@ -362,8 +362,12 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if not dist.is_initialized() and (size > 1 or cuda):
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if size == 1 else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes), **alone)
+        store, timeout = dist.HashStore(), timedelta(minutes=minutes)
+        if size > 1:                                         # torchrun's store still holds what ended ranks wrote
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(start, next(dist.rendezvous("env://", timeout=timeout))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, store=store, rank=rank,
+                                world_size=size)
     if size == 1:
         return World(rank, size, device)
     faulthandler.enable()                                    # NCCL aborts after a timeout: show where that was
