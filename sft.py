@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -419,8 +419,8 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: floa
 def grad_norm_metrics(norms: Sequence[float]) -> dict[str, float]:
     """Mean gradient norm of a step's updates (NaN: none was finite), and how many updates were left out."""
     finite = [norm for norm in norms if math.isfinite(norm)]
-    mean = sum(finite) / len(finite) if finite else math.nan
-    return {"grad_norm": mean, "skipped_updates": len(norms) - len(finite)}
+    return {"grad_norm": sum(finite) / len(finite) if finite else math.nan,
+            "skipped_updates": len(norms) - len(finite)}
 
 
 def memory_metrics(world: World) -> dict[str, float]:
