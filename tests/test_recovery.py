@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import pagrpo
 import sft
 from model import load_model, newest_checkpoint
-from test_resume import before_update, metrics, rl_flags, same_end, sft_flags, trained  # noqa: F401
+from test_resume import before_update, metrics, rl_flags, same_end, sft_flags
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -85,7 +85,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(how, trained, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(how, trained, tmp_path, capsys):
     shutil.copytree(trained / "sft", tmp_path / "sft")
     harm, why = DAMAGE[how]
     harm(tmp_path / "sft/step-000006")
@@ -99,8 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(how, trained, tm
             newest_checkpoint(tmp_path / "sft/step-000006")
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_and_replaces_the_damaged_one(
-        trained, toy, base, tmp_path, capsys):  # noqa: F811
+def test_a_run_goes_on_from_the_checkpoint_before_and_replaces_the_damaged_one(trained, toy, base, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "cut")
     os.truncate(tmp_path / "cut/sft/step-000006/model.safetensors", 999_999)
     sft.main(sft_flags(tmp_path / "cut", toy, base, steps=6))
@@ -108,7 +107,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_replaces_the_damaged_one(
     assert same_end(trained / "sft", tmp_path / "cut/sft")
 
 
-def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained, toy, base, tmp_path):  # noqa: F811
+def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained, toy, base, tmp_path):
     """Earlier versions wrote no sizes (and a file SHA256SUMS); a model folder from elsewhere has no state.json."""
     shutil.copytree(trained, tmp_path / "old")
     shutil.rmtree(tmp_path / "old/sft/step-000006")
@@ -121,7 +120,7 @@ def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained,
     assert same_end(trained / "sft", tmp_path / "old/sft")
 
 
-def test_a_renamed_checkpoint_is_not_believed(trained, toy, base, tmp_path):  # noqa: F811
+def test_a_renamed_checkpoint_is_not_believed(trained, toy, base, tmp_path):
     shutil.copytree(trained, tmp_path / "a")
     (tmp_path / "a/sft/step-000006").rename(tmp_path / "a/sft/step-000300")
     with pytest.raises(SystemExit, match="step-000300 holds step 6"):
@@ -140,7 +139,7 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path,
 
 # ------------------------------------------------------------------------------------------------ folders in use
 
-def test_a_folder_in_use_can_be_protected(trained, toy, base):  # noqa: F811
+def test_a_folder_in_use_can_be_protected(trained, toy, base):
     with pytest.raises(SystemExit, match="holds a run: leave out --no-resume"):
         sft.main([*sft_flags(trained, toy, base, steps=6), "--no-resume"])
 
@@ -151,7 +150,7 @@ def test_two_processes_never_share_a_folder(toy, base, tmp_path):
         sft.main(sft_flags(tmp_path, toy, base, steps=1))
 
 
-def test_rl_does_not_start_from_an_unfinished_run_by_accident(trained, toy, base, tmp_path):  # noqa: F811
+def test_rl_does_not_start_from_an_unfinished_run_by_accident(trained, toy, base, tmp_path):
     shutil.copytree(trained / "sft", tmp_path / "sft")
     shutil.rmtree(tmp_path / "sft/step-000006")
     with pytest.raises(SystemExit, match="is not finished: step-000003 is the newest of 6 steps"):
@@ -261,7 +260,7 @@ def test_senseless_settings_are_refused(flag, value, toy, base, tmp_path):
         sft.main([*sft_flags(tmp_path, toy, base), flag, str(value)])
 
 
-def test_nothing_is_unpickled_and_no_network_is_used(trained, toy, base, tmp_path, monkeypatch):  # noqa: F811
+def test_nothing_is_unpickled_and_no_network_is_used(trained, toy, base, tmp_path, monkeypatch):
     import pickle
     import socket
 

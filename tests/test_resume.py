@@ -97,14 +97,6 @@ def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path
     assert [folder.rpartition("/")[2] for folder in sorted(built[2:4])] == ["base", "step-000002"]
 
 
-@pytest.fixture(scope="module")
-def trained(toy, base, tmp_path_factory):
-    """A finished run of six steps with checkpoints of steps 3 and 6."""
-    out = tmp_path_factory.mktemp("trained")
-    sft.main(sft_flags(out, toy, base, steps=6))
-    return out
-
-
 def test_other_settings_in_the_same_folder_are_refused_and_named(trained, toy, base, tmp_path):
     with pytest.raises(SystemExit, match=r"--lr was 0.002, is now 0.1"):
         sft.main(sft_flags(trained, toy, base, steps=6, lr=0.1))
