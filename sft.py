@@ -745,7 +745,9 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
     if settings.dry_run:
         folders = [Path(settings.model), *Path(settings.model).glob(CHECKPOINTS)] if settings.model else []
         found = [folder for folder in folders if (folder / "config.json").is_file()]
-        return print(plan(read_config(found[0]) if found else CONFIGS[settings.preset], settings, title))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan(read_config(found[0]) if found else CONFIGS[settings.preset], settings, title))
+        return
     world = start_world(settings.patience)
     world.print0(f"{title}; others: " + ", ".join(f"--preset {p}" for p in presets if p != settings.preset))
     try:
