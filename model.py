@@ -800,11 +800,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
 
 
 def check_files(checkpoint: Path, optimizer: bool) -> None:
-    """Raises OSError or ValueError unless the files have the sizes that state.json lists and safetensors headers hold.
-
-    Flipped bits inside a file are not noticed. State.json of earlier versions lists no sizes. `optimizer`: its files
-    count too.
-    """
+    """Raises OSError or ValueError unless files have the sizes in state.json, and safetensors files a sound header.
+    Flipped bits are not noticed. Earlier versions listed no sizes. `optimizer`: its files count too."""
     state = json.loads((checkpoint / "state.json").read_text())
     for name, size in dict(state).get("files", {}).items():
         if (optimizer or not name.startswith("optimizer")) and (checkpoint / name).stat().st_size != size:
@@ -822,12 +819,12 @@ def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
         if (folder / "state.json").is_file():                # models from elsewhere have none
             check_files(folder, optimizer)
         return folder
-    for checkpoint in sorted(folder.glob(CHECKPOINTS), reverse=True):
+    for found in sorted(folder.glob(CHECKPOINTS), reverse=True):
         try:
-            check_files(checkpoint, optimizer)
-            return checkpoint
+            check_files(found, optimizer)
+            return found
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            print(f"{checkpoint} is damaged and not used: {error}", file=sys.stderr, flush=True)
+            print(f"{found} is damaged and not used: {error}", file=sys.stderr, flush=True)
     raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
 
 
@@ -843,10 +840,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_byt
 def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
                write_extra: Callable[[Path], None] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a model folder: tensors, the configuration and tokenizer files of `source`, and what `write_extra` adds.
-
-    Files are written into FOLDER.writing and flushed to the disk, then the folder is renamed: it is there whole or not
-    at all. Raises OSError, and leaves nothing behind.
-    """
+    It is there whole or not at all: written as FOLDER.writing, flushed to the disk, renamed. May raise OSError."""
     folder = Path(folder)
     aside, old = (folder.with_name(folder.name + end) for end in (".writing", ".old"))
     shutil.rmtree(aside, ignore_errors=True)
