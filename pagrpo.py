@@ -37,9 +37,9 @@ import rewards
 import sft
 import torch
 import torch.nn.functional as F
-from data import Example, Examples, flag
+from data import Examples, flag
 from model import Qwen2_5_VL
-from rewards import SEGMENTS, Judge, Parsed, Verdict
+from rewards import SEGMENTS, Judge, Verdict
 from sft import World
 from torch import Tensor
 from tqdm import tqdm
@@ -57,11 +57,10 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
     temperature: float = flag(1.0, "of the policy, in sampling and in the loss")
-    advantage: str = flag("pa", "pa: each segment its own (paper); gdpo: A_P + A_R on all tokens (GDPO by segment, "
-                          "without its normalization over the batch); grpo: A_R on all; joint: of R_P + R_R, on all",
-                          ["pa", "gdpo", "grpo", "joint"])
-    token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one mean in each segment, "
-                           "added, so that the KL term counts once a segment", ["response", "segment"])
+    advantage: str = flag("pa", "pa: each segment its own; grpo: A_R on all tokens; joint: that of R_P + R_R; gdpo: "
+                          "A_P + A_R (GDPO without its normalization over the batch)", ["pa", "gdpo", "grpo", "joint"])
+    token_mean: str = flag("response", "one mean over the tokens of a response, or of each segment, added (the KL term "
+                           "then counts once a segment)", ["response", "segment"])
     reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward is --advantage grpo",
                            ["none", *(s.name for s in SEGMENTS), "length"])
     kl_beta: float = flag(0.04, "weight of the KL term; at 0 there is no reference, unless it judges")
@@ -134,16 +133,16 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
 @dataclass
 class Response:
     """One sampled response."""
-    example: Example
+    example: "data.Example"
     tokens: list[int]                                        # with the stop token, unless it was cut off
     segments: list[int]                                      # index of each token's segment, K: unknown
     logprobs: Tensor                                         # (T,) log-probabilities when sampled
     finished: bool                                           # False: cut off at the token limit
     text: str
-    parsed: Parsed
+    parsed: "rewards.Parsed"
 
 
-def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: data.Vocabulary, settings: Settings, stream: str,
+def rollout(policy: Qwen2_5_VL, examples: Sequence, vocabulary: data.Vocabulary, settings: Settings, stream: str,
             group: int, temperature: float, top_p: float = 1.0) -> list[list[Response]]:
     """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
     with model.gathered(policy):                             # sharded weights are all-gathered once, on every rank
@@ -201,37 +200,36 @@ def total_rewards(parts: Tensor, off: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ 3. advantages
 
-def normalize(rewards: Tensor) -> Tensor:
+def normalize(totals: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4) over the group. (B, G, …) → (B, G, …)
 
     A group whose rewards are all equal does not say what was better: its advantages are 0. An unknown reward (NaN)
     is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
         [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
-    known = ~rewards.isnan()
+    known = ~totals.isnan()
     count = known.sum(1, keepdim=True)
-    mean = torch.where(known, rewards, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    squares = torch.where(known, (rewards - mean) ** 2, 0.0).sum(1, keepdim=True)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(known & (std >= 1e-6), (rewards - mean) / (std + 1e-4), 0.0)
+    mean = totals.nansum(1, keepdim=True) / count.clamp(min=1)
+    std = (((totals - mean) ** 2).nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(known & (std >= 1e-6), (totals - mean) / (std + 1e-4), 0.0)
 
 
-def group_advantages(rewards: Tensor, mode: str) -> Tensor:
+def group_advantages(totals: Tensor, mode: str) -> Tensor:
     """The advantage of each segment of each response, (B, G, K) → (B, G, K).
 
     Two responses, R_P = (2, 1) and R_R = (1, 1.5); two rewards that differ are normalized to ±0.71:
-        pa      each segment from its own reward             A_P = (+0.71, -0.71)  A_R = (-0.71, +0.71)
-        gdpo    normalized each, then summed                 0 for both: better eyes and a worse thought cancel out
-        grpo    the last segment's reward for all            (-0.71, +0.71): the better observation is punished
-        joint   the rewards summed, then normalized          (+0.71, -0.71): the better thought is punished
+        pa      each segment from its own reward        A_P = (+0.71, -0.71), A_R = (-0.71, +0.71)
+        gdpo    each normalized, then summed            0 for both: better perception and worse reasoning cancel out
+        grpo    from the last segment's reward          (-0.71, +0.71): the better observation is punished
+        joint   from the sum of the rewards             (+0.71, -0.71): the better reasoning is punished
     """
     if mode == "pa":
-        return normalize(rewards)
+        return normalize(totals)
     if mode == "gdpo":
-        return normalize(rewards).sum(-1, keepdim=True).expand_as(rewards)
+        return normalize(totals).sum(-1, keepdim=True).expand_as(totals)
     if mode == "grpo":
-        return normalize(rewards[..., -1:]).expand_as(rewards)
-    return normalize(rewards.sum(-1, keepdim=True)).expand_as(rewards)
+        return normalize(totals[..., -1:]).expand_as(totals)
+    return normalize(totals.sum(-1, keepdim=True)).expand_as(totals)
 
 
 # ------------------------------------------------------------------------------------------------ 4. loss
@@ -384,7 +382,7 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary, wo
         reference = model.build_model(settings.model, vocabulary, world, shards=settings.shards, frozen=True,
                                       offload=settings.offload_reference)
 
-    def answer_from_observation(claims: list[rewards.Claim]) -> list[Verdict]:
+    def answer_from_observation(claims: list) -> list[Verdict]:
         with model.gathered(reference):                      # all ranks together, also one that has no claims
             return data.blind_answers(reference, vocabulary, claims, settings, settings.max_response,
                                       max(1, len(claims)), world.device)
@@ -515,8 +513,6 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927): unlike share ± 2 s it stays in [0, 1] and is right near its ends."""
-    if n == 0:
-        return 0.0, 1.0
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
