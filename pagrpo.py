@@ -120,8 +120,8 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
-                rows = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
-                metrics |= {f"heldout/{name}": cell["value"] for name, cell in summarise(rows).items()}
+                found = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
+                metrics |= {f"heldout/{name}": cell["value"] for name, cell in found.items()}
             run.log({"step": step + 1, "lr": lr, **metrics}, "  ".join(
                 f"{segment.name} {metrics.get(f'{segment.name}/accuracy', math.nan):.2f}" for segment in SEGMENTS))
             score = {"score": metrics["heldout/answer"]} if "heldout/answer" in metrics else {}
@@ -491,9 +491,12 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 
 @torch.no_grad()
 def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[str], None], settings: Settings,
-             temperature: float, world: World) -> list[dict]:
-    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together. Returns a row a
-    record, all of them on every rank. `stop` is for `check_verdicts`. The toy world has an exact judge."""
+             temperature: float, world: World) -> dict[str, dict]:
+    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together.
+
+    Returns percentages with intervals, {"perception": {"value", "low", "high", "n"}, …, "answer", "format"}. Only a
+    metric of 1 counts as a right answer. `stop` is for `check_verdicts`. The toy world has an exact judge.
+    """
     judge = Judge(rewards.rule_judge, settings.refuse_leaks) if data.is_toy(held.records) else judge
     rows, size = [], settings.questions * settings.group_size                 # as many responses at once as in a step
     mine = [[*range(i, min(i + size, len(held)))][world.rank::world.size] for i in range(0, len(held), size)]
@@ -504,11 +507,15 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
             verdicts = start_judging(judge, groups)()
             check_verdicts(verdicts, stop, settings, world)
             for (r,), parts in zip(groups, reward_tensor(groups, verdicts, settings)[:, 0].tolist()):
-                row = {segment.name: parts[k][0] for k, segment in enumerate(SEGMENTS)}
-                row["answer"] = float(row.pop(SEGMENTS[-1].name) > 1 - 1e-9)                   # right or not
-                rows.append(row | {"format": float(all(r.parsed.formats)), "text": r.text,
-                                   "problem_type": r.example.record.problem_type})
-    return sum(world.gather(rows), [])
+                *before, (answer, _, _) = parts              # (K, 3)
+                rows.append([*(accuracy for accuracy, _, _ in before), answer > 1 - 1e-9, all(r.parsed.formats)])
+    columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
+    for name, values in zip(columns, zip(*sum(world.gather(rows), []))):
+        known = [float(value) for value in values if not math.isnan(value)]
+        low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
+        result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
+                        "n": len(known)}
+    return result
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -517,31 +524,13 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def summarise(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Percentages with intervals: {"perception": {"value", "low", "high", "n"}, …, "answer", "format", by type}."""
-    columns = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"]
-    picked = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in columns}
-    for kind in rewards.PROBLEM_TYPES:
-        picked[f"answer: {kind}"] = [row["answer"] for row in rows if row["problem_type"] == kind]
-    result = {}
-    for name, values in picked.items():
-        if values:
-            share = sum(values) / len(values)
-            low, high = wilson(share, len(values))
-            result[name] = {"value": 100 * share, "low": 100 * low, "high": 100 * high, "n": len(values)}
-    return result
-
-
 def results_table(results: dict[str, dict[str, dict]]) -> str:
-    """{"SFT, greedy": summary, …} as a table, one row a model and way of sampling."""
-    columns = list(dict.fromkeys(name for summary in results.values() for name in summary))
-    rows, n = [["", *(name.removeprefix("answer: ") for name in columns)]], 0
-    for title, summary in results.items():
-        cells = [summary.get(name, {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}) for name in columns]
-        rows.append([title, *(f"{c['value']:5.1f} ({c['low']:.0f}–{c['high']:.0f})" for c in cells)])
-        n = max(n, *(c["n"] for c in cells))
-    title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
-    return "\n".join([title, *data.format_table(rows)])
+    """{"SFT, greedy": what `evaluate` returned, …} as a table, one row a model and way of sampling."""
+    columns = list(next(iter(results.values())))
+    rows = [["percent of held-out clips, with 95 % intervals", *columns]]
+    for title, result in results.items():
+        rows.append([title, *(f"{c['value']:.1f} ({c['low']:.1f}–{c['high']:.1f})" for c in result.values())])
+    return "\n".join(data.format_table(rows))
 
 
 def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) -> str:
@@ -555,8 +544,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
     for name, path in models.items():
         policy = model.build_model(path, vocabulary, world, shards=settings.shards, frozen=True)
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rows = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
-            results[f"{name}, {how}"] = summarise(rows)
+            results[f"{name}, {how}"] = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
     if world.first:
         data.write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results_table(results)
