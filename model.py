@@ -279,7 +279,7 @@ class PackedRow(NamedTuple):
     """How a row of P + G·T places is split: the prompt, then G responses of T places each."""
     prompt: int                                              # P
     group: int                                               # G
-    lengths: list[int] | None                                # tokens of each prompt, None if no prompt is padded
+    lengths: list[int]                                       # (B,) tokens of each prompt; what follows is padding
 
 
 class KV(NamedTuple):
@@ -296,34 +296,41 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     The prompt is computed once for its G responses, with the same numbers as in G separate sequences. Padding is at
     the end of a prompt, so causality hides it from the prompt. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
     """
-    p, g, (b, _, places, _) = row.prompt, row.group, q.shape
+    p, g, b = row.prompt, row.group, len(q)
     prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
-    if places == p:                                          # responses of one token: the prompt's last place predicts it
+    if q.shape[2] == p:                                      # responses of one token: the prompt's last place predicts it
         return prompt
-    t = (places - p) // g
-    q, own_k, own_v = (x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))   # (B·G, …)
-    if q.is_cuda:                                            # a boolean mask would lose the flash kernel: cut instead
-        outs = []
-        for i, n in enumerate(row.lengths or [p] * b):
-            some, mask = slice(i * g, (i + 1) * g), causal_lower_right(t, n + t)
-            outs.append(response_attention(q[some], own_k[some], own_v[some], k[i:i + 1, :, :n], v[i:i + 1, :, :n], mask))
-        out = torch.cat(outs)
-    else:
-        mask = torch.ones(t, p + t, dtype=torch.bool).tril(p)                 # every prompt token is seen
-        if row.lengths:
-            padding = torch.arange(p + t) >= torch.tensor(row.lengths)[:, None]                # (B, P + T)
-            padding[:, p:] = False
-            mask = mask & ~padding.repeat_interleave(g, 0)[:, None, None, :]
-        out = response_attention(q, own_k, own_v, k[:, :, :p], v[:, :, :p], mask)
+    own = [x[:, :, p:].unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]             # (B·G, …)
+    attend = attend_cut if q.is_cuda else attend_masked
+    out = attend(*own, k[:, :, :p], v[:, :, :p], row.lengths)                                  # (B·G, H, T, E)
     return torch.cat([prompt, out.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
-def response_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask) -> Tensor:
-    """Attention of whole responses to their prompt and themselves. q (B·G, H, T, E), prompt_k (B, K, P, E)."""
-    b, g = len(prompt_k), len(q) // len(prompt_k)
-    k, v = (torch.cat([prompt[:, None].expand(b, g, -1, -1, -1).flatten(0, 1), own], dim=2)
-            for prompt, own in ((prompt_k, k), (prompt_v, v)))                # (B·G, K, P + T, E)
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, lengths: list[int]) -> Tensor:
+    """Responses attend to their prompt and to themselves, in one call with a boolean mask: fast on a CPU.
+
+    q (B·G, H, T, E), k, v (B·G, K, T, E), prompt_k, prompt_v (B, K, P, E) → (B·G, H, T, E)
+    """
+    t, p, g = q.shape[2], prompt_k.shape[2], len(q) // len(lengths)
+    k, v = (torch.cat([prompt.repeat_interleave(g, 0), own], dim=2) for prompt, own in ((prompt_k, k), (prompt_v, v)))
+    mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # every prompt token is seen
+    if min(lengths) < p:
+        padding = torch.arange(p + t, device=q.device) >= torch.tensor(lengths, device=q.device)[:, None]  # (B, P + T)
+        padding[:, p:] = False
+        mask = mask & ~padding.repeat_interleave(g, 0)[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def attend_cut(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, lengths: list[int]) -> Tensor:
+    """The same, prompt by prompt and each cut to its length: flash kernels on CUDA take no boolean mask."""
+    t, g, outs = q.shape[2], len(q) // len(lengths), []
+    for i, n in enumerate(lengths):
+        some = slice(i * g, (i + 1) * g)
+        keys, values = (torch.cat([prompt[i, :, :n].expand(g, -1, -1, -1), own[some]], dim=2)
+                        for prompt, own in ((prompt_k, k), (prompt_v, v)))    # (G, K, n + T, E)
+        mask = causal_lower_right(t, n + t)                  # plain is_causal is aligned top left: wrong here
+        outs.append(F.scaled_dot_product_attention(q[some], keys, values, attn_mask=mask, enable_gqa=True))
+    return torch.cat(outs)
 
 
 def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
@@ -348,12 +355,17 @@ def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
     q (N, H, T, E), k, v (N, K, S, E), mask (N, 1, 1, S) added to the scores → (N, H, T, E), (N, H, T) in fp32
     """
-    (n, h, t, e), kv = q.shape, k.shape[1]
     if not q.is_cuda:
-        mask = None if mask is None else mask.expand(-1, -1, t, -1)
+        mask = None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
     if mask is None and q.dtype in HALF:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return plain_attention_and_lse(q, k, v, mask)
+
+
+def plain_attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same in three products, where no flash kernel takes a mask or fp32."""
+    (n, h, t, e), kv = q.shape, k.shape[1]
     scores = q.reshape(n, kv, h // kv * t, e).float() * e ** -0.5 @ k.mT.float()               # (N, K, r·T, S)
     scores = scores if mask is None else scores + mask
     return (scores.softmax(-1).to(v.dtype) @ v).view(n, h, t, e), scores.logsumexp(-1).view(n, h, t)
@@ -603,8 +615,7 @@ class Qwen2_5_VL(nn.Module):
         x = torch.cat([self.embed(prompts), responses], dim=1)                                 # (B, P + G·(T-1), D)
         behind = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
         positions = torch.cat([prompts.positions, behind.expand(3, -1, -1)], dim=2)
-        rotary, real = self.rotary(positions, x.dtype), prompts.lengths.tolist()
-        row = PackedRow(p, g, real if min(real) < p else None)
+        rotary, row = self.rotary(positions, x.dtype), PackedRow(p, g, prompts.lengths.tolist())
         for layer in self.model.layers:
             x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
         last = x[torch.arange(b, device=device), prompts.lengths - 1]                          # (B, D) predicts token 0
