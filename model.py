@@ -1,7 +1,7 @@
 """Qwen2.5-VL from scratch: vision encoder, decoder, sampling and log-probabilities, in plain PyTorch.
 
-Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then the whole model with
-its entry points `forward`, `prefill`, `generate`, `logprobs`. Tensors carry the names of the official checkpoints.
+Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then the whole model
+with its entry points `forward`, `prefill`, `generate`, `logprobs`. Tensors have the names of the official checkpoints.
 
 Shapes are given in end-of-line comments, in one notation for the whole project:
     B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
@@ -94,7 +94,7 @@ class Config:
 
     def __post_init__(self):
         if sum(self.mrope_section) != self.head_dim // 2:
-            raise ValueError(f"mrope_section {list(self.mrope_section)} must sum to head_dim / 2 = {self.head_dim // 2}")
+            raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
 
     @property
     def head_dim(self) -> int:                               # E
@@ -293,8 +293,8 @@ class PackedRow(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Keys and values in one layer: of the prompts, computed once for a question's G responses, or of the tokens sampled
-    so far."""
+    """Keys and values in one layer: of the prompts, computed once for a question's G responses, or of the tokens
+    sampled so far."""
     k: Tensor                                                # (B, K, P, E) or (B·G, K, T, E)
     v: Tensor
     mask: Tensor | None = None                               # (B, 1, 1, P) -inf at padding, None if no prompt is padded
@@ -308,7 +308,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     """
     p, g, b = row.prompt, row.group, len(q)
     prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
-    if q.shape[2] == p:                                      # responses of one token: the prompt's last place predicts it
+    if q.shape[2] == p:                                      # responses of one token: the prompt's end predicts it
         return prompt
     own = [x[:, :, p:].unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]             # (B·G, …)
     attend = attend_cut if q.is_cuda else attend_masked

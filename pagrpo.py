@@ -3,8 +3,8 @@
     python pagrpo.py                                     the toy world on any machine: clips, SFT, PA-GRPO, table
     torchrun --nproc_per_node=8 pagrpo.py                the 7b preset: the paper's settings on eight GPUs
 
-GRPO samples G responses to a question and reinforces those with an above-average reward. PA-GRPO gives each segment of a
-response, perception and reasoning, a reward and an advantage of its own. A step is the loop in `train`:
+GRPO samples G responses to a question and reinforces those with an above-average reward. PA-GRPO gives each segment of
+a response, perception and reasoning, a reward and an advantage of its own. A step is the loop in `train`:
     1. rollout      sample G responses to each question
     2. rewards      R_P = does the observation suffice (judge) + format + length,  R_R = is the answer right + …
     3. advantages   the rewards of each segment are normalized in their own group: A_P, A_R            (eq. 6)
@@ -24,6 +24,7 @@ says nothing, and its gradient is not 0: watch the rewards.
 import gc
 import json
 import math
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -45,8 +46,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 Windows = make_dataclass("Windows", [  # one flag a segment: --perception-window, --reasoning-window
-    (f"{s.name}_window", tuple, flag(s.window, f"tokens of {' and '.join(t.name for t in s.tags)} that earn the length "
-                                     "reward, tags and stop token included")) for s in SEGMENTS], frozen=True)
+    (f"{s.name}_window", tuple, flag(s.window, f"lengths of the {s.name} segment, in tokens with tags and stop token, "
+                                     "that earn the length reward")) for s in SEGMENTS], frozen=True)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             advantages = group_advantages(totals, settings.advantage)         # 3 (B, G, K)
             if groups and world.first and step % settings.transcript_every == 0:
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n" + transcript(
-                    groups[0][0], verdicts[0][0], parts[0, 0], advantages[0, 0]))
+                    groups[0][0], verdicts[0], parts[0, 0], advantages[0, 0]))
             lr = sft.learning_rate(step, run.steps, settings)
             values = update(policy, optimizer, batches, advantages, lr, settings, world)              # 4, 5
             clock.lap("training")
@@ -169,24 +170,23 @@ def rollout(policy: Qwen2_5_VL, examples: Sequence, vocabulary: data.Vocabulary,
 UNCLOSED = Verdict(False, "there is no closed observation")
 
 
-def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callable[[], list[list[Verdict]]]:
-    """Sends all observations to the judge together and does not wait. Call the result for the verdicts, B lists of G."""
-    observed = [r for group in groups for r in group if r.parsed.contents["observation"] is not None]
-    answer = judge.start([data.claim_about(r.example.record, r.parsed.contents["observation"]) for r in observed])
+def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callable[[], list[Verdict]]:
+    """Sends all observations to the judge together and does not wait. Call the result for the B·G verdicts."""
+    responses = [r for group in groups for r in group]
+    observed = {i: r for i, r in enumerate(responses) if r.parsed.contents["observation"] is not None}
+    answer = judge.start([data.claim_about(r.example.record, r.parsed.contents["observation"]) for r in observed.values()])
 
-    def verdicts() -> list[list[Verdict]]:
-        found = {id(r): verdict for r, verdict in zip(observed, answer(), strict=True)}
-        return [[found.get(id(r), UNCLOSED) for r in group] for group in groups]
+    def verdicts() -> list[Verdict]:
+        found = dict(zip(observed, answer(), strict=True))
+        return [found.get(i, UNCLOSED) for i in range(len(responses))]
     return verdicts
 
 
-def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Sequence[Verdict]], settings: Settings
-                  ) -> Tensor:
+def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Verdict], settings: Settings) -> Tensor:
     """R_acc, R_form and R_len of every segment (eq. 3–5), (B, G, K, 3). NaN: the judge's verdict is unknown."""
     windows = [getattr(settings, f"{segment.name}_window") for segment in SEGMENTS]
-    parts, size = [], len(groups[0]) if groups else settings.group_size
-    for group, its_verdicts in zip(groups, verdicts, strict=True):
-        parts += [rewards.reward_parts(r, v, windows) for r, v in zip(group, its_verdicts, strict=True)]
+    responses, size = [r for group in groups for r in group], len(groups[0]) if groups else settings.group_size
+    parts = [rewards.reward_parts(r, verdict, windows) for r, verdict in zip(responses, verdicts, strict=True)]
     return torch.tensor(parts).view(len(groups), size, len(SEGMENTS), len(rewards.REWARD_PARTS))
 
 
@@ -237,7 +237,7 @@ def group_advantages(totals: Tensor, mode: str) -> Tensor:
 class MicroBatch(NamedTuple):
     """Some of the rank's questions with their responses as tensors, and what does not learn in this step."""
     rows: list[int]                                          # which of the rank's questions; B: a blank one
-    inputs: tuple                                            # of `logprobs`: prompts, tokens (B, G, T), lengths (B, G), …
+    inputs: tuple                                            # of `logprobs`: prompts, tokens (B, G, T), lengths …
     segments: Tensor                                         # (B, G, T) index of a token's segment, K: unknown
     weights: Tensor                                          # (B, G, T) share of a token in its response's mean
     sampled: Tensor                                          # (B, G, T) log-probabilities when sampled
@@ -270,7 +270,7 @@ def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> 
 def token_advantages(advantages: Tensor, segments: Tensor) -> Tensor:
     """The advantage of each token is that of its segment. advantages (B, G, K), segments (B, G, T) → (B, G, T)
 
-    Index K is a response in which a segment before the last was never closed: all its tokens get the mean over segments.
+    Index K: a segment before the last was never closed, and all tokens of the response get the mean over segments.
         A = (+1, -1), segments [0, 0, 1, 1, 1] → [+1, +1, -1, -1, -1]        segments [2, 2, 2] → [0, 0, 0]
     """
     columns = torch.cat([advantages, advantages.mean(-1, keepdim=True)], dim=-1)          # (B, G, K + 1)
@@ -326,8 +326,8 @@ def make_batches(groups: list[list[Response]], policy: Qwen2_5_VL, reference: Qw
     return batches
 
 
-def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], advantages: Tensor, lr: float,
-           settings: Settings, world: World) -> dict[str, list[float]]:
+def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], advantages: Tensor,
+           lr: float, settings: Settings, world: World) -> dict[str, list[float]]:
     """One or more optimizer steps on a step's responses. advantages (B, G, K). Returns what is worth logging, a value
     a token or an update."""
     values, (questions, group, _) = defaultdict(list), advantages.shape
@@ -431,37 +431,38 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False) -> dict[str, float]:
     """Means over the values of all ranks, with `deviation` their standard deviations too. A name without any value is
     absent: 0 would draw a line that means nothing."""
-    result = {}
-    parts = world.gather({name: (len(x), sum(x), sum(v * v for v in x)) for name, x in values.items() if x})
-    for name in dict.fromkeys(name for part in parts for name in part):
-        n, total, squares = map(sum, zip(*(part[name] for part in parts if name in part)))
-        result[name] = total / n
-        if deviation:
-            result[name + "_std"] = math.sqrt(max(0.0, squares / n - (total / n) ** 2))
+    pooled, result = defaultdict(list), {}
+    for part in world.gather(dict(values)):
+        for name, x in part.items():
+            pooled[name] += x
+    for name, x in pooled.items():
+        if x:
+            result[name] = statistics.fmean(x)
+        if x and deviation:
+            result[name + "_std"] = statistics.pstdev(x)
     return result
 
 
-def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], judge: Judge, settings: Settings,
-                  world: World) -> dict:
+def judge_metrics(verdicts: list[Verdict], groups: list[list[Response]], judge: Judge, settings: Settings, world: World
+                  ) -> dict:
     """How the judge works and, in the toy world, how often it says what the exact rule says."""
     values, rules = defaultdict(list), verdicts
     if settings.judge != "rule" and data.is_toy([group[0].example.record for group in groups]):
         rules = start_judging(Judge(rewards.rule_judge), groups)()
-    for v, rule in zip(sum(verdicts, []), sum(rules, [])):
+    for v, rule in zip(verdicts, rules):
         if v is not UNCLOSED:
             values["judge/leak"].append(float(v.leak))
-        if v is not UNCLOSED and v is not rule and v.sufficient is not None:
+        if v is not rule and v.sufficient is not None:
             values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
             values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))      # too little is accepted
     requests = {f"judge/{name}": judge.counts.pop(name, 0) for name in ("requests", "retries", "cached")}
     requests = {name: int(n) for name, n in world.all_reduce_sum(requests).items()}
-    return {**mean_over_ranks(values, world), **requests,
-            "judge/seconds": world.all_reduce_max(judge.seconds)}
+    return {**mean_over_ranks(values, world), **requests, "judge/seconds": world.all_reduce_max(judge.seconds)}
 
 
-def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], settings: Settings, world: World) -> dict:
-    """Counts unknown verdicts. Calls `stop` with the reason, on all ranks alike, if there are more than --max-unknown."""
-    asked = [v for v in sum(verdicts, []) if v is not UNCLOSED]
+def check_verdicts(verdicts: list[Verdict], stop: Callable[[str], None], settings: Settings, world: World) -> dict:
+    """Counts unknown verdicts. Calls `stop` with the reason, on all ranks alike, above --max-unknown."""
+    asked = [v for v in verdicts if v is not UNCLOSED]
     errors = [v.error for v in asked if v.sufficient is None]
     sums = world.all_reduce_sum({"judge/claims": len(asked), "judge/unknown": len(errors)})
     if sums["judge/unknown"] > settings.max_unknown * sums["judge/claims"]:
@@ -472,7 +473,7 @@ def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], s
 
 
 def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: Tensor) -> str:
-    """A response as a person reads it: question, text, verdict, rewards and advantages. parts (K, 3), advantages (K,)"""
+    """A response as a person reads it, with verdict, rewards and advantages. parts (K, 3), advantages (K,)"""
     r = response.example.record
     says = {True: "Yes", False: "No", None: "unknown"}[verdict.sufficient]
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),

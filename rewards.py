@@ -9,8 +9,8 @@
     R_form,k  1 if the segment matches the template, else 0
     R_len,k   0.2 if accuracy and format of the segment are both above 0 and its length is in its window, else 0
 
-The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and transcript are derived from
-it: a third segment is a third row. Behind the ruled line follow the judges of observations.
+The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and transcript are derived
+from it: a third segment is a third row. Judges of observations follow, then the toy world's questions.
 """
 import bisect
 import hashlib
@@ -64,7 +64,8 @@ SEGMENTS = (  # in order of appearance
     Segment("perception", (
         Tag("observation", 'Start with "Based on the question, I need to notice", name what matters for the question, '
             "then write down what the {medium} shows of it: so completely that somebody who cannot see the {medium} "
-            "could answer from this part alone. Draw no conclusions yet.", lambda toy, shown: toy_observation(toy, shown)),
+            "could answer from this part alone. Draw no conclusions yet.",
+            lambda toy, shown: toy_observation(toy, shown)),
     ), (128, 320), observation_suffices),
     Segment("reasoning", (
         Tag("think", 'Start with "Based on the observations,", then reason step by step, talking to yourself, and '
@@ -312,8 +313,8 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judge:
-    """Returns a verdict for each claim of a batch. `decide` finds it. All judges read cleaned observations and are asked
-    equal claims once; an empty observation or a bare answer is a No without asking."""
+    """Returns a verdict for each claim of a batch; `decide` finds it. All judges read cleaned observations and are
+    asked equal claims once. An empty observation or a bare answer is a No without asking."""
     decide: Callable[[list[Claim]], list[Verdict]]
     refuse_leaks: bool = True
     background: bool = False                                 # works in a thread while the caller goes on
@@ -429,7 +430,7 @@ def read_verdict(reply: Reply) -> Verdict:
 
 def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
     """`Judge.decide` from a function that answers a batch of conversations."""
-    return lambda claims: [read_verdict(reply) for reply in ask_all([judge_chat(c) for c in claims])]
+    return lambda claims: list(map(read_verdict, ask_all([judge_chat(c) for c in claims])))
 
 
 # ------------------------------------------------------------------------------------------------ the toy world's judge
@@ -484,8 +485,8 @@ def toy_observation(toy: Toy, shown: list[str]) -> str:
 
 
 def toy_think(toy: Toy, shown: list[str]) -> str:
-    """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read alike in two types of
-    problem, "green red? no"."""
+    """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read alike in two types
+    of problem, "green red? no"."""
     colours = [x.split()[0] for x in shown]
     same = ["yes" if colour == toy.asked else "no" for colour in colours]
     steps = []
@@ -531,8 +532,8 @@ def rule_judge(claims: list[Claim]) -> list[Verdict]:
 # A first reader may stop here: threads, files, and language models behind http or in a folder.
 
 def read_jsonl(file: Path) -> tuple[list[dict], int]:
-    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out; ValueError
-    for any other broken line."""
+    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out. Raises
+    ValueError for any other broken line."""
     raw, rows = file.read_bytes() if file.is_file() else b"", []
     end = raw.rfind(b"\n") + 1
     for number, line in enumerate(raw[:end].split(b"\n")[:-1], start=1):
