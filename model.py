@@ -61,7 +61,7 @@ HALF = (torch.bfloat16, torch.float16)                       # what flash kernel
 @dataclass(frozen=True)
 class VisionConfig:
     """Fields of `vision_config` in config.json. Those without a default must be in the file: the classes of
-    transformers fall back to other values than the official checkpoints have, so a guess would be silently wrong."""
+    transformers fall back to other values than the official checkpoints have, so a default would be silently wrong."""
     hidden_size: int                                         # D of the vision encoder
     out_hidden_size: int                                     # D of the decoder
     tokens_per_second: int                                   # temporal positions per second of video
@@ -153,7 +153,7 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def inverse_frequencies(count: int, theta: float, device) -> Tensor:
-    # A function, not a buffer: a model built on the meta device would come back with garbage in its buffers.
+    # A function, not a buffer: the buffers of a model built on the meta device would be uninitialised.
     return 1.0 / theta ** (torch.arange(count, device=device, dtype=torch.float32) / count)
 
 
@@ -246,7 +246,7 @@ class VisionEncoder(nn.Module):
         One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 → lengths [64, 32].
         """
         merge = self.config.spatial_merge_size
-        side = self.config.window_size // self.config.patch_size // merge     # merged tokens along a window's side
+        side = self.config.window_size // self.config.patch_size // merge     # window width in merged tokens
         positions, window_of, frames, count = [], [], [], 0
         for t, h, w in grid:
             rows, columns = h // merge, w // merge                            # of merged tokens
@@ -289,7 +289,7 @@ class PackedRow(NamedTuple):
     """How a row of P + G·T places is split: the prompt, then G responses of T places each."""
     prompt: int                                              # P
     group: int                                               # G
-    lengths: list[int]                                       # (B,) tokens of each prompt; what follows is padding
+    lengths: list[int]                                       # (B,) length of each prompt; the rest is padding
 
 
 class KV(NamedTuple):
@@ -308,7 +308,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     """
     p, g, b = row.prompt, row.group, len(q)
     prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
-    if q.shape[2] == p:                                      # responses of one token: the prompt's end predicts it
+    if q.shape[2] == p:                                      # responses of one token: the prompt predicts it
         return prompt
     own = [x[:, :, p:].unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]             # (B·G, …)
     attend = attend_cut if q.is_cuda else attend_masked
@@ -398,8 +398,9 @@ class Attention(nn.Module):
                 prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
 
-        prefill    nothing          prompts, causal among themselves; their keys and values are kept for sampling
-        decoding   prompt and own   one token of each response; its key and value go to the last place of `own`
+        caller     passes           x
+        prefill                     prompts, causal among themselves; their keys and values are kept for sampling
+        decoding   prompt and own   one token of each response; its key and value go to the last position of `own`
         training   row              a prompt and its responses in one row
         """
         n, t, _ = x.shape
@@ -519,7 +520,7 @@ def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # numbers of fp32 logits that exist at a time in training
+LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # at most so many fp32 logits exist at a time in training
 
 
 class Qwen2_5_VL(nn.Module):
@@ -552,8 +553,8 @@ class Qwen2_5_VL(nn.Module):
         x = self.model.embed_tokens(prompts.ids)
         if prompts.pixels is not None:
             features = self.visual(prompts.pixels.to(x.dtype), prompts.grid, self.save_memory)
-            here = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
-            return x.masked_scatter(here[..., None], features.to(x.dtype))
+            is_medium = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
+            return x.masked_scatter(is_medium[..., None], features.to(x.dtype))
         if self.sharded:  # other ranks may have media: every rank must run the encoder for FSDP's all-gathers
             c = self.config.vision
             side, numbers = c.spatial_merge_size, 3 * c.temporal_patch_size * c.patch_size ** 2
@@ -595,7 +596,7 @@ class Qwen2_5_VL(nn.Module):
         logprobs = torch.zeros(b * g, limit, device=device)
         lengths, active = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
         start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
-        check_every = 16 if tokens.is_cuda else 1            # asking `active` makes the CPU wait for the GPU
+        check_every = 16 if tokens.is_cuda else 1            # reading `active` makes the CPU wait for the GPU
         for t in range(limit):
             token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
             tokens[:, t], logprobs[:, t] = token * active, logprob * active
@@ -623,18 +624,18 @@ class Qwen2_5_VL(nn.Module):
         (b, g, t), device, p = tokens.shape, tokens.device, prompts.ids.shape[1]
         responses = self.model.embed_tokens(tokens[:, :, :-1].flatten(1))                      # (B, G·(T-1), D)
         x = torch.cat([self.embed(prompts), responses], dim=1)                                 # (B, P + G·(T-1), D)
-        behind = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
-        positions = torch.cat([prompts.positions, behind.expand(3, -1, -1)], dim=2)
+        following = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
+        positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2)
         rotary, row = self.rotary(positions, x.dtype), PackedRow(p, g, prompts.lengths.tolist())
         for layer in self.model.layers:
             x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
         last = x[torch.arange(b, device=device), prompts.lengths - 1]                          # (B, D) predicts token 0
         hidden = torch.cat([last[:, None, None].expand(b, g, 1, -1), x[:, p:].unflatten(1, (g, t - 1))], dim=2)
-        here = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
-        hidden = self.model.norm(hidden[here])                                                 # (N, D)
-        logprobs, entropies = self.token_logprobs(hidden, tokens[here], temperature)
+        real = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
+        hidden = self.model.norm(hidden[real])                                                 # (N, D)
+        logprobs, entropies = self.token_logprobs(hidden, tokens[real], temperature)
         empty = torch.zeros(b, g, t, device=device)
-        return tuple(empty.masked_scatter(here, x) for x in (logprobs, entropies))
+        return tuple(empty.masked_scatter(real, x) for x in (logprobs, entropies))
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""

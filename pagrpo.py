@@ -12,14 +12,14 @@ a response, perception and reasoning, a reward and an advantage of its own. A st
                     keeps the policy near the frozen SFT model                                         (eq. 7)
     5. update       AdamW, one optimizer step for all questions of all ranks
 
-Left out against the paper: ratios of whole segments (over hundreds of tokens they leave the clip range at once: each
-token has its own), a GPU only for rollouts (every rank samples), Claude as judge (`--judge` takes any server). Against
-PPO: the value network (the mean of the group is the baseline) and several epochs on a batch (with one update per
-rollout the ratio is 1). Against TRL: rollout servers, LoRA, reward models, other losses. They would hide the algorithm.
+Differences from the paper: a ratio for each token instead of each segment (`pa_grpo_loss` says why), every rank samples
+instead of one GPU, `--judge` takes any model instead of Claude. From PPO: no value network, since the mean of the group
+is the baseline, and one update per rollout, so that the ratio is 1 (`--updates-per-rollout` makes more). From TRL: no
+rollout server, no LoRA, no reward model, no other losses. They would hide the algorithm.
 
-"Loss is 0, is it broken?" No. With one advantage a response (grpo, joint) the advantages of a group sum to 0, and so
-does the loss, apart from the KL term. With one a segment it is small, since segments differ in length. Either way it
-says nothing, and its gradient is not 0: watch the rewards.
+"Loss is 0, is it broken?" No. With one advantage per response (grpo, joint, gdpo) and one mean per response, the
+advantages of a group sum to 0, and so does the loss, apart from the KL term. With one advantage per segment (pa) it is
+small, since segments differ in length. Its value is not informative, and its gradient is not 0: watch the rewards.
 """
 import gc
 import json
@@ -57,11 +57,11 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
     questions: int = flag(8, "questions in one step, over all ranks; a rank takes whole questions")
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
-    temperature: float = flag(1.0, "of the policy, in sampling and in the loss")
+    temperature: float = flag(1.0, "of the softmax, in sampling and in log-probabilities")
     advantage: str = flag("pa", "pa: each segment its own; grpo: A_R on all tokens; joint: that of R_P + R_R; gdpo: "
                           "A_P + A_R (GDPO without its normalization over the batch)", ["pa", "gdpo", "grpo", "joint"])
-    token_mean: str = flag("response", "one mean over the tokens of a response, or of each segment, added (the KL term "
-                           "then counts once a segment)", ["response", "segment"])
+    token_mean: str = flag("response", "the mean over the tokens of a response, or the sum of the means of its segments "
+                           "(the KL term then counts once per segment)", ["response", "segment"])
     reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward is --advantage grpo",
                            ["none", *(s.name for s in SEGMENTS), "length"])
     kl_beta: float = flag(0.04, "weight of the KL term; at 0 there is no reference, unless it judges")
@@ -99,15 +99,15 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             groups = rollout(policy, examples, vocabulary, settings, f"step {step}",                  # 1
                              settings.group_size, settings.temperature)
             clock.lap("sampling")
-            verdicts = start_judging(judge, groups)          # a judge behind http works while the reference does
+            pending = start_judging(judge, groups)           # a judge behind http works while the reference does
             clock.lap("judging")
             batches = make_batches(groups, policy, reference, vocabulary, settings, world)
             clock.lap("scoring")
-            verdicts = verdicts()
+            verdicts = pending()
             metrics = judge_metrics(verdicts, groups, judge, settings, world)
             metrics |= check_verdicts(verdicts, run.stop, settings, world)
             clock.lap("judging")
-            run.end_of_step(step, policy, optimizer, source)                  # stops here if asked to
+            run.end_of_step(step, policy, optimizer, source)                  # stops after a signal or a lost judge
 
             parts = reward_tensor(groups, verdicts, settings)                 # 2 (B, G, K, 3)
             totals = total_rewards(parts, settings.reward_off)                #   (B, G, K)
@@ -167,7 +167,7 @@ def rollout(policy: Qwen2_5_VL, examples: Sequence, vocabulary: data.Vocabulary,
 
 # ------------------------------------------------------------------------------------------------ 2. rewards
 
-UNCLOSED = Verdict(False, "there is no closed observation")
+UNCLOSED = Verdict(False, "there is no observation between its tags")
 
 
 def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callable[[], list[Verdict]]:
@@ -203,8 +203,8 @@ def total_rewards(parts: Tensor, off: str) -> Tensor:
 def normalize(totals: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4) over the group. (B, G, …) → (B, G, …)
 
-    A group whose rewards are all equal does not say what was better: its advantages are 0. An unknown reward (NaN)
-    is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
+    A group whose rewards are all equal carries no signal: its advantages are 0. An unknown reward (NaN) is left out of
+    the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
         [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
     known = ~totals.isnan()
@@ -219,45 +219,46 @@ def group_advantages(totals: Tensor, mode: str) -> Tensor:
 
     Two responses, R_P = (2, 1) and R_R = (1, 1.5); two rewards that differ are normalized to ±0.71:
         pa      each segment from its own reward        A_P = (+0.71, -0.71), A_R = (-0.71, +0.71)
-        gdpo    each normalized, then summed            0 for both: better perception and worse reasoning cancel out
-        grpo    from the last segment's reward          (-0.71, +0.71): the better observation is punished
-        joint   from the sum of the rewards             (+0.71, -0.71): the better reasoning is punished
+        gdpo    their sum, for all tokens               0 for both: better perception and worse reasoning cancel out
+        grpo    from the last segment's reward, for all (-0.71, +0.71): the better observation is punished
+        joint   from the sum of the rewards, for all    (+0.71, -0.71): the better reasoning is punished
     """
-    if mode == "pa":
-        return normalize(totals)
-    if mode == "gdpo":
-        return normalize(totals).sum(-1, keepdim=True).expand_as(totals)
     if mode == "grpo":
-        return normalize(totals[..., -1:]).expand_as(totals)
-    return normalize(totals.sum(-1, keepdim=True)).expand_as(totals)
+        totals = totals[..., -1:]
+    if mode == "joint":
+        totals = totals.sum(-1, keepdim=True)
+    advantages = normalize(totals)
+    if mode == "gdpo":
+        advantages = advantages.sum(-1, keepdim=True)
+    return advantages.expand(-1, -1, len(SEGMENTS))
 
 
 # ------------------------------------------------------------------------------------------------ 4. loss
 
 class MicroBatch(NamedTuple):
-    """Some of the rank's questions with their responses as tensors, and what does not learn in this step."""
-    rows: list[int]                                          # which of the rank's questions; B: a blank one
+    """Some of the rank's questions with their responses as tensors, and what stays constant in this step."""
+    rows: list[int]                                          # indices of the rank's questions; B: a dummy question
     inputs: tuple                                            # of `logprobs`: prompts, tokens (B, G, T), lengths …
     segments: Tensor                                         # (B, G, T) index of a token's segment, K: unknown
     weights: Tensor                                          # (B, G, T) share of a token in its response's mean
     sampled: Tensor                                          # (B, G, T) log-probabilities when sampled
     reference: Tensor | None                                 # (B, G, T) log-probabilities under the KL reference
-    old: Tensor | None                                       # (B, G, T) and before the first of several updates
+    old: Tensor | None                                       # (B, G, T) before the first update; None with one update
 
 
 def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> tuple[Tensor, ...]:
     """Responses as tensors: tokens (B, G, T), lengths (B, G), segments, weights, sampled log-probabilities (B, G, T).
 
-    5 tokens, segments [0, 0, 1, 1, 1]:  weights, one mean a response  [1/5, 1/5, 1/5, 1/5, 1/5]
-                                         one mean a segment            [1/2, 1/2, 1/3, 1/3, 1/3]
+    5 tokens, segments [0, 0, 1, 1, 1]:  weights, one mean per response  [1/5, 1/5, 1/5, 1/5, 1/5]
+                                         one mean per segment            [1/2, 1/2, 1/3, 1/3, 1/3]
+    After the end segments are K (unknown) and everything else is 0.
     """
     longest = 0
     for group in groups:
         longest = max(longest, *(len(r.tokens) for r in group))
     shape = len(groups), len(groups[0]), longest
-    tokens, segments = torch.zeros(2, *shape, dtype=torch.long)
-    weights, sampled = torch.zeros(2, *shape)
-    lengths = torch.zeros(shape[:2], dtype=torch.long)
+    tokens, segments = torch.zeros(shape, dtype=torch.long), torch.full(shape, len(SEGMENTS))
+    weights, sampled, lengths = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.long)
     for i, group in enumerate(groups):
         for j, r in enumerate(group):
             n, ids = len(r.tokens), torch.tensor(r.segments)
@@ -279,7 +280,8 @@ def token_advantages(advantages: Tensor, segments: Tensor) -> Tensor:
 
 def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, weights: Tensor,
                  clip_eps: float, kl_beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped objective with a KL term (eq. 7), summed over responses. All inputs (B, G, T), 0 after the end.
+    """The clipped objective with a KL term (eq. 7), summed over responses. All inputs (B, G, T); after the end of a
+    response its weights and log-probabilities are 0.
 
     Departures from eq. 7 as printed. There, ρ is the ratio of a whole segment's probabilities, and no length divides
     it: over hundreds of tokens such a ratio leaves [1 - ε, 1 + ε] at once, and long responses outweigh short ones. Here
@@ -311,16 +313,16 @@ def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advant
 def make_batches(groups: list[list[Response]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None,
                  vocabulary: data.Vocabulary, settings: Settings, world: World) -> list[MicroBatch]:
     """Cuts a step into micro-batches and computes what needs no rewards, while the judge is at work."""
-    batches, asked = [], [group[0].example for group in groups]
-    for examples, real in sft.micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
+    batches, questions = [], [group[0].example for group in groups]
+    for examples, weight in sft.micro_batches(questions, settings.micro_batch, world, policy, vocabulary):
         rows = [*range(len(batches) * settings.micro_batch, len(groups))][:len(examples)] or [len(groups)]
         blank = Response(examples[0], vocabulary.stop_ids[:1], [0], torch.zeros(1), True, "", rewards.parse(""))
-        some = [groups[i] for i in rows] if real else [[blank] * settings.group_size]
+        some = [groups[i] for i in rows] if weight else [[blank] * settings.group_size]
         tensors = collate_responses(some, settings.token_mean)
         tokens, lengths, segments, weights, sampled = (x.to(world.device) for x in tensors)
         inputs = data.collate(examples).to(world.device), tokens, lengths, settings.temperature
         batches.append(MicroBatch(
-            rows, inputs, segments, weights * real, sampled,
+            rows, inputs, segments, weights * weight, sampled,
             reference.logprobs(*inputs)[0] if settings.kl_beta else None,
             policy.logprobs(*inputs)[0] if settings.updates_per_rollout > 1 else None))
     return batches
@@ -332,7 +334,7 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[M
     a token or an update."""
     values, (questions, group, _) = defaultdict(list), advantages.shape
     responses = world.all_reduce_sum({"n": questions * group})["n"]
-    advantages = F.pad(advantages, (0, 0, 0, 0, 0, 1)).to(world.device)       # a last row of zeros for the blank
+    advantages = F.pad(advantages, (0, 0, 0, 0, 0, 1)).to(world.device)       # zeros for the dummy question
     for number in range(settings.updates_per_rollout):
         for batch in batches:
             logprobs, entropy = policy.logprobs(*batch.inputs)                                 # (B, G, T)

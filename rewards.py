@@ -84,7 +84,9 @@ class Parsed(NamedTuple):
 
 
 def segment_ends(text: str | bytes) -> list[int | None]:
-    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing."""
+    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing.
+        "<observation>a</observation>b" → [29, 30]        "<observation>a" → [None, 14]
+    """
     ends, start = [], 0
     for segment in SEGMENTS[:-1]:
         closing = f"</{segment.tags[-1].name}>"
@@ -123,7 +125,7 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
     """Is text nothing but these pairs of tags in this order, each around something?
 
     "<think>a</think> <answer>b</answer>" splits into ["", <think>, "a", </think>, " ", <answer>, "b", </answer>, ""]:
-    tags are at odd places, and of the texts at even places every second one is inside a pair.
+    tags have odd indices, and of the texts at even indices every second one is inside a pair.
     """
     pieces = TAG_PATTERN.split(text)
     wanted = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
@@ -132,7 +134,7 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
-    …, K - 1. K for all tokens if a segment before the last is never closed: what belongs where is unknown then.
+    …, K - 1. If any closing tag before the last segment is missing, every token gets K (unknown).
 
     Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
         [b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
@@ -154,8 +156,8 @@ def reward_parts(response, verdict: "Verdict", windows: Sequence[tuple[int, int]
     limit keeps what its closed segments earned. An unknown verdict makes accuracy and length NaN."""
     parts = []
     for k, (segment, tokens, (low, high)) in enumerate(zip(SEGMENTS, segment_lengths(response.segments), windows)):
-        earns = response.finished or k < len(SEGMENTS) - 1
-        accuracy, format = segment.accuracy(response, verdict) * earns, float(response.parsed.formats[k] and earns)
+        counts = response.finished or k < len(SEGMENTS) - 1  # the last segment of a truncated response does not
+        accuracy, format = segment.accuracy(response, verdict) * counts, float(response.parsed.formats[k] and counts)
         length = LENGTH_REWARD * (accuracy > 0 and format > 0 and low <= tokens <= high)
         parts.append((accuracy, format, math.nan if math.isnan(accuracy) else length))
     return parts
@@ -300,7 +302,7 @@ class Claim(NamedTuple):
     problem_type: str
     reference: str                                           # the correct answer
     observation: str
-    data_type: str = "video"                                 # or image
+    data_type: str = "video"                                 # video or image
 
 
 class Verdict(NamedTuple):
@@ -313,7 +315,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judge:
-    """Returns a verdict for each claim of a batch; `decide` finds it. All judges read cleaned observations and are
+    """Returns a verdict for each claim of a batch; `decide` judges a batch. All judges read cleaned observations and are
     asked equal claims once. An empty observation or a bare answer is a No without asking."""
     decide: Callable[[list[Claim]], list[Verdict]]
     refuse_leaks: bool = True
@@ -365,7 +367,7 @@ def clean(observation: str) -> str:
 
 
 PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*›", re.I)                # and cleaned tags
-CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the points in 3.5 or 1,000
+CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the decimal point in 3.5
 ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
 LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
 LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+)?)\W*$")                      # with its unit
@@ -456,7 +458,7 @@ class Toy(NamedTuple):
 
 def read_toy(problem_type: str, question: str, options: Sequence[str]) -> Toy | None:
     """None for a question that is not of the toy world."""
-    for name, (kind, text) in TOY_QUESTIONS.items():
+    for name, (kind, text) in reversed(TOY_QUESTIONS.items()):                # a later row may be a special case
         match = re.fullmatch(re.escape(text).replace(r"\{\}", "(?P<asked>.*)"), question)
         if match and kind == problem_type:
             return Toy(name, match.groupdict("").get("asked", ""), tuple(split_options(options)))
@@ -476,7 +478,9 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
         return " ".join(x[-1] for x in shown if not x.startswith(toy.asked)) or None
     if toy.name == "ends":
         return f"a {shown[0]} turns into a {shown[-1]}"
-    return str(sum(PRICES[x[-1]] for x in shown))
+    if toy.name == "total":
+        return str(sum(PRICES[x[-1]] for x in shown))
+    raise ValueError(f"toy_answer does not know {toy.name!r}")
 
 
 def toy_observation(toy: Toy, shown: list[str]) -> str:
@@ -634,16 +638,16 @@ def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
     import torch
     from transformers import pipeline
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    speak = pipeline("text-generation", folder, device=device, dtype=torch.bfloat16 if bf16 else torch.float32,
+    generator = pipeline("text-generation", folder, device=device, dtype=torch.bfloat16 if bf16 else torch.float32,
                      model_kwargs={"use_safetensors": True})
-    speak.tokenizer.padding_side = "left"
-    speak.tokenizer.pad_token = speak.tokenizer.pad_token or speak.tokenizer.eos_token
+    generator.tokenizer.padding_side = "left"
+    generator.tokenizer.pad_token = generator.tokenizer.pad_token or generator.tokenizer.eos_token
 
     def ask_all(chats: list[list[dict]]) -> list[Reply]:
         if device.startswith("cuda"):                        # in a new thread GPU 0 is the current one
             torch.cuda.set_device(device)
-        texts = chats if speak.tokenizer.chat_template else [chat[0]["content"] + "\n\n" for chat in chats]
-        replies = speak(texts, batch_size=batch, do_sample=False, max_new_tokens=tokens, return_full_text=False
-                        ) if texts else []
+        texts = chats if generator.tokenizer.chat_template else [chat[0]["content"] + "\n\n" for chat in chats]
+        replies = generator(texts, batch_size=batch, do_sample=False, max_new_tokens=tokens, return_full_text=False
+                            ) if texts else []
         return [Reply(reply[0]["generated_text"]) for reply in replies]
     return ask_all
