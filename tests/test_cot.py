@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 import sft
-from data import CotSettings, cot, read_records, to_record, toy_teacher
+from data import CotSettings, cot, make_teacher, read_records, to_record
 from rewards import parse
 from serving import Fault, serving, text_of
 
@@ -56,7 +56,7 @@ def test_the_result_is_the_released_format(toy, tmp_path):
             "data_source", "observation", "process", "output", "reward", "select"} <= set(row)
     assert row["select"] is True and row["reward"] == 1.0 and row["data_source"] == "toy"
     parsed = parse(row["output"])
-    assert (parsed.observation, parsed.think) == (row["observation"], row["process"])
+    assert [*parsed.contents.values()][:2] == [row["observation"], row["process"]]
 
 
 @pytest.mark.parametrize("mistakes, reason", [
@@ -94,7 +94,7 @@ def test_the_funnel_adds_up_and_finds_what_it_should(toy, tmp_path, capsys):
 
 def test_a_teachers_mistakes_come_at_the_rates_that_were_asked_for(toy):
     rates = dict(perception_mistakes=0.2, reasoning_mistakes=0.3, template_mistakes=0.1)
-    teach = toy_teacher(CotSettings(**INPUT, **rates))
+    teach = make_teacher(CotSettings(**INPUT, **rates))
     rows = [data.toy_record(random.Random(i), i, "many")[0] for i in range(1500)]
     records = [to_record(row, True) for row in rows]
     drafts = teach(records)
@@ -102,7 +102,7 @@ def test_a_teachers_mistakes_come_at_the_rates_that_were_asked_for(toy):
     for kind, rate in zip(("perception", "reasoning", "template"), rates.values()):
         assert made[kind] / 1500 == pytest.approx(rate, abs=0.04)
     for record, draft in zip(records, drafts):
-        seen = parse(draft.output).observation
+        seen = parse(draft.output).contents["observation"]
         if not draft.mistakes:
             assert draft.output == data.trace_text(record, "p2r")
         elif seen is not None:
@@ -322,7 +322,7 @@ def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
     (["--teacher", "https://host/v1", "--teacher-model", "t"], "The toy teacher and the rule judge know toy records"),
     (["--judge", "https://:secret@host/v1", "--judge-model", "m"], "keys come from the environment"),
     (["--concurrency", "0"], "--concurrency must be at least 1"), (["--retries", "-1"], "--retries must be at least 0"),
-    (["--teacher", "nowhere"], "--teacher nowhere: neither toy, a folder that is there, nor an address"),
+    (["--teacher", "nowhere"], "--teacher nowhere: neither toy, a folder, nor an address"),
     (["--teacher", ".", "--judge", "."], ". is neither a model folder nor a run with a checkpoint"),
     (["--teacher", "http://127.0.0.1:9/v1"], "--teacher http://127.0.0.1:9/v1 needs --teacher-model"),
     (["--judge", "reference"], "--judge reference needs --judge-model")])

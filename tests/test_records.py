@@ -83,11 +83,11 @@ class TestRefusing:
         ({"options": ["A. a cat"]}, "one option"),
         ({"problem": 5}, "problem: not a text"),
         ({"problem": "\ud800"}, "surrogates not allowed"),
-        ({"solution": "<answer> </answer>"}, "solution holds no answer"),
-        ({"solution": "<answer>A</answer><answer>B</answer>"}, "or several"),
-        ({"solution": "A</answer>"}, "or several"),
-        ({"solution": ["B"]}, "neither a text nor a number"),
-        ({"solution": float("nan")}, "neither a text nor a number"),
+        ({"solution": "<answer> </answer>"}, "solution is not one answer"),
+        ({"solution": "<answer>A</answer><answer>B</answer>"}, "solution is not one answer"),
+        ({"solution": "A</answer>"}, "solution is not one answer"),
+        ({"solution": ["B"]}, "solution is not one answer"),
+        ({"solution": float("nan")}, "solution is not one answer"),
         ({"observation": ["a dog"]}, "observation: not a text"),
     ])
     @pytest.mark.parametrize("write", [lambda rows: json.dumps(rows), lambda rows: lines(*rows)], ids=["list", "lines"])
