@@ -46,7 +46,7 @@ from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS
 
 
 def flag(default, help: str, choices: list[str] | None = None):
-    """A setting with its explanation, which stands in the dataclass and in --help."""
+    """A setting with the text that --help shows."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -111,9 +111,7 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
     """Frames (N, height, width, 3) uint8 and seconds per temporal patch, of a video file or a folder of frames.
-
-    `bounds`: the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError.
-    """
+    `bounds`: the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError."""
     import decord                                            # not at the top: torch must be imported before it
     try:
         if folder := path.is_dir():
@@ -160,11 +158,9 @@ def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Resizes and normalizes frames (N, height, width, 3) and cuts them into the order the vision tower expects.
-
-    Returns patches (S, 3·2·14·14) and their grid (temporal patches, rows, columns). The four patches that will be
-    merged are neighbours; a patch holds colour, then two frames, then rows and columns of pixels.
-    """
+    """Frames (N, height, width, 3) → patches (S, 3·2·14·14), resized, normalized and in the order that the vision tower
+    expects, and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours; a
+    patch holds colour, then two frames, then rows and columns of pixels."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
@@ -201,10 +197,8 @@ class Record:
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a record file: a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace.
-
-    Raises ValueError with the file and the record's number for anything that is not as it should be.
-    """
+    """Reads a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace. Raises ValueError with
+    the file and the record's number."""
     where = f"{file}"
     try:
         raw = Path(file).read_bytes()
@@ -221,7 +215,7 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
 
 
 def to_record(row: dict, traces: bool) -> Record:
-    """Checks a row of a record file. Raises ValueError that says what is missing or wrong."""
+    """Checks a row of a record file. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
     json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate: no tokenizer takes it
@@ -258,21 +252,16 @@ def to_row(r: Record) -> dict:
                 data_source=r.data_source) | {name: r.trace.get(tag, "") for tag, name in TRACE_FIELDS.items()}
 
 
-def media_path(root: Path, path: str) -> Path:
-    """Where a record's file lies under the media root. Raises MediaError, also for a path that leads out of it."""
+def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError, also for a
+    path that leads out of the media folder."""
     try:
-        full = (root / path).resolve()
-        inside, there = full.is_relative_to(root.resolve()), full.is_file() or full.is_dir()  # no pipe, no device
+        path = (root / r.path).resolve()
+        inside, there = path.is_relative_to(root.resolve()), path.is_file() or path.is_dir()  # no pipe, no device
     except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
     if not (inside and there):
         raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
-    return full
-
-
-def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
-    path = media_path(root, r.path)
     if r.data_type == "image":
         return read_image(path), 0.0, settings.image_max_pixels
     return *read_video(path, settings, r.bounds, r.rate), settings.max_pixels
@@ -354,7 +343,7 @@ class Vocabulary:
         self.placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
 
     def encode(self, text: str) -> list[int]:
-        """Plain text only: "<|im_end|>" in somebody's question stays text and cannot end the turn."""
+        """Plain text only: "<|im_end|>" in somebody's question stays text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -489,8 +478,7 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
-    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler, and
-    the order does not depend on the number of ranks."""
+    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler."""
     places = range(step * size, (step + 1) * size)
     return [epoch_order(count, place // count, seed)[place % count] for place in places]
 
@@ -568,28 +556,24 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
             "data_source": "toy", **trace}, shown
 
 
-def toy_rng(seed: int, split: str, number: int) -> random.Random:
-    """The random numbers of one record and its clip: no held-out clip is ever a training clip."""
-    return random.Random(f"{seed}/{split}/{number}")
-
-
 def toy_clip(seed: int, split: str, number: int) -> bytes:
-    rng = toy_rng(seed, split, number)
+    """The clip of a record, from a seed of their own: no held-out clip is ever a training clip."""
+    rng = random.Random(f"{seed}/{split}/{number}")
     _, shown = toy_record(rng, number, split)
     noise = np.random.default_rng(rng.getrandbits(64))
     return avi_bytes(np.stack([draw(*x.split(), noise) for x in shown for _ in range(2)]), TOY_FPS)
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
-    """Writes the toy world, clips and `<split>.json`, unless it is there as the code would write it now: edited
-    questions or drawings change it."""
+    """Writes the toy world, clips and `<split>.json`, unless it is there as the code would write it now."""
     for split, count in splits.items():
         file, clips = Path(folder) / f"{split}.json", Path(folder) / split
-        records = [toy_record(toy_rng(seed, split, n), n, split)[0] for n in range(count)]
-        first, text = clips / "00000.avi", json.dumps(records, indent=1)
-        if file.is_file() and file.read_text() == text and first.is_file() and first.read_bytes() == toy_clip(seed, split, 0):
-            continue
-        file.unlink(missing_ok=True)                         # it is written when its clips are there
+        rows = [toy_record(random.Random(f"{seed}/{split}/{n}"), n, split)[0] for n in range(count)]
+        first, text = clips / "00000.avi", json.dumps(rows, indent=1)
+        if file.is_file() and file.read_text() == text and first.is_file():
+            if first.read_bytes() == toy_clip(seed, split, 0):
+                continue
+        file.unlink(missing_ok=True)                         # it is written again when its clips are there
         clips.mkdir(parents=True, exist_ok=True)
         for number in tqdm(range(count), f"toy clips, {split}", unit="clip"):
             (clips / f"{number:05d}.avi").write_bytes(toy_clip(seed, split, number))
@@ -626,9 +610,7 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
     save_model(dict(init_weights(Qwen2_5_VL(config), seed).named_parameters()), folder, write_extra=write_extra)
 
 
-# ================================================================ a first reader may stop here: plumbing follows
-
-# ------------------------------------------------------------------------------------------------ judges and teachers
+# ================================================ a first reader may stop here: judges and teachers, then plumbing
 
 HTTP = ("http://", "https://")
 THRESHOLD = 0.6                                              # a score from which an answer counts as reached (paper)
@@ -675,8 +657,7 @@ def chat_client(s: JudgeSettings, name: str, **options) -> rewards.ChatClient:
 
 def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
-    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference.
-    device: of the rank."""
+    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference."""
     if s.judge.startswith(HTTP):
         client = chat_client(s, "judge", cache=cache, keep=rewards.JUDGEMENT.search, max_tokens=s.judge_tokens, temperature=0)
         return Judge(rewards.language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
@@ -688,8 +669,7 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
 
 
 def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
-    """The random numbers of a question's responses, (G, T). They belong to the seed, the step and the question, not to
-    a process: any number of ranks draws the same ones."""
+    """The random numbers of a question's responses, (G, T): the same ones on any number of ranks."""
     key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
     return torch.rand(group, tokens, generator=generator)
@@ -697,12 +677,9 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
-    """Judges by answering: the model reads question and observation without the media, writes think and answer
-    greedily, and an observation suffices if the answer's score reaches THRESHOLD.
-
-    The paper asks a large language model instead. This needs no second model, and no verdict can be faked. But weak
-    reasoning counts against the observation, and one that states the answer passes unless it is caught as a leak.
-    """
+    """Judges by answering: the model reads question and observation without the media, and writes think and answer
+    greedily. The observation suffices if the answer's score reaches THRESHOLD. The paper asks a language model instead:
+    here weak reasoning counts against the observation, and one that states the answer passes unless it is a leak."""
     verdicts = []
     for i in range(0, len(claims), batch):
         examples = []
@@ -785,11 +762,9 @@ def local_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
 
 
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
-    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates.
-
-    Every mistake changes the answer, but with the rate `luck` a trace with a mistake in perception reasons from what was
-    shown, not from what it noted down, to the right answer. Only step 3 can catch that.
-    """
+    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Every mistake
+    changes the answer, but a share `luck` of those in perception: there the reasoning follows from what was shown, not
+    from what was noted down, and only step 3 can catch the mistake."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
     noted, mistakes = r.trace.get("observation", ""), []
     seen = reasoned = shown = [item.partition(" ")[2] for item in noted.split(", ")]          # "1 red O, 2 blue X, …"
@@ -859,9 +834,8 @@ CAUGHT = (2, "reasoning", ("template broken", "answer wrong")), (3, "perception"
 def cot(s: CotSettings) -> Path:
     """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
 
-    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record; traces.jsonl
-    (kept) and dropped.jsonl (with reasons) are written at the end, in the order of the records. Killed at any moment
-    and started again, it does what is missing and ends in the same files.
+    1-generated.jsonl and 3-judged.jsonl in --out grow by a line for each finished record; traces.jsonl (kept) and
+    dropped.jsonl (with reasons) are written at the end. Killed and started again, it does what is missing.
     """
     s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
     with lock_folder(folder):
@@ -912,12 +886,10 @@ def cot(s: CotSettings) -> Path:
 
 def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
                   file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
-    """Works on the items that `file` has no result for, and appends each result to it at once.
-
-    A worker takes a list of items (a single one, in many threads, if `who` is a server) and returns named tuples, with
-    `error` where there is no result. Returns key → result, and key → error, which the next run tries again. Raises
-    ValueError once at least 20 items, and more than `s.max_unknown` of those tried, have failed.
-    """
+    """Works on the items that `file` has no result for, and appends each result to it at once. A worker takes a list of
+    items (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no result.
+    Returns key → result, and key → error, which the next run tries again. Raises ValueError once 20 items, and more than
+    `s.max_unknown` of those tried, have failed."""
     journal, failed = Journal(file), {}
     done = {row["key"]: row for row in journal.rows if row.get("key") in items}
     todo = [key for key in items if key not in done]
@@ -974,18 +946,15 @@ def make_cot_judge(s: CotSettings) -> Judge:
 
 
 def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
-    """How many records passed each step, by medium and problem type, and why the others were dropped; where the
-    teacher's mistakes are known, also precision and recall of the steps that should catch them."""
+    """Records that passed each step, by medium and problem type, and why the others were dropped; where the teacher's
+    mistakes are known, also precision and recall of the steps that should catch them."""
     kinds = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
     table = [["", *STEPS, "kept"]]
     for kind in [*sorted(set(kinds.values())), "all"]:
         fails = np.array([DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])])
         table.append([kind, *(str((fails > i).sum()) for i in range(len(STEPS))), f"{(fails == len(STEPS)).mean():.1%}"])
-    lines = ["Records that passed each step:", *format_table(table)]
-    for reason in DROPPED:
-        if counts := Counter(kinds[key] for key in records if why.get(key) == reason):
-            by_kind = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-            lines.append(f"Dropped, {reason}: {counts.total()} ({by_kind})")
+    lines, reasons = ["Records that passed each step:", *format_table(table)], Counter(why.values())
+    lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reason in reasons]
     met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
     for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
         dropped = [made for key, made in met.items() if why.get(key) in reasons]
@@ -1059,9 +1028,8 @@ def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: S
 
 def write_atomically(file: Path, text: str) -> None:
     """Writes a file aside and renames it: the whole text or nothing is there."""
-    aside = file.with_name(file.name + ".writing")
-    aside.write_text(text)
-    os.replace(aside, file)
+    file.with_name(file.name + ".writing").write_text(text)
+    os.replace(file.with_name(file.name + ".writing"), file)
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
@@ -1082,12 +1050,13 @@ def lock_folder(folder: Path):
     """SystemExit while another process works in the folder: it would do the same work twice."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        with suppress(ImportError):                          # Windows has no fcntl: no lock there
+        try:
             import fcntl
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SystemExit(f"Another process works in {folder}.") from None
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"Another process works in {folder}.") from None
+        except ImportError:                                  # Windows has no fcntl: no lock there
+            pass
         yield
 
 
@@ -1148,21 +1117,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif command == "check":
             own = [given.pop(name, None) for name in ("file", "media", "model", "keep")]
             sys.exit(not check(*own, InputSettings(**given)))
-        elif not cot(cot_settings(given)).stat().st_size:
-            sys.exit("No trace was kept.")
+        else:
+            if "data" not in given:                          # the toy world, beside --out; a server gets large pictures
+                small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT
+                given = {"out": "runs/tiny/cot"} | small | given
+                CotSettings(**given)                         # refuses wrong flags before the world is made
+                given["data"] = str(make_toy(Path(given["out"]).parent / "toy") / "sft.json")
+            if not cot(CotSettings(**{"out": "runs/cot"} | given)).stat().st_size:
+                sys.exit("No trace was kept.")
     except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
-
-
-def cot_settings(given: dict) -> CotSettings:
-    """The settings that flags give. Without --data, the toy world stands beside --out, made when missing."""
-    if "data" in given:
-        return CotSettings(**{"out": "runs/cot"} | given)
-    small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT    # a server gets large pictures
-    settings = CotSettings(**{"out": "runs/tiny/cot"} | small | given)
-    return replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
 
 
 if __name__ == "__main__":
