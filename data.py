@@ -1,4 +1,4 @@
-"""From files to model inputs: media, records, prompts, examples; the toy world; the pipeline that makes traces for SFT.
+"""From files to model inputs: media, records, prompts, examples; the toy world; the pipeline of traces for SFT.
 
     python data.py toy --out runs/tiny/toy            write the toy world: clips, training and held-out records
     python data.py check train.json --media DIR       say what a run would skip or refuse, before the run does
@@ -197,8 +197,8 @@ class Record:
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace. Raises ValueError with
-    the file and the record's number."""
+    """Reads a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace. Raises ValueError
+    with the file and the record's number."""
     where = f"{file}"
     try:
         raw = Path(file).read_bytes()
@@ -269,8 +269,8 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
 
 # ------------------------------------------------------------------------------------------------ prompts
 
-THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before you "
-               "settle on it.")                              # in the process-agnostic template, without observations
+THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before "
+               "you settle on it.")                          # in the process-agnostic template, without observations
 TYPE_LINES = {
     "multiple choice": "Answer with the letter of the correct option.",
     "numerical": "Answer with one exact number.",
@@ -400,9 +400,13 @@ def blank_example(v: Vocabulary, config: Config) -> Example:
     return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
+def answer_score(r: Record, answer: str | None) -> float:
+    return task_metric(r.problem_type, answer, r.reference, r.options)
+
+
 def why_invalid(r: Record) -> str:
     """Why a record cannot teach: its own solution would not score 1, or its trace breaks the template. "" if it can."""
-    if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
+    if r.reference and answer_score(r, r.reference) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
     if r.trace.keys() < set(TRACE_TAGS) or r.given is not None or all(parse(trace_text(r, "p2r")).formats):
         return ""
@@ -410,12 +414,12 @@ def why_invalid(r: Record) -> str:
 
 
 class Examples:
-    """Records that become examples when asked for. One that cannot is None, counted, and named in a log file."""
+    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`.
+    `teaching`: skip invalid records; an evaluation asks every question."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
                  settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE,
                  teaching: bool = True):
-        """`teaching`: skip invalid records; an evaluation asks every question."""
         self.records, self.root, self.vocabulary, self.config = records, Path(root), vocabulary, config
         self.settings, self.log, self.max_unreadable, self.teaching = settings, log, max_unreadable, teaching
         self.asked, self.skipped = set(), {}                 # indices; index → reason
@@ -619,12 +623,12 @@ THRESHOLD = 0.6                                              # a score from whic
 @dataclass(frozen=True)
 class JudgeSettings:
     """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
-    judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers from "
-                      "the observation alone), a folder with a language model, or an address http(s)://…/v1")
+    judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers "
+                      "blind), a folder with a language model, or an address http(s)://…/v1")
     judge_model: str = flag("", "name of an http judge's model (key: environment variable JUDGE_API_KEY)")
     judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
-    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient without asking the judge")
+    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient without a judge")
     concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
     timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
     retries: int = flag(24, "retries of a failed request, 0.5 to 8 s apart: 24 outlast an outage of two minutes")
@@ -639,11 +643,11 @@ class JudgeSettings:
         value = getattr(self, name)
         if not value.startswith(HTTP):
             if value not in built_in and not Path(value).is_dir():
-                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder, nor an address http(s)://…/v1")
+                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder, nor an http address")
         elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):            # it may hold a key: do not show it
             raise SystemExit(f"--{name}: an address is like https://host:port/v1; keys come from the environment")
         elif not (getattr(self, name + "_model") and find_spec("openai")):
-            raise SystemExit(f"--{name} {value} needs --{name}-model, the model's name there, and `pip install openai`")
+            raise SystemExit(f"--{name} {value} needs --{name}-model, and `pip install openai`")
 
 
 def chat_client(s: JudgeSettings, name: str, **options) -> rewards.ChatClient:
@@ -659,7 +663,8 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
     """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference."""
     if s.judge.startswith(HTTP):
-        client = chat_client(s, "judge", cache=cache, keep=rewards.JUDGEMENT.search, max_tokens=s.judge_tokens, temperature=0)
+        keep = rewards.JUDGEMENT.search
+        client = chat_client(s, "judge", cache=cache, keep=keep, max_tokens=s.judge_tokens, temperature=0)
         return Judge(rewards.language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     if s.judge in ("rule", "reference"):
         return Judge(rewards.rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
@@ -678,8 +683,8 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
     """Judges by answering: the model reads question and observation without the media, and writes think and answer
-    greedily. The observation suffices if the answer's score reaches THRESHOLD. The paper asks a language model instead:
-    here weak reasoning counts against the observation, and one that states the answer passes unless it is a leak."""
+    greedily. The observation suffices if the answer's score reaches THRESHOLD. The paper asks a language model. Here
+    weak reasoning counts against the observation, and one that states the answer passes unless it is a leak."""
     verdicts = []
     for i in range(0, len(claims), batch):
         examples = []
@@ -687,22 +692,23 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
             record = Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
                             given=c.observation)
             examples.append(build_example(record, Path(), vocabulary, model.config, settings))
-        for e, text in zip(examples, respond(model, vocabulary, examples, torch.zeros(len(examples), 1, tokens), 0.0, device)):
-            r, answer = e.record, parse(text).contents["answer"]
-            score = task_metric(r.problem_type, answer, r.reference, r.options)
-            verdicts.append(Verdict(score >= THRESHOLD, f"answering blind: {' '.join(text.split())} (score {score:.2f})"))
+        uniforms = torch.zeros(len(examples), 1, tokens)
+        for e, text in zip(examples, respond(model, vocabulary, examples, uniforms, 0.0, device)):
+            score = answer_score(e.record, parse(text).contents["answer"])
+            explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
+            verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
 
 
-def respond(model: Qwen2_5_VL, vocabulary: Vocabulary, examples: Sequence[Example], uniforms: Tensor, temperature: float,
-            device) -> list[str]:
+def respond(model: Qwen2_5_VL, vocabulary: Vocabulary, examples: Sequence[Example], uniforms: Tensor,
+            temperature: float, device) -> list[str]:
     """One response to each example, sampled with uniforms (B, 1, T)."""
     out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature)
     return [vocabulary.decode(ids[:n]) for ids, n in zip(out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist())]
 
 
 def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
-    """The newest checkpoint in a folder: its vocabulary, the model ready to answer, and the device that holds it."""
+    """The newest checkpoint in a folder: its vocabulary, the model, and the model's device."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -762,9 +768,9 @@ def local_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
 
 
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
-    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Every mistake
-    changes the answer, but a share `luck` of those in perception: there the reasoning follows from what was shown, not
-    from what was noted down, and only step 3 can catch the mistake."""
+    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Each of them
+    changes the answer, except for a share `luck` of those in perception: there the reasoning follows from what was
+    shown, not from what was noted down. Only step 3 can catch those."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
     noted, mistakes = r.trace.get("observation", ""), []
     seen = reasoned = shown = [item.partition(" ")[2] for item in noted.split(", ")]          # "1 red O, 2 blue X, …"
@@ -793,7 +799,7 @@ def misread(toy: Toy, shown: list[str], r: Record, below: float, rng: random.Ran
         for i in rng.sample(range(TOY_EVENTS), rng.randint(1, TOY_EVENTS)):
             other[i] = f"{rng.choice(COLOURS)} {rng.choice(LETTERS)}"
         answer = toy_answer(toy, other)
-        if answer is not None and task_metric(r.problem_type, answer, r.reference, r.options) < below:
+        if answer is not None and answer_score(r, answer) < below:
             return other
 
 
@@ -843,7 +849,7 @@ def cot(s: CotSettings) -> Path:
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
             raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
         made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"
-        free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())          # what is not begun may change
+        free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())          # before step 3 begins
         check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
 
         # Step 1, generate: a teacher writes a trace for every record.
@@ -854,7 +860,7 @@ def cot(s: CotSettings) -> Path:
         for key, r in records.items():
             output = drafts.get(key, {}).get("output")
             contents, formats = parse(output or "")
-            score = task_metric(r.problem_type, contents["answer"], r.reference, r.options)
+            score = answer_score(r, contents["answer"])
             row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
             rows[key] = row | {"output": output, "reward": score, "select": False}
             if key in drafts and all(formats) and score >= THRESHOLD:
@@ -886,10 +892,10 @@ def cot(s: CotSettings) -> Path:
 
 def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
                   file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
-    """Works on the items that `file` has no result for, and appends each result to it at once. A worker takes a list of
-    items (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no result.
-    Returns key → result, and key → error, which the next run tries again. Raises ValueError once 20 items, and more than
-    `s.max_unknown` of those tried, have failed."""
+    """Works on the items that `file` has no result for, and appends each result to it at once. A worker takes a list
+    of items (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no
+    result. Returns key → result, and key → error. Raises ValueError once 20 items, and more than `s.max_unknown` of
+    those tried, have failed."""
     journal, failed = Journal(file), {}
     done = {row["key"]: row for row in journal.rows if row.get("key") in items}
     todo = [key for key in items if key not in done]
@@ -926,7 +932,8 @@ def hashed(something) -> str:
 
 def record_key(r: Record) -> str:
     """Names a question by its content, so that finished work is found again whatever else a file holds."""
-    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *[r.trace] * bool(r.trace)])
+    trace = [r.trace] if r.trace else []
+    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace])
 
 
 def is_toy(records: Iterable[Record]) -> bool:
@@ -952,15 +959,16 @@ def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, 
     table = [["", *STEPS, "kept"]]
     for kind in [*sorted(set(kinds.values())), "all"]:
         fails = np.array([DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])])
-        table.append([kind, *(str((fails > i).sum()) for i in range(len(STEPS))), f"{(fails == len(STEPS)).mean():.1%}"])
+        passed = [str((fails > i).sum()) for i in range(len(STEPS))]
+        table.append([kind, *passed, f"{(fails == len(STEPS)).mean():.1%}"])
     lines, reasons = ["Records that passed each step:", *format_table(table)], Counter(why.values())
     lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reason in reasons]
     met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
     for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
         dropped = [made for key, made in met.items() if why.get(key) in reasons]
         caught, wanted = sum(target in made for made in dropped), sum(target in made for made in met.values())
-        lines.append(f"step {step} against mistakes in {target}: precision {sum(map(bool, dropped))} of {len(dropped)}, "
-                     f"recall {caught} of {wanted}")
+        lines.append(f"step {step} against mistakes in {target}: precision {sum(map(bool, dropped))} of "
+                     f"{len(dropped)}, recall {caught} of {wanted}")
         met = {key: made for key, made in met.items() if why.get(key) not in reasons}
     return lines
 
@@ -1022,8 +1030,8 @@ def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: S
         if before.get(name) != value and not moved and name not in (*FREE, *free):
             changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
     if changed:
-        raise SystemExit(f"{where} holds work with other settings:\n{''.join(changed)}Use the old settings to continue it, "
-                         f"another --out to begin anew, or remove the folder.")
+        raise SystemExit(f"{where} holds work with other settings:\n{''.join(changed)}Use the old settings to continue "
+                         f"it, another --out to begin anew, or remove the folder.")
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -1065,7 +1073,8 @@ def lock_folder(folder: Path):
 def check(file: str, media: str, model: str | None, keep: str | None, settings: InputSettings) -> bool:
     """Reads records and their media, and prints which ones a run would skip. Returns False if a run would stop."""
     records, tokens = read_records(file), (Vocabulary(model), read_config(model)) if model else None
-    print(f"{file}: {len(records)} records, {sum(len(r.trace) == len(TRACE_TAGS) for r in records)} with a trace for SFT")
+    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
+    print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
     for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
         print(f"  {n:8}  {kind}")
 
@@ -1118,14 +1127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             own = [given.pop(name, None) for name in ("file", "media", "model", "keep")]
             sys.exit(not check(*own, InputSettings(**given)))
         else:
-            if "data" not in given:                          # the toy world, beside --out; a server gets large pictures
-                small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT
+            if "data" not in given:                          # the toy world, beside --out
+                small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT        # a server reads large ones
                 given = {"out": "runs/tiny/cot"} | small | given
                 CotSettings(**given)                         # refuses wrong flags before the world is made
                 given["data"] = str(make_toy(Path(given["out"]).parent / "toy") / "sft.json")
             if not cot(CotSettings(**{"out": "runs/cot"} | given)).stat().st_size:
                 sys.exit("No trace was kept.")
-    except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
+    except (ValueError, OSError) as error:                   # also a full disk
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
