@@ -38,8 +38,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Sampled, init_weights, load_model, mrope_positions,
-                   newest_checkpoint, read_config, save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
+                   newest_checkpoint, save_model, write_config)
 import rewards
 from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, Claim, Journal, Judge,
                      Toy, Verdict, extract_tag, matches_template, parse, read_toy, task_metric, toy_answer)
@@ -625,10 +625,10 @@ class JudgeSettings:
     """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
     judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers "
                       "blind), a folder with a language model, or an address http(s)://…/v1")
-    judge_model: str = flag("", "name of an http judge's model (key: environment variable JUDGE_API_KEY)")
+    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in data.py cot: a folder")
     judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
-    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient without a judge")
+    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient for any judge")
     concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
     timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
     retries: int = flag(24, "retries of a failed request, 0.5 to 8 s apart: 24 outlast an outage of two minutes")
@@ -643,7 +643,8 @@ class JudgeSettings:
         value = getattr(self, name)
         if not value.startswith(HTTP):
             if value not in built_in and not Path(value).is_dir():
-                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder, nor an http address")
+                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
+                                 f"address http(s)://…/v1")
         elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):            # it may hold a key: do not show it
             raise SystemExit(f"--{name}: an address is like https://host:port/v1; keys come from the environment")
         elif not (getattr(self, name + "_model") and find_spec("openai")):
@@ -768,7 +769,7 @@ def local_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
 
 
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
-    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Each of them
+    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Each
     changes the answer, except for a share `luck` of those in perception: there the reasoning follows from what was
     shown, not from what was noted down. Only step 3 can catch those."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
@@ -813,7 +814,7 @@ class CotSettings(InputSettings, JudgeSettings):
     out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
     teacher: str = flag("toy", "who writes traces: toy (scripted), a checkpoint folder, or an address http(s)://…/v1")
-    teacher_model: str = flag("", "name of an http teacher's model (key: environment variable TEACHER_API_KEY)")
+    teacher_model: str = flag("", "name of an http teacher's model (key: TEACHER_API_KEY)")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
     max_response: int = flag(1024, "maximum number of tokens in a trace")
     batch: int = flag(16, "records that a local teacher, or the reference as judge, works on at once")
@@ -903,26 +904,25 @@ def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Ca
         return done, failed
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
 
-    def finish(keys: list[str]) -> int:                      # in a thread: Ctrl-C waits for it and loses nothing
+    def finish(keys: list[str]) -> None:                     # in a thread: Ctrl-C waits for it and loses nothing
         for key, result in zip(keys, work([items[key] for key in keys]), strict=True):
             if result.error:
                 failed[key] = result.error
             else:
                 done[key] = {"key": key} | result._asdict()
                 journal.add(done[key])
-        return len(keys)
 
-    pool, bar = ThreadPoolExecutor(threads), tqdm(total=len(items), initial=len(done), desc=what, unit="record")
+    pool, before = ThreadPoolExecutor(threads), len(done)
+    futures = [pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]
     try:
-        for future in as_completed([pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]):
-            bar.update(future.result())
-            if len(failed) >= 20 and len(failed) > s.max_unknown * (len(failed) + len(done) - bar.initial):
+        for future in tqdm(as_completed(futures), what, len(futures), unit="record" if size == 1 else "batch"):
+            future.result()
+            if len(failed) >= 20 and len(failed) > s.max_unknown * (len(failed) + len(done) - before):
                 reason = Counter([*failed.values()]).most_common(1)[0][0]
                 raise ValueError(f"{what}: {len(failed)} records failed, most often for {reason}. {len(done)} are done "
                                  f"and kept; the same command goes on from there.")
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.close()
     return done, failed
 
 
@@ -1070,21 +1070,17 @@ def lock_folder(folder: Path):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def check(file: str, media: str, model: str | None, keep: str | None, settings: InputSettings) -> bool:
+def check(file: str, media: str, keep: str | None, settings: InputSettings) -> bool:
     """Reads records and their media, and prints which ones a run would skip. Returns False if a run would stop."""
-    records, tokens = read_records(file), (Vocabulary(model), read_config(model)) if model else None
+    records = read_records(file)
     traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
     print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
     for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
         print(f"  {n:8}  {kind}")
 
     def fault(r: Record) -> str:
-        """Why a run would skip the record, "" if it would not. Without a model prompts have no length."""
         try:
-            if not tokens:
-                read_media(r, Path(media), settings)
-            elif (n := len(build_example(r, Path(media), *tokens, settings).ids)) > settings.max_prompt:
-                return f"prompt: {n} tokens"
+            read_media(r, Path(media), settings)
             return why_invalid(r)
         except MediaError as error:
             return f"media: {error}"
@@ -1111,9 +1107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker = commands.add_parser("check", help="say what is wrong with a record file and its media")
     checker.add_argument("file", help="gzip JSON, JSON or JSON lines")
     checker.add_argument("--media", required=True, help="folder to which the records' paths are relative")
-    checker.add_argument("--model", help="checkpoint folder whose tokenizer counts the tokens")
     checker.add_argument("--keep", help="write the records that a run would use to this file")
-    add_flags(checker, InputSettings, names=("frames", "max_pixels", "max_prompt", "workers"))
+    add_flags(checker, InputSettings, names=("frames", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", allow_abbrev=False,
                                 description=cot.__doc__, formatter_class=layout)
     unused = ("workers", "cache_gb", "max_prompt", "template")
@@ -1124,11 +1119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command == "toy":
             print(make_toy(given.pop("out"), given))
         elif command == "check":
-            own = [given.pop(name, None) for name in ("file", "media", "model", "keep")]
+            own = [given.pop(name, None) for name in ("file", "media", "keep")]
             sys.exit(not check(*own, InputSettings(**given)))
         else:
             if "data" not in given:                          # the toy world, beside --out
-                small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT        # a server reads large ones
+                small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT
                 given = {"out": "runs/tiny/cot"} | small | given
                 CotSettings(**given)                         # refuses wrong flags before the world is made
                 given["data"] = str(make_toy(Path(given["out"]).parent / "toy") / "sft.json")

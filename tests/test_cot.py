@@ -322,7 +322,7 @@ def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
     (["--teacher", "https://host/v1", "--teacher-model", "t"], "The toy teacher and the rule judge know toy records"),
     (["--judge", "https://:secret@host/v1", "--judge-model", "m"], "keys come from the environment"),
     (["--concurrency", "0"], "--concurrency must be at least 1"), (["--retries", "-1"], "--retries must be at least 0"),
-    (["--teacher", "nowhere"], "--teacher nowhere: neither toy, a folder, nor an http address"),
+    (["--teacher", "nowhere"], "--teacher nowhere: neither toy, a folder that is there, nor an address"),
     (["--teacher", ".", "--judge", "."], ". is neither a model folder nor a run with a checkpoint"),
     (["--teacher", "http://127.0.0.1:9/v1"], "--teacher http://127.0.0.1:9/v1 needs --teacher-model"),
     (["--judge", "reference"], "--judge reference needs --judge-model")])

@@ -57,11 +57,6 @@ class TestFrames:
             gaps = np.diff(chosen)
             assert gaps.max() - gaps.min() <= 1, "rounding moves a frame by less than one place"
 
-    @pytest.mark.parametrize("total, chosen", [
-        (1, [0, 0]), (2, [0, 1]), (3, [0, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 3, 4])])
-    def test_short_clips_give_what_they_have(self, total, chosen):
-        assert frame_indices(total, 25.0, InputSettings()) == chosen
-
     @pytest.mark.parametrize("total, fps, frames, official", [
         (30, 30, 16, 4), (90, 30, 16, 6), (150, 30, 16, 10), (9000, 30, 16, 16), (234, 30, 16, 14), (270, 25, 32, 20)])
     def test_two_frames_a_second_rounded_down_to_an_even_number(self, total, fps, frames, official):
