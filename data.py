@@ -625,10 +625,10 @@ class JudgeSettings:
     """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
     judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers "
                       "blind), a folder with a language model, or an address http(s)://…/v1")
-    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in data.py cot: a folder")
+    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in `cot`: a folder")
     judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
-    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient for any judge")
+    refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without a judge")
     concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
     timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
     retries: int = flag(24, "retries of a failed request, 0.5 to 8 s apart: 24 outlast an outage of two minutes")
