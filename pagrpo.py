@@ -37,9 +37,9 @@ import rewards
 import sft
 import torch
 import torch.nn.functional as F
-from data import Example, Examples, flag
+from data import Examples, flag
 from model import Qwen2_5_VL
-from rewards import SEGMENTS, Judge, Parsed, Verdict
+from rewards import SEGMENTS, Judge, Verdict
 from sft import World
 from torch import Tensor
 from tqdm import tqdm
@@ -57,11 +57,10 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
     temperature: float = flag(1.0, "of the policy, in sampling and in the loss")
-    advantage: str = flag("pa", "pa: each segment its own (paper); gdpo: A_P + A_R on all tokens (GDPO by segment, "
-                          "without its normalization over the batch); grpo: A_R on all; joint: of R_P + R_R, on all",
-                          ["pa", "gdpo", "grpo", "joint"])
-    token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one mean in each segment, "
-                           "added, so that the KL term counts once a segment", ["response", "segment"])
+    advantage: str = flag("pa", "pa: each segment its own; grpo: A_R on all tokens; joint: that of R_P + R_R; gdpo: "
+                          "A_P + A_R (GDPO without its normalization over the batch)", ["pa", "gdpo", "grpo", "joint"])
+    token_mean: str = flag("response", "one mean over the tokens of a response, or of each segment, added (the KL term "
+                           "then counts once a segment)", ["response", "segment"])
     reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward is --advantage grpo",
                            ["none", *(s.name for s in SEGMENTS), "length"])
     kl_beta: float = flag(0.04, "weight of the KL term; at 0 there is no reference, unless it judges")
@@ -121,8 +120,8 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
-                rows = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
-                metrics |= {f"heldout/{name}": cell["value"] for name, cell in summarise(rows).items()}
+                found = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
+                metrics |= {f"heldout/{name}": cell["value"] for name, cell in found.items()}
             run.log({"step": step + 1, "lr": lr, **metrics}, "  ".join(
                 f"{segment.name} {metrics.get(f'{segment.name}/accuracy', math.nan):.2f}" for segment in SEGMENTS))
             score = {"score": metrics["heldout/answer"]} if "heldout/answer" in metrics else {}
@@ -134,16 +133,16 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
 @dataclass
 class Response:
     """One sampled response."""
-    example: Example
+    example: "data.Example"
     tokens: list[int]                                        # with the stop token, unless it was cut off
     segments: list[int]                                      # index of each token's segment, K: unknown
     logprobs: Tensor                                         # (T,) log-probabilities when sampled
     finished: bool                                           # False: cut off at the token limit
     text: str
-    parsed: Parsed
+    parsed: "rewards.Parsed"
 
 
-def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: data.Vocabulary, settings: Settings, stream: str,
+def rollout(policy: Qwen2_5_VL, examples: Sequence, vocabulary: data.Vocabulary, settings: Settings, stream: str,
             group: int, temperature: float, top_p: float = 1.0) -> list[list[Response]]:
     """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
     with model.gathered(policy):                             # sharded weights are all-gathered once, on every rank
@@ -201,37 +200,36 @@ def total_rewards(parts: Tensor, off: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ 3. advantages
 
-def normalize(rewards: Tensor) -> Tensor:
+def normalize(totals: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4) over the group. (B, G, …) → (B, G, …)
 
     A group whose rewards are all equal does not say what was better: its advantages are 0. An unknown reward (NaN)
     is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
         [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
-    known = ~rewards.isnan()
+    known = ~totals.isnan()
     count = known.sum(1, keepdim=True)
-    mean = torch.where(known, rewards, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    squares = torch.where(known, (rewards - mean) ** 2, 0.0).sum(1, keepdim=True)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(known & (std >= 1e-6), (rewards - mean) / (std + 1e-4), 0.0)
+    mean = totals.nansum(1, keepdim=True) / count.clamp(min=1)
+    std = (((totals - mean) ** 2).nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(known & (std >= 1e-6), (totals - mean) / (std + 1e-4), 0.0)
 
 
-def group_advantages(rewards: Tensor, mode: str) -> Tensor:
+def group_advantages(totals: Tensor, mode: str) -> Tensor:
     """The advantage of each segment of each response, (B, G, K) → (B, G, K).
 
     Two responses, R_P = (2, 1) and R_R = (1, 1.5); two rewards that differ are normalized to ±0.71:
-        pa      each segment from its own reward             A_P = (+0.71, -0.71)  A_R = (-0.71, +0.71)
-        gdpo    normalized each, then summed                 0 for both: better eyes and a worse thought cancel out
-        grpo    the last segment's reward for all            (-0.71, +0.71): the better observation is punished
-        joint   the rewards summed, then normalized          (+0.71, -0.71): the better thought is punished
+        pa      each segment from its own reward        A_P = (+0.71, -0.71), A_R = (-0.71, +0.71)
+        gdpo    each normalized, then summed            0 for both: better perception and worse reasoning cancel out
+        grpo    from the last segment's reward          (-0.71, +0.71): the better observation is punished
+        joint   from the sum of the rewards             (+0.71, -0.71): the better reasoning is punished
     """
     if mode == "pa":
-        return normalize(rewards)
+        return normalize(totals)
     if mode == "gdpo":
-        return normalize(rewards).sum(-1, keepdim=True).expand_as(rewards)
+        return normalize(totals).sum(-1, keepdim=True).expand_as(totals)
     if mode == "grpo":
-        return normalize(rewards[..., -1:]).expand_as(rewards)
-    return normalize(rewards.sum(-1, keepdim=True)).expand_as(rewards)
+        return normalize(totals[..., -1:]).expand_as(totals)
+    return normalize(totals.sum(-1, keepdim=True)).expand_as(totals)
 
 
 # ------------------------------------------------------------------------------------------------ 4. loss
@@ -384,7 +382,7 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary, wo
         reference = model.build_model(settings.model, vocabulary, world, shards=settings.shards, frozen=True,
                                       offload=settings.offload_reference)
 
-    def answer_from_observation(claims: list[rewards.Claim]) -> list[Verdict]:
+    def answer_from_observation(claims: list) -> list[Verdict]:
         with model.gathered(reference):                      # all ranks together, also one that has no claims
             return data.blind_answers(reference, vocabulary, claims, settings, settings.max_response,
                                       max(1, len(claims)), world.device)
@@ -456,7 +454,8 @@ def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], j
             values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
             values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))      # too little is accepted
     requests = {f"judge/{name}": judge.counts.pop(name, 0) for name in ("requests", "retries", "cached")}
-    return {**mean_over_ranks(values, world), **world.all_reduce_sum(requests),
+    requests = {name: int(n) for name, n in world.all_reduce_sum(requests).items()}
+    return {**mean_over_ranks(values, world), **requests,
             "judge/seconds": world.all_reduce_max(judge.seconds)}
 
 
@@ -469,7 +468,7 @@ def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], s
         reason = Counter(errors).most_common(1)[0][0][:200] if errors else "see the other ranks"
         stop(f"{sums['judge/unknown']:.0f} of {sums['judge/claims']:.0f} verdicts stayed unknown, more than "
              f"--max-unknown {settings.max_unknown:g} allows. Most often: {reason}")
-    return sums
+    return {name: int(n) for name, n in sums.items()}
 
 
 def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: Tensor) -> str:
@@ -492,9 +491,12 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 
 @torch.no_grad()
 def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[str], None], settings: Settings,
-             temperature: float, world: World) -> list[dict]:
-    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together. Returns a row a
-    record, all of them on every rank. `stop` is for `check_verdicts`. The toy world has an exact judge."""
+             temperature: float, world: World) -> dict[str, dict]:
+    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together.
+
+    Returns percentages with intervals, {"perception": {"value", "low", "high", "n"}, …, "answer", "format"}. Only a
+    metric of 1 counts as a right answer. `stop` is for `check_verdicts`. The toy world has an exact judge.
+    """
     judge = Judge(rewards.rule_judge, settings.refuse_leaks) if data.is_toy(held.records) else judge
     rows, size = [], settings.questions * settings.group_size                 # as many responses at once as in a step
     mine = [[*range(i, min(i + size, len(held)))][world.rank::world.size] for i in range(0, len(held), size)]
@@ -505,46 +507,30 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
             verdicts = start_judging(judge, groups)()
             check_verdicts(verdicts, stop, settings, world)
             for (r,), parts in zip(groups, reward_tensor(groups, verdicts, settings)[:, 0].tolist()):
-                row = {segment.name: parts[k][0] for k, segment in enumerate(SEGMENTS)}
-                row["answer"] = float(row.pop(SEGMENTS[-1].name) > 1 - 1e-9)                   # right or not
-                rows.append(row | {"format": float(all(r.parsed.formats)), "text": r.text,
-                                   "problem_type": r.example.record.problem_type})
-    return sum(world.gather(rows), [])
+                *before, (answer, _, _) = parts              # (K, 3)
+                rows.append([*(accuracy for accuracy, _, _ in before), answer > 1 - 1e-9, all(r.parsed.formats)])
+    columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
+    for name, values in zip(columns, zip(*sum(world.gather(rows), []))):
+        known = [float(value) for value in values if not math.isnan(value)]
+        low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
+        result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
+                        "n": len(known)}
+    return result
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927): unlike share ± 2 s it stays in [0, 1] and is right near its ends."""
-    if n == 0:
-        return 0.0, 1.0
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def summarise(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Percentages with intervals: {"perception": {"value", "low", "high", "n"}, …, "answer", "format", by type}."""
-    columns = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"]
-    picked = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in columns}
-    for kind in rewards.PROBLEM_TYPES:
-        picked[f"answer: {kind}"] = [row["answer"] for row in rows if row["problem_type"] == kind]
-    result = {}
-    for name, values in picked.items():
-        if values:
-            share = sum(values) / len(values)
-            low, high = wilson(share, len(values))
-            result[name] = {"value": 100 * share, "low": 100 * low, "high": 100 * high, "n": len(values)}
-    return result
-
-
 def results_table(results: dict[str, dict[str, dict]]) -> str:
-    """{"SFT, greedy": summary, …} as a table, one row a model and way of sampling."""
-    columns = list(dict.fromkeys(name for summary in results.values() for name in summary))
-    rows, n = [["", *(name.removeprefix("answer: ") for name in columns)]], 0
-    for title, summary in results.items():
-        cells = [summary.get(name, {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}) for name in columns]
-        rows.append([title, *(f"{c['value']:5.1f} ({c['low']:.0f}–{c['high']:.0f})" for c in cells)])
-        n = max(n, *(c["n"] for c in cells))
-    title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
-    return "\n".join([title, *data.format_table(rows)])
+    """{"SFT, greedy": what `evaluate` returned, …} as a table, one row a model and way of sampling."""
+    columns = list(next(iter(results.values())))
+    rows = [["percent of held-out clips, with 95 % intervals", *columns]]
+    for title, result in results.items():
+        rows.append([title, *(f"{c['value']:.1f} ({c['low']:.1f}–{c['high']:.1f})" for c in result.values())])
+    return "\n".join(data.format_table(rows))
 
 
 def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) -> str:
@@ -558,8 +544,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
     for name, path in models.items():
         policy = model.build_model(path, vocabulary, world, shards=settings.shards, frozen=True)
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rows = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
-            results[f"{name}, {how}"] = summarise(rows)
+            results[f"{name}, {how}"] = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
     if world.first:
         data.write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results_table(results)

@@ -46,7 +46,7 @@ class Segment(NamedTuple):
     name: str
     tags: tuple[Tag, ...]
     window: tuple[int, int]                                  # tokens that earn the length reward, by default
-    accuracy: Callable[["pagrpo.Response", "Verdict"], float]  # R_acc in [0, 1], NaN if it is unknown
+    accuracy: Callable[..., float]                           # R_acc in [0, 1] of a response and its verdict, or NaN
 
 
 def observation_suffices(response, verdict: "Verdict") -> float:
@@ -110,10 +110,8 @@ def parse(text: str) -> Parsed:
 
 
 def extract_tag(tag: str, text: str) -> str | None:
-    """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated or left open.
-
-    Two answers are no answer: it must not be enough that one of them is right.
-    """
+    """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated (two answers are no
+    answer) or left open."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
     inside = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
@@ -151,11 +149,8 @@ REWARD_PARTS = ("accuracy", "format", "length")
 
 
 def reward_parts(response, verdict: "Verdict", windows: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
-    """R_acc, R_form and R_len of each segment of a response (eq. 5 sums them), (K, 3).
-
-    A response cut off by the token limit keeps what its closed segments earned; its last segment earns nothing. An
-    unknown verdict makes accuracy and length NaN.
-    """
+    """R_acc, R_form and R_len of each segment of a response, (K, 3); eq. 5 sums them. A response cut off by the token
+    limit keeps what its closed segments earned. An unknown verdict makes accuracy and length NaN."""
     parts = []
     for k, (segment, tokens, (low, high)) in enumerate(zip(SEGMENTS, segment_lengths(response.segments), windows)):
         earns = response.finished or k < len(SEGMENTS) - 1
@@ -202,10 +197,8 @@ def option_texts(options: Sequence[str]) -> dict[str, str]:
 
 
 def choice(answer: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B".
-
-    None if it names no option, or a text that several options share, or puts one letter before another's text.
-    """
+    """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B". None if it names no
+    option, or a text that several options share, or puts one letter before another's text."""
     texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}     # options may be in the question only
     if (alone := normalize_text(answer).upper()) in texts:   # a letter alone is a letter, whatever the options say
         return alone
@@ -222,10 +215,8 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "12 apples" exactly. None for anything else: NaN and infinities too.
-
-    Exact fractions, so that "1000" equals "1,000" equals "1000.0" without a tolerance.
-    """
+    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "12 apples" as exact fractions, so that "1000" equals "1,000.0"
+    without a tolerance. None for anything else, NaN and infinities too."""
     text = text.strip()
     match = len(text) <= 100 and re.fullmatch(              # a longer text is no number, and would cost time
         r"[$€£]?\s*([-+−]?)\s*[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?"
@@ -256,7 +247,7 @@ def regression(answer: str, reference: str) -> float:
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int:
-    """The lowest cost of turning words a into words b, where inserting or deleting a word costs 1."""
+    """The lowest cost of turning words a into words b; inserting or deleting a word costs 1."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -279,9 +270,10 @@ def rouge(answer: str, reference: str) -> float:
         return 0.0
     both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
     scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
-    for n in (1, 2) if len(wanted) > 1 else (1,):
-        a, b = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, wanted))
-        scores.append(2 * (a & b).total() / (a.total() + b.total()))
+    counted = [(Counter(said), Counter(wanted))]
+    if len(wanted) > 1:
+        counted.append((Counter(zip(said, said[1:])), Counter(zip(wanted, wanted[1:]))))
+    scores += [2 * (a & b).total() / (a.total() + b.total()) for a, b in counted]
     return sum(scores) / len(scores)
 
 
@@ -379,11 +371,9 @@ LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+)?)\W*$")                      # 
 
 
 def leaks(claim: Claim) -> bool:
-    """Is the observation a bare answer? It is if its clauses hold fewer than four different words of their own.
-
-    A clause does not count if it repeats the question, an option or the reference, speaks of answers and verdicts,
-    names an option by its letter, or ends in the number that is asked for.
-    """
+    """Is the observation a bare answer: do its clauses hold fewer than four different words of their own? A clause does
+    not count if it repeats the question, an option or the reference, speaks of answers and verdicts, names an option by
+    its letter, or ends in the number that is asked for."""
     known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
     known, words = {normalize_text(clause) for clause in known}, set()
     lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
@@ -522,10 +512,8 @@ def toy_think(toy: Toy, shown: list[str]) -> str:
 
 
 def rule_judge(claims: list[Claim]) -> list[Verdict]:
-    """Judges toy observations exactly: derives the answer from the observation's text alone and compares.
-
-    Raises ValueError for a question that is not of the toy world: silence would look like "insufficient".
-    """
+    """Judges toy observations exactly: derives the answer from the observation's text alone and compares. Raises
+    ValueError for a question that is not of the toy world: silence would look like "insufficient"."""
     verdicts = []
     for c in claims:
         toy = read_toy(c.problem_type, c.question, c.options)
@@ -641,25 +629,20 @@ class ChatClient:
 def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
               ) -> Callable[[list[list[dict]]], list[Reply]]:
     """A causal language model in a folder that transformers loads, answering greedily. Weights must be safetensors:
-    nothing is unpickled, no code from the folder is run, nothing is downloaded."""
+    nothing is unpickled, no code from the folder is run."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+    from transformers import pipeline
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32,
-                                                 local_files_only=True, use_safetensors=True).to(device)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
-                              eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id)
-    speak = pipeline("text-generation", model, tokenizer=tokenizer, device=model.device)
+    speak = pipeline("text-generation", folder, device=device, dtype=torch.bfloat16 if bf16 else torch.float32,
+                     model_kwargs={"use_safetensors": True})
+    speak.tokenizer.padding_side = "left"
+    speak.tokenizer.pad_token = speak.tokenizer.pad_token or speak.tokenizer.eos_token
 
     def ask_all(chats: list[list[dict]]) -> list[Reply]:
-        if model.device.type == "cuda":                      # in a new thread GPU 0 is the current one
-            torch.cuda.set_device(model.device)
-        if not chats:                                        # a pipeline wants at least one
-            return []
-        if not tokenizer.chat_template:
-            chats = [chat[0]["content"] + "\n\n" for chat in chats]
-        replies = speak(chats, batch_size=batch, generation_config=greedy, return_full_text=False)
+        if device.startswith("cuda"):                        # in a new thread GPU 0 is the current one
+            torch.cuda.set_device(device)
+        texts = chats if speak.tokenizer.chat_template else [chat[0]["content"] + "\n\n" for chat in chats]
+        replies = speak(texts, batch_size=batch, do_sample=False, max_new_tokens=tokens, return_full_text=False
+                        ) if texts else []
         return [Reply(reply[0]["generated_text"]) for reply in replies]
     return ask_all
