@@ -813,7 +813,7 @@ class CotSettings(InputSettings, JudgeSettings):
     media: str = flag("", "folder to which the records' paths are relative [the folder of --data]")
     out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
-    teacher: str = flag("toy", "who writes traces: toy (for the toy world), a checkpoint folder, or an address http(s)://…/v1")
+    teacher: str = flag("toy", "who writes traces: toy (toy world), a checkpoint folder, or an address http(s)://…/v1")
     teacher_model: str = flag("", "name of an http teacher's model (key: TEACHER_API_KEY)")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
     max_response: int = flag(1024, "maximum number of tokens in a trace")

@@ -235,12 +235,6 @@ def test_a_finished_pipeline_only_prints_its_funnel(toy, tmp_path, capsys, monke
     assert cot(settings(toy, tmp_path)).read_text() == text and capsys.readouterr().out == first
 
 
-def test_more_records_are_added_to_those_that_are_done(toy, tmp_path):
-    cot(settings(toy, tmp_path / "two", limit=15))
-    assert len(lines(tmp_path / "two" / "1-generated.jsonl")) == 15
-    assert cot(settings(toy, tmp_path / "two")).read_bytes() == cot(settings(toy, tmp_path / "one")).read_bytes()
-
-
 def test_other_settings_need_another_folder(toy, tmp_path):
     cot(settings(toy, tmp_path))
     with pytest.raises(SystemExit, match="--perception-mistakes was 0.1, is now 0.5"):
@@ -254,11 +248,6 @@ def test_a_setting_that_did_not_exist_yet_counts_as_its_default(toy, tmp_path):
     with pytest.raises(SystemExit, match="--luck was 0.5, is now 0.25"):
         cot(settings(toy, tmp_path, luck=0.25))
     assert cot(settings(toy, tmp_path)).read_bytes() == kept
-
-
-def test_a_second_process_in_the_same_folder_is_sent_away(toy, tmp_path):
-    with data.lock_folder(tmp_path), pytest.raises(SystemExit, match="Another process works in"):
-        cot(settings(toy, tmp_path))
 
 
 def test_what_was_never_begun_may_change(toy, tmp_path):
