@@ -6,7 +6,7 @@
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
 Records are those of the VideoP2R release: problem, options, solution, path, data_type, problem_type, and for SFT the
-trace in observation and process. A record whose media cannot be read is skipped and named; it never gets another clip.
+trace in observation and process. A record whose media cannot be read is skipped and named; no other clip is substituted.
 """
 import argparse
 import ast
@@ -32,17 +32,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
+# Before torch: model.py checks versions and sets what torch reads when it is loaded.
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
+                   newest_checkpoint, save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
-                   newest_checkpoint, save_model, write_config)
 import rewards
 from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, Claim, Journal, Judge,
-                     Toy, Verdict, extract_tag, matches_template, parse, read_toy, task_metric, toy_answer)
+                     Verdict, extract_tag, matches_template, parse, read_toy, task_metric, toy_answer)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -174,7 +175,7 @@ def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tens
 
 # ------------------------------------------------------------------------------------------------ records
 
-TRACE_TAGS = [tag for tag in TAGS if tag != "answer"]         # what SFT teaches before the answer
+TRACE_TAGS = [tag for tag in TAGS if tag != "answer"]         # what SFT trains apart from the answer
 TRACE_FIELDS = {tag: "process" if tag == "think" else tag for tag in TRACE_TAGS}     # their names in record files
 
 
@@ -343,7 +344,7 @@ class Vocabulary:
         self.placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
 
     def encode(self, text: str) -> list[int]:
-        """Plain text only: "<|im_end|>" in somebody's question stays text."""
+        """Special tokens written in the text are encoded as ordinary text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -382,7 +383,7 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
     """Reads the medium and lays out the prompt, with an observation that is given. Raises MediaError."""
     pixels, grids, times, medium = None, [], [], []
     if not r.blind:
-        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # whatever is asked of it
+        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # independent of the question
         pixels, grid, seconds = media_patches(key, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
@@ -498,6 +499,13 @@ def collate(examples: Sequence[Example]) -> Prompts:
                    pixels=torch.cat(pixels) if pixels else None, grid=[e.grid for e in examples if e.grid])
 
 
+def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
+    """The random numbers of a question's responses, (G, T): the same ones on any number of ranks."""
+    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+    return torch.rand(group, tokens, generator=generator)
+
+
 # ------------------------------------------------------------------------------------------------ the toy world
 
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
@@ -540,8 +548,8 @@ def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
     """A question about three letters, with its answer and a correct trace. Returns the record and what is shown."""
     problem_type = TOY_MIX[number % len(TOY_MIX)]
-    names = [name for name, (kind, _) in TOY_QUESTIONS.items() if kind == problem_type]
-    name = names[number // len(TOY_MIX) % len(names)]
+    texts = [text for kind, text in TOY_QUESTIONS.values() if kind == problem_type]
+    text = texts[number // len(TOY_MIX) % len(texts)]
     everything = [f"{colour} {letter}" for colour in COLOURS for letter in LETTERS]
     answer = None
     while answer is None:                                    # for some draws a question has no answer: draw again
@@ -551,10 +559,11 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
             asked, right = rng.choice([shown[:2], shown[1:]])
             options = rng.sample([x for x in everything if x != right], 2)
             options.insert(rng.randrange(3), right)
-        toy = Toy(name, asked, tuple(options))
+        question = text.format(asked)
+        toy = read_toy(problem_type, question, options)
         answer = toy_answer(toy, shown)
     trace = {TRACE_FIELDS[tag.name]: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name in TRACE_FIELDS}
-    return {"problem_id": f"{split}-{number}", "problem": TOY_QUESTIONS[name][1].format(asked),
+    return {"problem_id": f"{split}-{number}", "problem": question,
             "options": rewards.letter_options(options), "data_type": "video", "problem_type": problem_type,
             "solution": f"<answer>{answer}</answer>", "answer": answer, "path": f"./{split}/{number:05d}.avi",
             "data_source": "toy", **trace}, shown
@@ -614,10 +623,10 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
     save_model(dict(init_weights(Qwen2_5_VL(config), seed).named_parameters()), folder, write_extra=write_extra)
 
 
-# ================================================ a first reader may stop here: judges and teachers, then plumbing
+# ================================ a first reader may stop here ================================
 
 HTTP = ("http://", "https://")
-THRESHOLD = 0.6                                              # a score from which an answer counts as reached (paper)
+THRESHOLD = 0.6                                              # the lowest score of a correct answer in the pipeline (paper)
 
 
 @dataclass(frozen=True)
@@ -672,13 +681,6 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
     decide = rewards.language_judge(rewards.local_llm(s.judge, device, s.judge_tokens))
     return Judge(decide, s.refuse_leaks, background=device != "cpu")          # on a CPU it would slow the training
-
-
-def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
-    """The random numbers of a question's responses, (G, T): the same ones on any number of ranks."""
-    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
-    return torch.rand(group, tokens, generator=generator)
 
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
@@ -793,7 +795,7 @@ def toy_draft(r: Record, s: "CotSettings") -> Draft:
     return Draft(text, mistakes=tuple(mistakes))
 
 
-def misread(toy: Toy, shown: list[str], r: Record, below: float, rng: random.Random) -> list[str]:
+def misread(toy: rewards.Toy, shown: list[str], r: Record, below: float, rng: random.Random) -> list[str]:
     """Other letters than those shown, from which an answer follows that scores less than `below`."""
     while True:
         other = list(shown)
@@ -870,7 +872,7 @@ def cot(s: CotSettings) -> Path:
                 why[key] = "answer wrong" if all(formats) else "template broken"
 
         # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
-        names = {key: hashed(claim) for key, claim in claims.items()}
+        names = {key: short_hash(claim) for key, claim in claims.items()}
         verdicts, unjudged = run_resumable(dict(zip(names.values(), claims.values())), make_cot_judge, s.judge, judged,
                                            "3 observation sufficiency", s)
         for key, name in names.items():
@@ -926,14 +928,14 @@ def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Ca
     return done, failed
 
 
-def hashed(something) -> str:
+def short_hash(something) -> str:
     return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
 
 
 def record_key(r: Record) -> str:
     """Names a question by its content, so that finished work is found again whatever else a file holds."""
     trace = [r.trace] if r.trace else []
-    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace])
+    return short_hash([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace])
 
 
 def is_toy(records: Iterable[Record]) -> bool:

@@ -664,7 +664,7 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
     return model
 
 
-# --------------------------------------------- several GPUs and files; a first reader may stop here
+# ================================ a first reader may stop here ================================
 
 # ------------------------------------------------------------------------------------------------ sharding
 

@@ -354,9 +354,9 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[M
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm ends here, and a first reader may stop. Below: set-up, metrics, the held-out table.
-# ----------------------------------------------------------------------------------------------------------------------
+# ================================ a first reader may stop here ================================
+
+# ------------------------------------------------------------------------------------------------ set-up
 
 def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
     """Loads what `train` needs, in the order of its parameters, and continues from the newest checkpoint."""

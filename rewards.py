@@ -532,8 +532,9 @@ def rule_judge(claims: list[Claim]) -> list[Verdict]:
     return verdicts
 
 
-# ------------------------------------------------------------------------------------------------ plumbing of judges
-# A first reader may stop here: threads, files, and language models behind http or in a folder.
+# ================================ a first reader may stop here ================================
+
+# ------------------------------------------------------------------------------------------------ files and servers
 
 def read_jsonl(file: Path) -> tuple[list[dict], int]:
     """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out. Raises
