@@ -906,7 +906,7 @@ def answer_one(path: Path, args: argparse.Namespace, settings: pagrpo.Settings) 
     print(f"{clip.name}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
           f"{len(example.ids)} prompt tokens")
     (response,), = pagrpo.rollout(model, [example], vocabulary, settings, "question", 1, args.temperature, args.top_p)
-    print(f"{len(response.tokens)} tokens{'' if response.finished else ', cut off'}:\n{response.text}")
+    print(response.text + ("" if response.finished else f"\n(cut off after {len(response.tokens)} tokens)"))
 
 
 PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)             # of Video-R1
