@@ -271,8 +271,8 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     write("a", [row(0, 1.0), row(1, 0.0)]), write("b", [row(0, 1.0, prompt="q")]), write("c", [row(7, 1.0)])
     write("d", [row(0, 1.0, question="another")])
     said = compare(str(tmp_path / "a"), str(tmp_path / "b"))
-    assert "NOT comparable: 1 questions" in said and "(A has 2, B 1)" in said and "The observations were not judged" in said
-    for other, complaint in (("c", "no question in common"), ("d", "another text"), ("e", "no such file")):
+    assert "NOT comparable: 1 questions" in said and "(A has 2, B 1)" in said and "observations of 1 questions were not judged" in said
+    for other, complaint in (("c", "no question in common"), ("d", "another text"), ("e", "no question in common")):
         with pytest.raises(SystemExit, match=complaint):
             evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / other)])
 
