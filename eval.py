@@ -8,10 +8,9 @@
     python eval.py --compare runs/tiny/sft/eval/toy runs/tiny/pagrpo/eval/toy
     python eval.py --video clip.avi --question "Which letter comes right after the red O?" --options "red X" "blue T"
 
-Protocol of the seven, unless flags say otherwise (Video-R1's, to which the paper's numbers belong): 2 frames a second
-but at most 32, with the first and the last, of 256·28·28 pixels; temperature 0.01, top-p 0.001; 1,024 tokens; the
-prompt of training. The toy world and --video keep the run's frames and pixels. Results are in MODEL/eval/BENCH:
-responses.jsonl (a row a question), summary.json, settings.json. The same command resumes, on any number of ranks.
+The seven are run as Video-R1 ran them (PROTOCOL below; docs/evaluation.md), the toy world and --video as the model was
+trained. Results are in MODEL/eval/BENCH: responses.jsonl, summary.json, settings.json. The same command resumes, on any
+number of ranks.
 """
 import argparse
 import ast
@@ -193,38 +192,36 @@ def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict],
     Anything else (MRA, ROUGE, means of means) gets a bootstrap over clips, each with all its questions: questions about
     one clip are not independent.
     """
-    weights, groups = [], []
+    labels, masks, weights = [next(iter(r["groups"].values())) for r in rows], [], []
     for part in parts:
-        some = [[r for r in rows if labels is None or next(iter(r["groups"].values())) in labels] for labels in part]
-        some = [group for group in some if group]
+        some = [np.isin(labels, names) if names else np.full(len(rows), True) for names in part]
+        some = [mask for mask in some if mask.any()]
+        masks += some
         weights += [1 / len(some) for _ in some]
-        groups += some
-    if not groups:
+    if not masks:
         return {"value": None, "low": None, "high": None, "chance": None, "n": 0}
-    clips = {clip: i for i, clip in enumerate(dict.fromkeys(r["clip"] for group in groups for r in group))}
-    sums, chances, counts = np.zeros((3, len(clips), len(groups)))            # of each clip in each group
-    for j, group in enumerate(groups):
-        for r in group:
-            place = clips[r["clip"]], j
-            sums[place] += value(r)
-            chances[place] += 1 / len(r["options"]) if r["problem_type"] == "multiple choice" else 0
-            counts[place] += 1
+    rows = [r for r, used in zip(rows, np.any(masks, axis=0)) if used]
+    masks = np.array(masks, float)[:, np.any(masks, axis=0)]                  # (groups, rows)
+    scores = np.array([value(r) for r in rows], float)
+    guesses = [1 / len(r["options"]) if r["problem_type"] == "multiple choice" else 0 for r in rows]
     weights = np.array(weights) / sum(weights)
-    level, chance = (float(weights @ (x.sum(0) / counts.sum(0))) for x in (sums, chances))
-    if len(groups) == 1 and all(value(r) in (0, 1) for r in groups[0]):
-        low, high = pagrpo.wilson(level, len(groups[0]))
+    level, chance = (float(weights @ (masks @ x / masks.sum(1))) for x in (scores, np.array(guesses)))
+    if len(masks) == 1 and np.isin(scores, (0, 1)).all():
+        low, high = pagrpo.wilson(level, len(rows))
     else:
+        clips, of_row = np.unique([r["clip"] for r in rows], return_inverse=True)
         draws = np.random.default_rng(0).multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=2000)
+        draws = draws[:, of_row].astype(float)               # (draws, rows): how often each row is drawn
         with np.errstate(invalid="ignore"):                  # a draw may miss a group
-            means = (draws @ sums) / (draws @ counts) @ weights
+            means = (draws @ (masks * scores).T) / (draws @ masks.T) @ weights
         low, high = map(float, np.nanpercentile(means, [2.5, 97.5]))
-    return {"value": 100 * level, "low": 100 * low, "high": 100 * high, "chance": 100 * chance, "n": int(counts.sum())}
+    return {"value": 100 * level, "low": 100 * low, "high": 100 * high, "chance": 100 * chance, "n": len(rows)}
 
 
 def summarise(name: str, rows: list[dict]) -> dict:
     """All numbers of a finished evaluation, as summary.json holds them."""
-    bench, scored, groups = BENCHES[name], [r for r in rows if "missing" not in r], {}
-    perception = itemgetter("perception")
+    bench, groups, perception = BENCHES[name], {}, itemgetter("perception")
+    scored = [r for r in rows if "missing" not in r]
     judged = [r for r in scored if perception(r) is not None]
     for dimension in rows[0]["groups"]:
         groups[dimension] = {}
@@ -236,9 +233,9 @@ def summarise(name: str, rows: list[dict]) -> dict:
     if bench.value is is_correct:
         aggregates["mean of the task metrics"] = mean(scored)
     frames, pixels = [r["frames"] for r in scored] or [0], [math.prod(r["pixels"]) for r in scored] or [0]
-    missing = Counter(r["missing"] for r in rows if "missing" in r)
     return {
-        "bench": name, "questions": len(rows), "scored": len(scored), "missing": dict(missing.most_common()),
+        "bench": name, "questions": len(rows), "scored": len(scored),
+        "missing": dict(Counter(r["missing"] for r in rows if "missing" in r).most_common()),
         "unread": sum(r["extracted"] is None for r in scored), "cut_off": sum(not r["finished"] for r in scored),
         "format": mean(scored, value=itemgetter("format")), "perception": mean(judged, value=perception),
         "frames": [min(frames), max(frames)], "pixels": [min(pixels), max(pixels)],
@@ -258,25 +255,21 @@ def cells(name: str, x: dict, perception: str = "") -> list[str]:
 
 def report(s: dict) -> str:
     """A summary as text."""
-    lost, (dimension, labels) = s["questions"] - s["scored"], next(iter(s["groups"].items()))
-    head = f"{s['bench']}: {s['scored']} questions scored"
+    lost, lines = s["questions"] - s["scored"], [f"{s['bench']}: {s['scored']} questions scored"]
     if lost > 0.01 * s["questions"]:
-        head += (f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) have no readable media or "
-                 "too long a prompt, and are not in the score")
-    if empty := [label for label, x in labels.items() if not x["n"]]:
-        head += f"; {len(labels) - len(empty)} of {len(labels)} {dimension}s (without {', '.join(empty)})"
+        lines[0] += f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) could not be asked"
     table = [HEADER] + [cells(name, x, cell(s["perception"])) for name, x in s["aggregates"].items()]
     for dimension, labels in s["groups"].items():
         table.append([f"by {dimension}", "", "", "", ""])
         table += [cells(f"  {label}", x, cell(x["perception"])) for label, x in labels.items()]
     frames, pixels = ("–".join(map(str, dict.fromkeys(s[name]))) for name in ("frames", "pixels"))
-    tail = [f"{frames} frames of {pixels} pixels. Responses that keep the template: {cell(s['format'])}.",
-            f"Without a readable answer: {s['unread']} (they count as wrong); cut off: {s['cut_off']}; "
-            f"media missing or broken: {lost}."]
-    tail += [f"  {n} × {reason}" for reason, n in [*s["missing"].items()][:3]]
+    lines += [*data.format_table(table),
+              f"{frames} frames of {pixels} pixels. Responses that keep the template: {cell(s['format'])}.",
+              f"Without a readable answer: {s['unread']} (wrong); cut off: {s['cut_off']}; not asked: {lost}."]
+    lines += [f"  {n} × {reason}" for reason, n in [*s["missing"].items()][:3]]
     if s["paper"]:
-        tail.append(f"Paper, {next(iter(s['aggregates']))}: Qwen2.5-VL-7B {s['paper'][0]}, VideoP2R {s['paper'][1]}")
-    return "\n".join([head, *data.format_table(table), *tail])
+        lines.append(f"Paper, {next(iter(s['aggregates']))}: Qwen2.5-VL-7B {s['paper'][0]}, VideoP2R {s['paper'][1]}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ 4. analyses
@@ -299,8 +292,7 @@ def mismatch(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def perception_from(questions: list[Question], settings: pagrpo.Settings, args: argparse.Namespace,
-                    world: sft.World) -> str:
+def perception_from(questions: list[Question], args: argparse.Namespace) -> str:
     """The same questions with nothing, another run's observation, the video, or both (paper, Figure 4)."""
     observations = {key: r.get("observation") for key, r in read_rows(args.perception_from).items()}
     questions, bench = [q for q in questions if observations.get(q.record.problem_id)], BENCHES[args.bench]
@@ -310,7 +302,7 @@ def perception_from(questions: list[Question], settings: pagrpo.Settings, args: 
     for name, blind, given in (("question", True, {}), ("question and observation", True, observations),
                                ("", False, {}), ("video and observation", False, observations)):
         records = [asked_record(q, args, blind, given.get(q.record.problem_id)) for q in questions]
-        rows = [r for r in run(questions, records, settings, args, world, name) if "missing" not in r]
+        rows = [r for r in run(questions, records, args, name) if "missing" not in r]
         table.append(cells(name or "video", mean(rows, next(iter(bench.aggregates.values())), bench.value)))
     return "\n".join([f"Is the observation enough? Those of {args.perception_from}:", *data.format_table(table)])
 
@@ -377,8 +369,7 @@ def compare(first: str, second: str) -> str:
     return "\n".join([*data.format_table(table), *lines, *data.format_table(where), "", *change_examples(pairs)])
 
 
-# ---------------------------------------- a first reader may stop here: below stand running, benchmarks, command line
-
+# ================================================================ a first reader may stop here: plumbing follows
 
 # ------------------------------------------------------------------------------------------------ 5. running
 
@@ -429,19 +420,18 @@ def read_rows(place: str | Path) -> dict[str, dict]:
 load_model = lru_cache(maxsize=2)(data.load_local)           # several benchmarks, one model
 
 
-def respond(pairs: list[tuple], folder: Path, judging: bool, s: pagrpo.Settings, args: argparse.Namespace,
-            world: sft.World) -> None:
+def respond(pairs: list[tuple], folder: Path, judging: bool, args: argparse.Namespace) -> None:
     """Answers this rank's (question, record) pairs and appends each row to a file at once. Raises ValueError if too
     many verdicts are unknown."""
-    judge, (vocabulary, model, device) = None, load_model(args.model)
+    s, rank, judge, (vocabulary, model, device) = args.settings, args.world.rank, None, load_model(args.model)
     if judging:                                              # `reference`: --judge-model, else the model itself
         words, blind, _ = load_model(Path(s.judge == "reference" and s.judge_model or args.model))
-        judge = data.make_judge(s, folder / f"judge-{world.rank}.jsonl", lambda claims: data.blind_answers(
+        judge = data.make_judge(s, folder / f"judge-{rank}.jsonl", lambda claims: data.blind_answers(
             blind, words, claims, s, s.max_response, args.batch, device), device)
-    out, records = rewards.Journal(folder / f"responses.{world.rank}.jsonl"), [r for _, r in pairs]
+    out, records = rewards.Journal(folder / f"responses.{rank}.jsonl"), [r for _, r in pairs]
     examples = data.Examples(records, args.data, vocabulary, model.config, s, max_unreadable=1, teaching=False)
     batches = [range(i, min(i + args.batch, len(pairs))) for i in range(0, len(pairs), args.batch)]
-    bar = tqdm(batches, desc=f"{args.bench}, {args.batch} questions at a time", disable=not world.first)
+    bar = tqdm(batches, desc=f"{args.bench}, {args.batch} questions at a time", disable=rank > 0)
     for batch, readable in zip(bar, examples.prefetch(batches)):
         groups = pagrpo.rollout(model, readable, vocabulary, s, "evaluation", 1, args.temperature, args.top_p)
         verdicts = pagrpo.start_judging(judge, groups)() if judge else [[None]] * len(groups)
@@ -459,19 +449,19 @@ def respond(pairs: list[tuple], folder: Path, judging: bool, s: pagrpo.Settings,
                 out.add(to_row(q, response, s, verdict))
 
 
-def run(questions: list[Question], records: list[data.Record], settings: pagrpo.Settings, args: argparse.Namespace,
-        world: sft.World, variant: str = "") -> list[dict]:
+def run(questions: list[Question], records: list[data.Record], args: argparse.Namespace, variant: str = "") -> list[dict]:
     """Runs or resumes an evaluation that asks records[i] for questions[i]. `variant` names the folder of another
     prompt. Returns the rows in the order of the questions, on every rank."""
-    folder, judge = args.out / f"{args.bench} {variant}".strip().replace(" ", "-"), "none" if variant else args.judge
+    s, world, judge = args.settings, args.world, "none" if variant else args.judge
+    folder = args.out / f"{args.bench} {variant}".strip().replace(" ", "-")
     weights = [file.stat() for file in sorted(args.model.glob("*.safetensors"))]
-    decisive = {name: getattr(settings, name) for name in (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")}
+    decisive = {name: getattr(s, name) for name in (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")}
     decisive |= {name: getattr(args, name) for name in ("bench", "temperature", "top_p", "direct", "clips")} | {
         "model": str(args.model.resolve()), "judge": judge,
         "weights": [f"{x.st_size} bytes of {int(x.st_mtime)}" for x in weights]}
 
     def begin() -> dict[str, dict]:
-        data.check_settings(folder, decisive, data.default_settings(settings), free=())
+        data.check_settings(folder, decisive, data.default_settings(s), free=())
         return read_rows(folder)
 
     def end() -> dict[str, dict]:
@@ -485,11 +475,11 @@ def run(questions: list[Question], records: list[data.Record], settings: pagrpo.
     rows, todo = world.on_rank0(begin), []
     for question, r in zip(questions, records):              # new ones, those without media, and those reworded since
         row = rows.get(r.problem_id, {})
-        if (row.get("prompt"), row.get("reference")) != (prompt_hash(r, settings), r.reference):
+        if (row.get("prompt"), row.get("reference")) != (prompt_hash(r, s), r.reference):
             todo.append((question, r))
     if todo:
         with data.lock_folder(folder) if world.first else nullcontext():
-            respond(todo[world.rank::world.size], folder, judge != "none", settings, args, world)
+            respond(todo[world.rank::world.size], folder, judge != "none", args)
             world.barrier()
             rows = world.on_rank0(end)
     return [rows[r.problem_id] for r in records]
@@ -767,37 +757,43 @@ def find_model(name: str | None) -> tuple[Path, Path, str]:
         raise ValueError(f"{error} ({why}). `python pagrpo.py` makes a small model, --model names one.{hub}") from None
 
 
-def run_settings(model: Path, preset: str | None) -> pagrpo.Settings:
-    """The settings a model was trained with, from its run's folder; a preset's fill in what is missing."""
+def find_settings(model: Path, args: argparse.Namespace) -> pagrpo.Settings:
+    """The settings a model was trained with, from its run's folder, else a preset's; the protocol; then the flags."""
     file = next((f for f in (model / "settings.json", model.parent / "settings.json") if f.is_file()), None)
     saved = sft.read_json(file) if file else {}
     if file and not saved:
         raise ValueError(f"{file} is damaged")
     same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
             if k in data.default_settings(pagrpo.Settings) and not k.startswith("judge")}
-    return pagrpo.Settings(**pagrpo.PRESETS[preset or ("tiny" if saved.get("prompt") == "short" else "7b")] | same)
+    preset = pagrpo.PRESETS[args.preset or ("tiny" if saved.get("prompt") == "short" else "7b")]
+    protocol = PROTOCOL if args.bench in [*SEVEN, "all"] else {}
+    args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
+    names = {*INPUTS, *(f.name for f in fields(data.JudgeSettings))}
+    own = {k: v for k, v in data.given_flags(args).items() if k in names and (k, v) != ("judge", "none")}
+    direct = {"prompt": "direct"} if args.direct else {}
+    return pagrpo.Settings(**preset | same | protocol | own | direct)
 
 
-def evaluate(questions: list[Question], notes: list[str], settings: pagrpo.Settings, args: argparse.Namespace,
-             world: sft.World) -> dict | None:
+def evaluate(questions: list[Question], notes: list[str], args: argparse.Namespace) -> dict | None:
     """Runs one benchmark and prints its table. Returns its summary."""
+    s, print0 = args.settings, args.world.print0
     if args.limit and args.limit < len(questions):
         notes = [*notes, f"ONLY {args.limit} of them, evenly spread"]
         questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
-    prompt = "official short-answer" if args.direct else f"template {settings.template}, {settings.prompt}"
-    rate = f"{settings.fps:g} frames a second, at most" if settings.fps else "frames: always"
-    world.print0(f"\n{args.bench}: {'; '.join(notes)}\n{rate} {settings.frames}, of {settings.max_pixels} pixels, "
-                 f"{'cut to their bounds' if args.clips else 'uncut'}; temperature {args.temperature:g}, top-p "
-                 f"{args.top_p:g};\n{settings.max_response} tokens; {prompt} prompt; judge: {args.judge}.")
+    prompt = "official short-answer" if args.direct else f"template {s.template}, {s.prompt}"
+    rate = f"{s.fps:g} frames a second, at most" if s.fps else "frames: always"
+    print0(f"\n{args.bench}: {'; '.join(notes)}\n{rate} {s.frames}, of {s.max_pixels} pixels, "
+           f"{'cut to their bounds' if args.clips else 'uncut'}; temperature {args.temperature:g}, top-p "
+           f"{args.top_p:g};\n{s.max_response} tokens; {prompt} prompt; judge: {args.judge}.")
     if args.perception_from:
-        return world.print0(perception_from(questions, settings, args, world))
-    rows = run(questions, [asked_record(q, args) for q in questions], settings, args, world)
+        return print0(perception_from(questions, args))
+    rows = run(questions, [asked_record(q, args) for q in questions], args)
     summary = summarise(args.bench, rows) | {"model": str(args.model)}
     file, text = args.out / args.bench / "summary.json", json.dumps(summary, indent=1) + "\n"
-    if world.first and not (file.is_file() and file.read_text() == text):     # a read-only folder can be shown again
+    if args.world.first and not (file.is_file() and file.read_text() == text):   # the disk may be read-only by now
         data.write_atomically(file, text)
     said = mismatch(rows) + "\n" if args.mismatch else ""
-    world.print0(f"\n{report(summary)}\n{said}Responses and numbers: {file.parent}")
+    print0(f"\n{report(summary)}\n{said}Responses and numbers: {file.parent}")
     return summary
 
 
@@ -811,19 +807,18 @@ def paper_table(model: Path, summaries: list[dict]) -> list[str]:
     return data.format_table([["percent (* not the whole benchmark)", *head, "mean"], *rows])
 
 
-def answer_one(args: argparse.Namespace, settings: pagrpo.Settings) -> None:
+def answer_one(args: argparse.Namespace) -> None:
     """Prints what the model sees of a clip or picture, and its response to --question. Raises MediaError."""
     clip = Path(args.video).resolve()
-    "".join([args.question, *args.options]).encode()         # a lone surrogate is a ValueError
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
     medium = "image" if clip.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif") else "video"
     record = data.Record("", args.question, tuple(args.options), kind, "", clip.name, medium)
     vocabulary, model, _ = load_model(args.model)
-    example = data.build_example(record, clip.parent, vocabulary, model.config, settings)
+    example = data.build_example(record, clip.parent, vocabulary, model.config, args.settings)
     steps, rows, columns = example.grid
     print(f"{clip.name}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
           f"{len(example.ids)} prompt tokens")
-    (response,), = pagrpo.rollout(model, [example], vocabulary, settings, "question", 1, args.temperature, args.top_p)
+    (response,), = pagrpo.rollout(model, [example], vocabulary, args.settings, "question", 1, args.temperature, args.top_p)
     print(response.text + ("" if response.finished else f"\n(cut off after {len(response.tokens)} tokens)"))
 
 
@@ -873,10 +868,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def evaluate_all(args: argparse.Namespace, world: sft.World) -> None:
+def evaluate_all(args: argparse.Namespace) -> None:
     """Finds model and benchmarks and runs what was asked for. Raises ValueError, at once if nothing can be run."""
-    benches, lacking = {}, []                                # name → folder, questions, notes
-    for name in SEVEN if args.bench == "all" else {args.bench} & {*SEVEN}:
+    benches, lacking, paper = {}, [], args.bench == "all"    # name → folder, questions, notes
+    for name in SEVEN if paper else {args.bench} & {*SEVEN}:
         root = Path(args.data or f"data/{name}")
         try:
             benches[name] = root, *read_bench(name, root)
@@ -886,28 +881,25 @@ def evaluate_all(args: argparse.Namespace, world: sft.World) -> None:
         folder, args.model, why = find_model(args.model)
     except ValueError as error:
         raise ValueError("\n".join([str(error), *lacking])) from None
-    args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
-    names = {*INPUTS, *(f.name for f in fields(data.JudgeSettings))}
-    own = {k: v for k, v in data.given_flags(args).items() if k in names and (k, v) != ("judge", "none")}
-    settings = replace(run_settings(folder, args.preset), **(PROTOCOL if args.bench in [*SEVEN, "all"] else {})
-                       | own | ({"prompt": "direct"} if args.direct else {}))
+    args.settings = find_settings(folder, args)
     args.batch = args.batch or (128 if args.bench == "toy" else 8)
     args.out = Path(args.out or (args.model.parent if args.model.name.startswith("step-") else args.model) / "eval")
-    world.print0(f"Model {args.model} ({why})")
+    args.world.print0(f"Model {args.model} ({why})")
     if args.video:
-        return answer_one(args, settings)
+        return answer_one(args)
     if args.bench == "toy":                                  # beside the model; else runs/tiny's, made when missing
         places = [parent / "toy" for parent in args.model.resolve().parents] + [Path("runs/tiny/toy")]
         root = args.data or next((place for place in places if (place / "heldout.json").is_file()), None)
-        root = root or world.on_rank0(lambda: data.make_toy(places[-1], {"heldout": BENCHES["toy"].expected}))
+        root = root or args.world.on_rank0(lambda: data.make_toy(places[-1], {"heldout": BENCHES["toy"].expected}))
         benches["toy"] = Path(root), *read_bench("toy", Path(root))
-    summaries, asked = [], len(benches) + len(lacking)
+    summaries = []
     for args.bench, (args.data, questions, notes) in benches.items():
-        summaries.append(evaluate(questions, notes, settings, args, world))
-    if asked > 1 and (scored := [s for s in summaries if s["scored"]]):
-        world.print0("", *paper_table(args.model, scored), sep="\n")
+        summaries.append(evaluate(questions, notes, args))
+    if paper and (scored := [s for s in summaries if s["scored"]]):
+        args.world.print0("", *paper_table(args.model, scored), sep="\n")
     if lacking:
-        raise ValueError("\n".join([f"{len(lacking)} of {asked} benchmarks are missing or broken:", *lacking]))
+        count = len(benches) + len(lacking)
+        raise ValueError("\n".join([f"{len(lacking)} of {count} benchmarks are missing or broken:", *lacking]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -915,9 +907,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.compare:
             return print(compare(*args.compare))
-        world = sft.start_world(patience=timedelta(hours=12))    # ranks may be hours apart at a benchmark's end
-        evaluate_all(args, world)
-        world.shutdown()
+        args.world = sft.start_world(patience=timedelta(hours=12))            # ranks may be hours apart at the end
+        evaluate_all(args)
+        args.world.shutdown()
     except data.MediaError as error:
         sys.exit(f"{args.video}: {error}")
     except (OSError, ValueError) as error:

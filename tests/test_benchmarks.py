@@ -150,11 +150,11 @@ def videomme(root: Path, clip) -> None:
 EXPECTED = {"vsibench": (vsibench, 4, 1, ["INCOMPLETE: 1 of 4 (25.0%)", "no such file", "30.1", "36.8",
                                           "mean of multiple choice and MRA (paper)", "mean of eight tasks (official)"]),
             "videommmu": (videommmu, 5, 2, ["cannot be decoded", "Perception", "Adaptation", "Medicine"]),
-            "mmvu": (mmvu, 2, 1, ["Computer Science", "without Art", "20.0"]),
+            "mmvu": (mmvu, 2, 1, ["Computer Science", "20.0"]),
             "vcrbench": (vcrbench, 2, 0, ["Video Plot Analysis", "over 300 s", "50.0"]),
-            "mvbench": (mvbench, 8, 2, ["3 of 4 tasks (without fine_grained_pose)", "33.3"]),
+            "mvbench": (mvbench, 8, 2, ["33.3"]),
             "tempcompass": (tempcompass, 5, 1, ["closed formats, pooled", "yes_no", "mean of formats", "50.0"]),
-            "videomme": (videomme, 3, 1, ["short", "without subtitles", "without long", "25.0"])}
+            "videomme": (videomme, 3, 1, ["short", "without subtitles", "25.0"])}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -167,7 +167,7 @@ def test_a_miniature_is_read_answered_and_counted(name, clip, base, tmp_path, ca
     evaluation.main(command)
     out = capsys.readouterr().out
     for words in (*said, f"{questions} questions in", f"NOT the benchmark's {BENCHES[name].expected} questions",
-                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "2 frames a second, at most 32,"):
+                  f"{questions - lost} questions scored", f"not asked: {lost}.", "2 frames a second, at most 32,"):
         assert words in out
     rows = [json.loads(line) for line in (tmp_path / "out" / name / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == questions == len({r["id"] for r in rows}) and sum("missing" in r for r in rows) == lost
