@@ -369,8 +369,12 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if not dist.is_initialized() and (size > 1 or cuda):
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if size == 1 else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes), **alone)
+        store, timeout = dist.HashStore(), timedelta(minutes=minutes)
+        if size > 1:                                         # torchrun's store still holds what ended ranks wrote
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(start, next(dist.rendezvous("env://", timeout=timeout))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, store=store, rank=rank,
+                                world_size=size)
     if size == 1:
         return World(rank, size, device)
     faulthandler.enable()                                    # NCCL aborts after a timeout: show where that was
@@ -422,8 +426,8 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: floa
 def grad_norm_metrics(norms: Sequence[float]) -> dict[str, float]:
     """Mean gradient norm of a step's updates (NaN: none was finite), and how many updates were left out."""
     finite = [norm for norm in norms if math.isfinite(norm)]
-    mean = sum(finite) / len(finite) if finite else math.nan
-    return {"grad_norm": mean, "skipped_updates": len(norms) - len(finite)}
+    return {"grad_norm": sum(finite) / len(finite) if finite else math.nan,
+            "skipped_updates": len(norms) - len(finite)}
 
 
 def memory_metrics(world: World) -> dict[str, float]:
@@ -753,7 +757,9 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
     if settings.dry_run:
         folders = [Path(settings.model), *Path(settings.model).glob(CHECKPOINTS)] if settings.model else []
         found = [folder for folder in folders if (folder / "config.json").is_file()]
-        return print(plan(read_config(found[0]) if found else CONFIGS[settings.preset], settings, title))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan(read_config(found[0]) if found else CONFIGS[settings.preset], settings, title))
+        return
     world = start_world(settings.patience)
     world.print0(f"{title}; others: " + ", ".join(f"--preset {p}" for p in presets if p != settings.preset))
     try:

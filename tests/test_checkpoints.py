@@ -59,7 +59,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 def test_a_tensor_too_many_is_named(tmp_path):
     write(TIED, tmp_path / "a")
     rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({"visual.blocks.0.lora.weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match=r"1 tensors too many: visual\.blocks\.0\.lora\.weight"):
+    with pytest.raises(ValueError, match=r"1 unexpected tensors: visual\.blocks\.0\.lora\.weight"):
         load_model(tmp_path / "a")
 
 
@@ -70,14 +70,6 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
         load_model(tmp_path / "a")
 
 
-def test_a_transposed_matrix_of_as_many_numbers_is_refused(tmp_path):
-    write(TIED, tmp_path / "a")
-    name = "model.layers.0.mlp.down_proj.weight"
-    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
-    with pytest.raises(ValueError, match=r"down_proj\.weight has shape \(384, 128\), not \(128, 384\)"):
-        load_model(tmp_path / "a")
-
-
 def test_weights_and_configuration_must_agree_on_a_head_of_its_own(tmp_path):
     write(TIED, tmp_path / "tied")
     rewrite(tmp_path / "tied" / "config.json", lambda raw: raw.update(tie_word_embeddings=False))
@@ -85,7 +77,7 @@ def test_weights_and_configuration_must_agree_on_a_head_of_its_own(tmp_path):
         load_model(tmp_path / "tied")
     write(UNTIED, tmp_path / "untied")
     rewrite(tmp_path / "untied" / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
-    with pytest.raises(ValueError, match=r"tensors too many: lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"unexpected tensors: lm_head\.weight"):
         load_model(tmp_path / "untied")
 
 
@@ -100,37 +92,21 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_model(tmp_path)
     write_config(TIED, tmp_path, [3])
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+    with pytest.raises(ValueError, match="80 missing tensors: "):
         load_model(tmp_path)
 
 
-def test_a_shard_that_is_not_there_is_named(tmp_path):
+def test_the_tensors_of_a_file_that_is_not_there_are_missing(tmp_path):
     write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
-    lost = sorted((tmp_path / "a").glob("*.safetensors"))[1]
-    lost.unlink()
-    with pytest.raises(FileNotFoundError, match=lost.name):
-        load_model(tmp_path / "a")
-
-
-def test_a_tensor_that_the_index_leaves_out_is_missing(tmp_path):
-    write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
-    rewrite(tmp_path / "a" / INDEX, lambda index: index["weight_map"].pop("visual.merger.ln_q.weight"))
-    with pytest.raises(ValueError, match=r"1 missing tensors: visual\.merger\.ln_q\.weight"):
-        load_model(tmp_path / "a")
-
-
-def test_a_tensor_that_the_index_looks_for_in_the_wrong_shard_is_named(tmp_path):
-    write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
-    first = sorted((tmp_path / "a").glob("*.safetensors"))[0].name
-    rewrite(tmp_path / "a" / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": first}))
-    with pytest.raises(Exception, match=r"model\.norm\.weight"):
+    sorted((tmp_path / "a").glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match="missing tensors: .*weight"):
         load_model(tmp_path / "a")
 
 
 # ------------------------------------------------------------------------------------------------ configuration
 
 def published(hidden, layers, heads, kv_heads, mlp, vocab, tied) -> dict:
-    """config.json as it stands in the official folders, what the network does not depend on left out."""
+    """config.json of the official folders, without what the network does not depend on."""
     return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "bos_token_id": 151643, "eos_token_id": 151645,
             "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
             "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": hidden,
@@ -276,14 +252,14 @@ def test_configuration_and_tokenizer_travel_along_and_nothing_else(tmp_path):
     assert_same(load_model(tmp_path / "a").state_dict(), tensors)
 
 
-def test_what_stands_beside_the_weights_appears_with_them(tmp_path):
+def test_extra_files_appear_together_with_the_weights(tmp_path):
     folder, seen = tmp_path / "runs" / "a", []
 
-    def beside(aside):
+    def write_extra(aside):
         seen.append(folder.exists())
         (aside / "state.json").write_text("{}")
 
-    save_model({"x": torch.ones(2)}, folder, write_extra=beside)
+    save_model({"x": torch.ones(2)}, folder, write_extra=write_extra)
     assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json"}
     assert [f.name for f in folder.parent.iterdir()] == ["a"], "nothing is left aside"
 
@@ -358,14 +334,3 @@ def test_official_rows_have_the_names_and_shapes_of_transformers(size, tmp_path)
         network = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(tmp_path))
     expected = {name: p.shape for name, p in official_tensors(network).items()}
     assert {name: p.shape for name, p in on_meta(size).named_parameters()} == expected
-
-
-def test_some_shapes_of_the_7b_row_by_hand():
-    shapes = {name: tuple(p.shape) for name, p in on_meta("7b").named_parameters()}
-    assert shapes["visual.patch_embed.proj.weight"] == (1280, 3, 2, 14, 14)
-    assert shapes["visual.blocks.31.attn.qkv.weight"] == (3 * 1280, 1280)
-    assert shapes["visual.merger.mlp.0.weight"] == (4 * 1280, 4 * 1280)
-    assert shapes["visual.merger.mlp.2.weight"] == (3584, 4 * 1280)
-    assert shapes["model.layers.27.self_attn.k_proj.weight"] == (4 * 128, 3584)
-    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (152064, 3584)
-    assert "lm_head.weight" not in dict(on_meta("3b").named_parameters())

@@ -259,8 +259,8 @@ def test_a_run_with_a_server_counts_its_verdicts_and_shows_its_words(started, to
     said = capsys.readouterr().out
     asked = sum(row["judge/requests"] for row in rows)
     assert asked == len(server.requests) > 0 and all(0 < row["judge/unknown"] < row["judge/claims"] for row in rows)
-    assert all(0 <= row["judge/share"] < 1 and "judge/leak" in row for row in rows)
-    assert "judge       " in said and "Judge http" in said and "agreed with the exact rule on" in said
+    assert all({"judge/leak", "judge/agreement", "judge/false_positive", "seconds_judging"} <= row.keys() for row in rows)
+    assert "judge       " in said
     assert all(row["perception/accuracy"] >= 0 for row in rows), "JSON knows no NaN"
     kept = (tmp_path / "pagrpo" / "judge-0.jsonl").read_text().splitlines()
     assert len(kept) == sum(i % 4 > 1 for i in range(asked)), "verdicts are kept for a resume, and nothing else"
@@ -283,7 +283,5 @@ def test_an_outage_stops_the_run_at_a_step_and_the_same_command_goes_on(started,
 def test_the_reference_judges_and_is_compared_with_the_exact_rule(started, toy, tmp_path, capsys):
     rows = rl(started, toy, tmp_path, "--judge", "reference", "--kl-beta", "0")
     said = capsys.readouterr().out
-    assert "Judge: the KL reference, answering from the observation alone. The paper asked" in said
     assert "judge       " in said and "answering blind: " in said
-    assert "Judge reference agreed with the exact rule on" in said
     assert all(0 <= row["judge/agreement"] <= 1 and row["judge/unknown"] == 0 for row in rows)

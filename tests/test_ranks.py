@@ -165,7 +165,7 @@ def test_a_rank_that_dies_ends_the_run_everywhere_and_torchrun_goes_on_from_the_
     run, folder = begin(2, rl(tmp_path / "cut", toy, started, **common), "--max-restarts=1"), tmp_path / "cut/pagrpo"
     after_step(run, folder, 3)
     os.kill(ranks_of(run)[1], signal.SIGKILL)                # this time torchrun may restart …
-    while not (folder / "step-000008/SHA256SUMS").exists():
+    while not (folder / "step-000008").exists():
         assert run.poll() is None, run.communicate()
         time.sleep(0.02)
     os.kill(ranks_of(run)[1], signal.SIGKILL)                # … and this time not

@@ -1,5 +1,5 @@
-"""Promise: a stopped run goes on where it stopped and ends as if it had never stopped; a folder that holds something
-else is never overwritten."""
+"""Promise: a stopped run resumes and ends as if it had never stopped; a folder that holds something else is never
+overwritten, and changed code never goes unnoticed."""
 import json
 import shutil
 import signal
@@ -16,16 +16,22 @@ TIMES = ("seconds", "seconds_sampling", "seconds_scoring", "seconds_judging", "s
          "judge/share", "tokens_per_second", "peak_memory_gb")
 
 
+def flags(**settings):
+    return [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
 def sft_flags(out, toy, base, **changes):
-    flags = dict(preset="tiny", out=out, model=base, data=toy / "sft.json", media=toy, heldout=toy / "heldout.json",
-                 steps=8, batch=8, save_every=3, warmup=2) | changes
-    return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    return flags(**dict(preset="tiny", out=out, model=base, data=toy / "sft.json", media=toy,
+                        heldout=toy / "heldout.json", steps=8, batch=8, save_every=3, warmup=2) | changes)
 
 
 def rl_flags(out, toy, model, **changes):
-    flags = dict(preset="tiny", out=out, model=model, data=toy / "rl.json", media=toy, heldout=toy / "heldout.json",
-                 steps=5, questions=2, group_size=3, max_response=16, save_every=2, transcript_every=100) | changes
-    return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    return flags(**dict(preset="tiny", out=out, model=model, data=toy / "rl.json", media=toy, steps=5, questions=2,
+                        heldout=toy / "heldout.json", group_size=3, max_response=16, save_every=2,
+                        transcript_every=100) | changes)
+
+
+BOTH = pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
 
 
 def metrics(folder):
@@ -33,55 +39,54 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def interrupt_in_step(monkeypatch, module, number):
-    """Sends Ctrl-C while step `number` computes its update."""
-    update, calls = module.optimizer_step, []
+def same_end(a, b) -> bool:
+    """Are two finished runs equal bit for bit, in weights, moments and metrics (but for times)?"""
+    pairs = [[load_file(newest_checkpoint(run) / file) for run in (a, b)]
+             for file in ("model.safetensors", "optimizer.safetensors")]
+    return metrics(a) == metrics(b) and all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+                                            for x, y in pairs)
 
-    def interrupted(*args):
+
+def before_update(monkeypatch, module, action):
+    """Calls action(number, model) before each update, counted from 1."""
+    step, calls = module.optimizer_step, []
+
+    def patched(model, *rest):
         calls.append(1)
-        if len(calls) == number:
-            signal.raise_signal(signal.SIGINT)
-        return update(*args)
-    monkeypatch.setattr(module, "optimizer_step", interrupted)
+        action(len(calls), model)
+        return step(model, *rest)
+    monkeypatch.setattr(module, "optimizer_step", patched)
 
 
-@pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
-def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, flags, stage, toy, base,
-                                                                     tmp_path, monkeypatch):
+def interrupt_in_step(monkeypatch, module, number):
+    before_update(monkeypatch, module, lambda n, _: n == number and signal.raise_signal(signal.SIGINT))
+
+
+@BOTH
+def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, flags, stage, toy, base, tmp_path,
+                                                                     monkeypatch):
     module.main(flags(tmp_path / "whole", toy, base))
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, module, 4)
         with pytest.raises(SystemExit, match="topped after step 4"):
             module.main(flags(tmp_path / "cut", toy, base))
     module.main(flags(tmp_path / "cut", toy, base))
-    whole, cut = (tmp_path / name / stage for name in ("whole", "cut"))
-    assert metrics(whole) == metrics(cut)
-    a, b = (load_file(newest_checkpoint(folder) / "model.safetensors") for folder in (whole, cut))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "bit for bit"
+    assert same_end(tmp_path / "whole" / stage, tmp_path / "cut" / stage), "bit for bit"
 
 
-def test_a_run_killed_between_checkpoints_takes_its_steps_again_and_logs_them_once(toy, base, tmp_path):
+def test_steps_after_the_checkpoint_are_logged_once(toy, base, tmp_path):
     sft.main(sft_flags(tmp_path / "whole", toy, base))
-    sft.main(sft_flags(tmp_path / "cut", toy, base, steps=8, save_every=3))
-    folder = tmp_path / "cut" / "sft"
+    shutil.copytree(tmp_path / "whole/sft", tmp_path / "cut/sft")
+    folder = tmp_path / "cut/sft"
     shutil.rmtree(newest_checkpoint(folder))                 # what a kill in step 8 leaves: a checkpoint of step 6, …
-    sft.main(sft_flags(tmp_path / "six", toy, base, save_every=6, batch=8) + [])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')                        # … and a line cut short
     sft.main(sft_flags(tmp_path / "cut", toy, base))
     assert metrics(folder) == metrics(tmp_path / "whole" / "sft")
 
 
-def test_a_half_written_checkpoint_does_not_count(toy, base, tmp_path):
-    sft.main(sft_flags(tmp_path, toy, base, steps=2))
-    half = tmp_path / "sft" / "step-000009.writing"
-    shutil.copytree(newest_checkpoint(tmp_path / "sft"), half)
-    assert newest_checkpoint(tmp_path / "sft").name == "step-000002"
-
-
 def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path, monkeypatch):
-    built = []
-    build = pagrpo.build_model
+    built, build = [], pagrpo.build_model
     monkeypatch.setattr(pagrpo, "build_model",
                         lambda folder, *a, **k: built.append(str(folder)) or build(folder, *a, **k))
     with monkeypatch.context() as patch:
@@ -89,14 +94,43 @@ def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path
         with pytest.raises(SystemExit):
             pagrpo.main(rl_flags(tmp_path, toy, base, heldout=""))
     pagrpo.main(rl_flags(tmp_path, toy, base, heldout=""))
-    reference, policy = built[2:4]
-    assert policy.endswith("step-000002") and reference == str(base)
+    assert [folder.rpartition("/")[2] for folder in sorted(built[2:4])] == ["base", "step-000002"]
 
 
-def test_other_settings_in_the_same_folder_are_refused_and_named(toy, base, tmp_path):
-    sft.main(sft_flags(tmp_path, toy, base, steps=2))
+def test_other_settings_in_the_same_folder_are_refused_and_named(trained, toy, base, tmp_path):
     with pytest.raises(SystemExit, match=r"--lr was 0.002, is now 0.1"):
-        sft.main(sft_flags(tmp_path, toy, base, steps=2, lr=0.1))
+        sft.main(sft_flags(trained, toy, base, steps=6, lr=0.1))
+    shutil.copytree(trained, tmp_path / "a")
+    (tmp_path / "a/sft/settings.json").unlink()              # the checkpoint knows its settings, too
+    with pytest.raises(SystemExit, match=r"step-000006 holds work with other settings:\n  --lr was 0.002, is now 0.1"):
+        sft.main(sft_flags(tmp_path / "a", toy, base, steps=6, lr=0.1))
+
+
+def test_a_new_flag_with_its_default_does_not_lock_an_old_run(trained, toy, base, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "a")
+    settings, state = (tmp_path / "a/sft" / name for name in ("settings.json", "step-000006/state.json"))
+    old = json.loads(settings.read_text())
+    del old["blind"], old["beta2"]                           # as if these flags were newer than the run
+    settings.write_text(json.dumps(old))
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"settings": old}))
+    same = sft_flags(tmp_path / "a", toy, base, steps=6, blind=0.0, beta2=0.999)
+    sft.main(same)
+    assert "SFT is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--blind was 0.0, is now 0.5"):
+        sft.main([*same, "--blind", "0.5"])
+
+
+def test_changed_code_is_named(trained, toy, base, tmp_path, monkeypatch, capsys):
+    """A finished run shows what the old code gave, an unfinished one goes on with the new code; both say so."""
+    shutil.copytree(trained, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/sft/step-000006")
+    hashes = sft.code_hashes
+    monkeypatch.setattr(sft, "code_hashes", lambda settings: hashes(settings) | {"rewards.py": "edited"})
+    sft.main(sft_flags(trained, toy, base, steps=6))
+    assert "rewards.py changed since" in (said := capsys.readouterr().out) and "results of the old code" in said
+    assert "take another --out" in said and "SFT is finished" in said
+    sft.main(sft_flags(tmp_path / "cut", toy, base, steps=6))
+    assert "rewards.py changed since" in (said := capsys.readouterr().out) and "goes on with the new code" in said
 
 
 def test_a_finished_run_shows_its_table_and_trains_nothing(toy, base, tmp_path, capsys, monkeypatch):
@@ -106,29 +140,38 @@ def test_a_finished_run_shows_its_table_and_trains_nothing(toy, base, tmp_path, 
     pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
     again = capsys.readouterr().out
     assert "is finished" in again and first[first.index("Percent of"):] == again[again.index("Percent of"):]
+    report = tmp_path / "pagrpo/results.json"
+    whole = report.read_text()
+    report.write_text(whole[:40])                            # damaged: made again
+    pagrpo.main(rl_flags(tmp_path, toy, base, steps=1))
+    assert report.read_text() == whole
 
 
-def poison(monkeypatch, module, steps):
+def poison(monkeypatch, module, updates):
     """Gradients of these updates (from 1) are not numbers."""
-    update, calls = module.optimizer_step, []
-
-    def poisoned(model, *rest):
-        calls.append(1)
-        if len(calls) in steps:
-            for p in model.parameters():
-                p.grad = torch.full_like(p, float("nan"))
-        return update(model, *rest)
-    monkeypatch.setattr(module, "optimizer_step", poisoned)
+    def to_nan(number, model):
+        for p in model.parameters() if number in updates else ():
+            p.grad = torch.full_like(p, float("nan"))
+    before_update(monkeypatch, module, to_nan)
 
 
-@pytest.mark.parametrize("module, flags, stage", [(sft, sft_flags, "sft"), (pagrpo, rl_flags, "pagrpo")])
+@BOTH
 def test_gradients_that_stay_broken_stop_the_run_a_few_do_not(module, flags, stage, toy, base, tmp_path, monkeypatch):
     poison(monkeypatch, module, range(2, 6))                 # four in a row: left out, counted
     module.main(flags(tmp_path / "some", toy, base, steps=7))
     lines = metrics(tmp_path / "some" / stage)
-    assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 1, 1, 0, 0] and lines[1]["grad_norm"] is None
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 1, 1, 0, 0] and "grad_norm" not in lines[1]
     monkeypatch.undo()
     poison(monkeypatch, module, range(4, 99))
     with pytest.raises(SystemExit, match="5 steps in a row were NaN or infinite, up to step 8.*step-00000[36]"):
         module.main(flags(tmp_path / "all", toy, base, steps=20, save_every=3))
     assert len(metrics(tmp_path / "all" / stage)) == 8
+
+
+def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_path, monkeypatch):
+    """Saving must change nothing: also where every update so far was left out."""
+    for out, save_every in (("often", 1), ("seldom", 99)):
+        with monkeypatch.context() as patch:
+            poison(patch, sft, range(1, 4))
+            sft.main(sft_flags(tmp_path / out, toy, base, steps=5, save_every=save_every))
+    assert same_end(tmp_path / "often/sft", tmp_path / "seldom/sft")
