@@ -428,8 +428,8 @@ def respond(pairs: list[tuple], folder: Path, judging: bool, args: argparse.Name
     bar = tqdm(batches, desc=f"{args.bench}, {args.batch} questions at a time", disable=rank > 0)
     for batch, readable in zip(bar, examples.prefetch(batches)):
         groups = pagrpo.rollout(model, readable, vocabulary, s, "evaluation", 1, args.temperature, args.top_p)
-        verdicts = pagrpo.start_judging(judge, groups)() if judge else [[None]] * len(groups)
-        errors = [verdict.error for verdict, in verdicts if verdict and verdict.error]
+        verdicts = pagrpo.start_judging(judge, groups)() if judge else [None] * len(groups)
+        errors = [verdict.error for verdict in verdicts if verdict and verdict.error]
         if len(errors) > s.max_unknown * len(verdicts):
             raise ValueError(f"{len(errors)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
                              f"{s.max_unknown:g}: {errors[0]:.200}. The same command goes on from here.")
@@ -439,7 +439,7 @@ def respond(pairs: list[tuple], folder: Path, judging: bool, args: argparse.Name
             if i in examples.skipped:
                 out.add({"id": r.problem_id, "clip": r.path, "groups": q.groups, "missing": examples.skipped[i]})
             else:
-                (response,), (verdict,) = next(answers)
+                (response,), verdict = next(answers)
                 out.add(to_row(q, response, s, verdict))
 
 

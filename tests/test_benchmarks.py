@@ -331,13 +331,6 @@ def test_a_missing_model_and_missing_data_are_one_error(name, count, tmp_path, m
     assert told.count("--repo-type dataset") == count and "hf download yale-nlp/MMVU" in told
 
 
-def test_parquet_without_pyarrow_says_what_to_install(clip, tmp_path, monkeypatch):
-    videomme(tmp_path, clip)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="pip install pyarrow"):
-        read_bench("videomme", tmp_path)
-
-
 @pytest.mark.parametrize("damage, complaint", [
     (lambda text: text[:-30], "cannot be read: "), (lambda text: "", "cannot be read: "),
     (lambda text: "7", "stands where"),
@@ -383,10 +376,3 @@ def test_one_broken_benchmark_does_not_stop_the_others(clip, base, tmp_path, mon
                          "784", "--max-response", "4"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
     assert table[0][-2:] == ["mmvu*", "mean"] and table[-1] == ["VideoP2R", "(paper)", "65.4", "65.4"]
-
-
-def test_a_question_that_stands_there_twice_counts_twice(clip, tmp_path):
-    mmvu(tmp_path, clip)
-    rows = json.loads((tmp_path / "validation.json").read_text())
-    write_json(tmp_path / "validation.json", [rows[0], rows[0]])
-    assert [i.record.problem_id for i in read_bench("mmvu", tmp_path)[0]] == ["validation_1"] * 2
