@@ -162,10 +162,10 @@ def grade(question: Question, response: str, finished: bool = True) -> tuple[str
         return letter, float(letter == r.reference)
     if question.metric == "open":
         return text.strip() or None, open_answer(text, r.reference)
-    value = next(iter(numbers(text)), None)
-    if value is None:
+    found = numbers(text)
+    if not found:
         return None, 0.0
-    value = float(max(-10 ** 15, min(value, 10 ** 15)))      # no float holds 1e400, and it is as wrong
+    value = float(max(-10 ** 15, min(found[0], 10 ** 15)))   # no float holds 1e400, and it is as wrong
     return f"{value:g}", mean_relative_accuracy(value, float(rewards.number(r.reference)))
 
 
@@ -181,10 +181,9 @@ def is_correct(row: dict) -> float:
 def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = itemgetter("score")) -> dict:
     """An aggregate in percent, with its 95 % interval and what guessing among the options scores (chance).
 
-    It is a mean over parts, each a mean over groups, each a mean over the rows whose first label is among some (None:
-    all). ((("a",),), (("b",), ("c",))) weighs a by 1/2, b and c by 1/4. A mean of zeros and ones has Wilson's interval.
-    Anything else (MRA, ROUGE, means of means) gets a bootstrap over clips, each with all its questions: questions about
-    one clip are not independent.
+    A mean over parts, each a mean over groups, each a mean over the rows whose first label is among some (None: all).
+    ((("a",),), (("b",), ("c",))) weighs a by 1/2, b and c by 1/4. A mean of zeros and ones has Wilson's interval, any
+    other a bootstrap over clips, each with all its questions: questions about one clip are not independent.
     """
     labels, masks, weights = [next(iter(r["groups"].values())) for r in rows], [], []
     for part in parts:
@@ -194,8 +193,8 @@ def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict],
         weights += [1 / len(some) for _ in some]
     if not masks:
         return {"value": None, "low": None, "high": None, "chance": None, "n": 0}
-    rows = [r for r, used in zip(rows, np.any(masks, axis=0)) if used]
-    masks = np.array(masks, float)[:, np.any(masks, axis=0)]                  # (groups, rows)
+    used = np.any(masks, axis=0)
+    rows, masks = [r for r, use in zip(rows, used) if use], np.array(masks, float)[:, used]   # (groups, rows)
     scores = np.array([value(r) for r in rows], float)
     guesses = [1 / len(r["options"]) if r["problem_type"] == "multiple choice" else 0 for r in rows]
     weights = np.array(weights) / sum(weights)
@@ -220,9 +219,9 @@ def summarise(name: str, rows: list[dict]) -> dict:
     for dimension in rows[0]["groups"]:
         groups[dimension] = {}
         for label in dict.fromkeys(r["groups"][dimension] for r in rows):
-            answers, seen = ([r for r in some if r["groups"][dimension] == label] for some in (scored, judged))
-            both = mean(answers, value=bench.value) | {"perception": mean(seen, value=perception)}
-            groups[dimension][label] = both
+            answers = [r for r in scored if r["groups"][dimension] == label]
+            seen = [r for r in judged if r["groups"][dimension] == label]
+            groups[dimension][label] = mean(answers, value=bench.value) | {"perception": mean(seen, value=perception)}
     aggregates = {what: mean(scored, parts, bench.value) for what, parts in bench.aggregates.items()}
     if bench.value is is_correct:
         aggregates["mean of the task metrics"] = mean(scored)
@@ -321,7 +320,9 @@ def change(a: dict, b: dict) -> str | None:
 
 def change_examples(pairs: list[tuple[dict, dict]], of_each: int = 2) -> list[str]:
     """How often each change happened, and its shortest examples."""
-    kinds = {name: [pair for pair in pairs if change(*pair) == name] for name in CHANGES}
+    kinds = {name: [] for name in CHANGES}
+    for pair in pairs:
+        kinds.get(change(*pair), []).append(pair)
     lines = ["From A to B: " + ", ".join(f"{len(some)} {name}" for name, some in kinds.items())]
     for name, some in kinds.items():
         for a, b in sorted(some, key=lambda pair: len(pair[0]["response"] + pair[1]["response"]))[:of_each]:
@@ -335,15 +336,15 @@ def change_examples(pairs: list[tuple[dict, dict]], of_each: int = 2) -> list[st
 
 def compare(first: str, second: str) -> str:
     """Two evaluations, question by question. Raises ValueError if they share no question, or their texts differ."""
-    a, b = ({key: r for key, r in read_rows(place).items() if "missing" not in r} for place in (first, second))
-    pairs, lines = [(a[key], b[key]) for key in a if key in b], []
+    a, b, lines = read_rows(first), read_rows(second), []
+    pairs = [(a[key], b[key]) for key in a if key in b and "missing" not in a[key] | b[key]]
     if not pairs:
         raise ValueError(f"{first} ({len(a)} responses) and {second} ({len(b)}) have no question in common")
     texts, inputs = itemgetter("question", "reference", "options"), itemgetter("prompt", "frames", "pixels")
     if other := [x["id"] for x, y in pairs if texts(x) != texts(y)]:
         raise ValueError(f"{len(other)} questions have the same name but another text, for example {other[0]}")
     if other := [x["id"] for x, y in pairs if inputs(x) != inputs(y)]:
-        lines.append(f"NOT comparable: {len(other)} questions were put with another prompt, frames or pixels.")
+        lines.append(f"NOT comparable: {len(other)} questions had another prompt, frames or pixels.")
     if len(pairs) < max(len(a), len(b)):
         lines.append(f"Only the {len(pairs)} questions that both have are compared (A has {len(a)}, B {len(b)}).")
     gains = [y["score"] - x["score"] for x, y in pairs]
@@ -443,7 +444,8 @@ def respond(pairs: list[tuple], folder: Path, judging: bool, args: argparse.Name
                 out.add(to_row(q, response, s, verdict))
 
 
-def run(questions: list[Question], records: list[data.Record], args: argparse.Namespace, variant: str = "") -> list[dict]:
+def run(questions: list[Question], records: list[data.Record], args: argparse.Namespace, variant: str = ""
+        ) -> list[dict]:
     """Runs or resumes an evaluation: asks records[i] for questions[i]. Returns a row for each, on every rank.
     `variant` names the folder of another prompt."""
     s, world, judge = args.settings, args.world, "none" if variant else args.judge
@@ -789,16 +791,6 @@ def evaluate(questions: list[Question], notes: list[str], args: argparse.Namespa
     return summary
 
 
-def paper_table(model: Path, summaries: list[dict]) -> list[str]:
-    """The paper's Table 1, with this model above it."""
-    head = [s["bench"] + "*" * (s["scored"] != BENCHES[s["bench"]].expected) for s in summaries]
-    scores = {model.parent.name or model.name: [next(iter(s["aggregates"].values()))["value"] for s in summaries]}
-    for i, paper in enumerate(("Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
-        scores[paper] = [s["paper"][i] for s in summaries]
-    rows = [[name, *(f"{x:.1f}" for x in [*row, np.mean(row)])] for name, row in scores.items()]
-    return data.format_table([["percent (* not the whole benchmark)", *head, "mean"], *rows])
-
-
 def answer_one(args: argparse.Namespace) -> None:
     """Prints what the model sees of a clip or picture, and its response to --question. Raises MediaError."""
     clip = Path(args.video).resolve()
@@ -810,7 +802,8 @@ def answer_one(args: argparse.Namespace) -> None:
     steps, rows, columns = example.grid
     print(f"{clip.name}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} pixels, "
           f"{len(example.ids)} prompt tokens")
-    (response,), = pagrpo.rollout(model, [example], vocabulary, args.settings, "question", 1, args.temperature, args.top_p)
+    sampling = "question", 1, args.temperature, args.top_p
+    (response,), = pagrpo.rollout(model, [example], vocabulary, args.settings, *sampling)
     print(response.text + ("" if response.finished else f"\n(cut off after {len(response.tokens)} tokens)"))
 
 
@@ -862,8 +855,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate_all(args: argparse.Namespace) -> None:
     """Finds model and benchmarks and runs what was asked for. Raises ValueError, at once if nothing can be run."""
-    benches, lacking, paper = {}, [], args.bench == "all"    # name → folder, questions, notes
-    for name in SEVEN if paper else {args.bench} & {*SEVEN}:
+    benches, lacking, summaries, everything = {}, [], [], args.bench == "all"
+    for name in SEVEN if everything else {args.bench} & {*SEVEN}:
         root = Path(args.data or f"data/{name}")
         try:
             benches[name] = root, *read_bench(name, root)
@@ -884,11 +877,16 @@ def evaluate_all(args: argparse.Namespace) -> None:
         root = args.data or next((place for place in places if (place / "heldout.json").is_file()), None)
         root = root or args.world.on_rank0(lambda: data.make_toy(places[-1], {"heldout": BENCHES["toy"].expected}))
         benches["toy"] = Path(root), *read_bench("toy", Path(root))
-    summaries = []
     for args.bench, (args.data, questions, notes) in benches.items():
         summaries.append(evaluate(questions, notes, args))
-    if paper and (scored := [s for s in summaries if s["scored"]]):
-        args.world.print0("", *paper_table(args.model, scored), sep="\n")
+    if everything and any(s["scored"] for s in summaries):   # the paper's Table 1
+        summaries = [s for s in summaries if s["scored"]]
+        head = [s["bench"] + "*" * (s["scored"] != BENCHES[s["bench"]].expected) for s in summaries]
+        table = [["percent (* not the whole benchmark)", *head, "mean"]]
+        for i, model in enumerate((folder.name, "Qwen2.5-VL-7B (paper)", "VideoP2R (paper)")):
+            row = [(next(iter(s["aggregates"].values()))["value"], *s["paper"])[i] for s in summaries]
+            table.append([model, *(f"{x:.1f}" for x in [*row, np.mean(row)])])
+        args.world.print0("", *data.format_table(table), sep="\n")
     if lacking:
         count = len(benches) + len(lacking)
         raise ValueError("\n".join([f"{len(lacking)} of {count} benchmarks are missing or broken:", *lacking]))
