@@ -49,8 +49,7 @@ from rewards import read_jsonl
 @dataclass(frozen=True)
 class TrainSettings(InputSettings):
     """What SFT and PA-GRPO have in common."""
-    preset: str = flag("", "a model size and a row of settings for it; flags beside it win (default: 7b on several GPUs, "
-                      "else tiny)", list(CONFIGS))
+    preset: str = flag("", "a row of settings, flags beside it win; default 7b on several GPUs, else tiny", list(CONFIGS))
     out: str = flag("", "folder of the whole run, default runs/PRESET; each stage has a folder of its own in it")
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
@@ -65,8 +64,7 @@ class TrainSettings(InputSettings):
     save_every: int = flag(100, "steps between checkpoints; training waits while one is written (7b: 99.5 GB)")
     keep: int = flag(2, "newest checkpoints that stay on disk; with --eval-every the best one stays as well")
     eval_every: int = flag(0, "steps between held-out evaluations, each with a checkpoint; 0: none during training")
-    resume: bool = flag(True, "resume from the newest checkpoint (after a restart by torchrun always); --no-resume "
-                        "refuses a folder that holds a run")
+    resume: bool = flag(True, "resume from the newest checkpoint; --no-resume refuses a folder that holds a run")
     shards: int = flag(0, "ranks that share one copy of the weights; further ranks hold replicas; 0: those of a machine")
     patience: float = flag(6.0, "minutes that a rank waits for the others within a step before the run ends")
     dry_run: bool = flag(False, "print the memory that a step needs on each GPU, and stop")
@@ -84,8 +82,7 @@ class Settings(TrainSettings):
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs makes")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps is 0")
-    blind: float = flag(0.0, "share of traces trained without their media: the observation is given, think and answer "
-                        "follow; a model that never saw text alone needs some to serve as --judge reference")
+    blind: float = flag(0.0, "share of traces trained without media, the observation given; for --judge reference")
     heldout_count: int = flag(256, "without --heldout: so many records of --data are held out, a tenth at most")
 
     # For `memory`: groups of one, traces of some length, no reference. In PA-GRPO these are flags.
@@ -201,9 +198,8 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
         settings = prepare_toy(settings, world, "cot/traces.jsonl")
     settings = require_files(settings)
     records = data.read_records(settings.data, traces=True)
-    if settings.heldout:
-        heldout = data.read_records(settings.heldout, traces=True)
-    else:
+    heldout = data.read_records(settings.heldout, traces=True) if settings.heldout else []
+    if not heldout:
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
@@ -413,6 +409,7 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
 RESUMABLE = ("preset", "save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume",
              "shards", "patience", "dry_run", "offload_reference")
 MAX_SKIPPED = 5                                              # updates in a row without a finite gradient
+GB = 2 ** 30
 ON_RANK0 = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)          # gathered in host memory
 
 
@@ -436,7 +433,7 @@ class Run:
 
     def find(self) -> tuple[Path | None, dict]:
         """The newest usable checkpoint and its state.json."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarted = "0" != os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if (self.folder / "metrics.jsonl").exists() and not (self.settings.resume or restarted):
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
         data.check_settings(self.folder, self.configuration, data.default_settings(self.settings), RESUMABLE)
@@ -444,11 +441,6 @@ class Run:
             checkpoint = newest_checkpoint(self.folder, optimizer=True)
             return checkpoint, read_json(checkpoint / "state.json")
         return None, {}
-
-    def resume_hint(self) -> str:
-        if self.last_checkpoint:
-            return f"The last checkpoint is {self.last_checkpoint}; the same command resumes from it."
-        return "There is no checkpoint yet; the same command starts again."
 
     def examples(self, records: list[Record], vocabulary: Vocabulary, config: Config) -> Examples:
         return Examples(records, self.settings.media, vocabulary, config, self.settings, self.folder / "skipped.log")
@@ -465,23 +457,24 @@ class Run:
 
     @contextmanager
     def guard(self):
-        """Around the loop: locks the folder, lets Ctrl-C and SIGTERM stop the run after a step, and gives an error a
-        `resume_hint`."""
-        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with data.lock_folder(self.folder) if self.world.first else nullcontext():
-                if self.world.first:                         # later steps run again
-                    log = self.folder / "metrics.jsonl"
-                    data.write_rows(log, [row for row in read_jsonl(log)[0] if row.get("step", 0) <= self.step])
+        """Around the loop: locks the folder, removes steps that run again from the log, lets Ctrl-C and SIGTERM stop the
+        run after a step, and notes in an error how the run continues."""
+        with data.lock_folder(self.folder) if self.world.first else nullcontext():
+            if self.world.first:
+                log = self.folder / "metrics.jsonl"
+                data.write_rows(log, [row for row in read_jsonl(log)[0] if row.get("step", 0) <= self.step])
+            handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
                 yield
-        except BaseException as error:
-            if self.world.size > 1:                          # torchrun must not stop this rank before it says why
-                handlers = dict.fromkeys(handlers, signal.SIG_IGN)
-            error.resume_hint = self.resume_hint()
-            raise
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            except BaseException as error:
+                if self.world.size > 1:                      # torchrun must not stop this rank before it says why
+                    handlers = dict.fromkeys(handlers, signal.SIG_IGN)
+                error.hint = f" The last checkpoint is {self.last_checkpoint}; the same command resumes from it." \
+                    if self.last_checkpoint else " There is no checkpoint yet; the same command starts again."
+                raise
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
     def on_signal(self, number, frame) -> None:
         """The first signal stops the run after the step, one more than two seconds later at once: launchers repeat."""
@@ -496,74 +489,74 @@ class Run:
         self.stop_asked, self.stop_reason = time.monotonic(), f"{reason}. "
 
     def log(self, metrics: dict, shown: str = "") -> None:
-        """Adds a line to metrics.jsonl: the finite values, and memory. `shown` goes to the progress bar. SystemExit once
-        the gradients of several steps in a row were not finite."""
-        metrics |= memory_metrics(self.world) | {"skipped_updates": int(not math.isfinite(metrics["grad_norm"]))}
+        """Adds a line to metrics.jsonl: the finite values, and the most memory on any GPU. `shown` goes to the progress
+        bar. SystemExit once the gradients of several steps in a row were not finite."""
+        lost = not math.isfinite(metrics["grad_norm"])
+        metrics["skipped_updates"], self.skipped = int(lost), self.skipped + 1 if lost else 0
+        if self.world.device.type == "cuda":                 # reserved memory decides when a GPU is full
+            metrics["peak_memory_gb"] = self.world.all_reduce_max(torch.cuda.max_memory_allocated() / GB)
+            metrics["reserved_memory_gb"] = self.world.all_reduce_max(torch.cuda.max_memory_reserved() / GB)
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items() if math.isfinite(v)}
         if self.world.first:
             with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), file=file)
         self.bar.set_postfix_str(shown)
-        self.skipped = self.skipped + 1 if row["skipped_updates"] else 0
         if self.skipped == MAX_SKIPPED:
             raise SystemExit(f"The gradients of {MAX_SKIPPED} steps in a row were NaN or infinite, up to step "
-                             f"{row['step']}. A lower --lr or --clip-norm may help, in another --out. "
-                             f"{self.resume_hint()}")
+                             f"{row['step']}. A lower --lr or --clip-norm may help, in another --out.")
 
     def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state
                     ) -> None:
-        """Call it when `done` steps are complete. Saves if that is due, and stops the run (SystemExit) after a signal.
-        `state` goes into state.json; its "score" says how good the checkpoint is."""
-        stop = self.world.all_reduce_max(self.stop_asked) > 0
-        if done > self.step and (stop or done == self.steps or "score" in state or done % self.settings.save_every == 0):
-            self.save(model, optimizer, source, done, **state)
+        """Call it when `done` steps are complete: saves if that is due, and stops the run (SystemExit) after a signal.
+        `state` goes into state.json; its "score" says how good the checkpoint is. `source` gives configuration and
+        tokenizer files. If writing fails, all ranks raise its error, and the checkpoint before stays."""
+        stop, every = self.world.all_reduce_max(self.stop_asked) > 0, self.settings.save_every
+        if done > self.step and (stop or done == self.steps or "score" in state or done % every == 0):
+            weights = state_dicts.get_model_state_dict(model, options=ON_RANK0)
+            # Without an update so far there are no moments, and asking for them would make one.
+            found = state_dicts.get_optimizer_state_dict(model, optimizer, options=ON_RANK0) if optimizer.state else {}
+            state |= {"step": done, "steps": self.steps, "records_taken": done * self.per_step, "source": str(source),
+                      "settings": self.configuration, "code": self.code}
+            self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, found.get("state", {}), state))
+            self.step = done
         if stop:
-            raise SystemExit(f"{self.stop_reason}Stopped after step {done} of {self.steps}. {self.resume_hint()}")
+            raise SystemExit(f"{self.stop_reason}Stopped after step {done} of {self.steps}.")
 
-    def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, step: int, **state) -> None:
-        """Rank 0 writes a checkpoint while the others wait, then removes all but the newest ones and the best one.
-        `source` gives configuration and tokenizer files. If it fails, all ranks raise its error and the checkpoint
-        before stays."""
-        weights = state_dicts.get_model_state_dict(model, options=ON_RANK0)
-        # Without an update so far there are no moments, and asking for them would make one.
-        found = state_dicts.get_optimizer_state_dict(model, optimizer, options=ON_RANK0) if optimizer.state else {}
-        moments = {f"{name} {kind}": x for name, kinds in found.get("state", {}).items() for kind, x in kinds.items()}
-        target = self.folder / f"step-{step:06d}"
-        state |= {"step": step, "steps": self.steps, "records_taken": step * self.per_step, "source": str(source),
-                  "settings": self.configuration, "code": self.code}
+    def write(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], state: dict) -> Path:
+        """On rank 0: writes a checkpoint, then removes all but the newest ones and the best one."""
+        target = self.folder / f"step-{state['step']:06d}"
 
         def write_extra(folder: Path) -> None:
-            write_tensors(moments, folder, "optimizer")
+            flat = {f"{name} {kind}": x for name, kinds in moments.items() for kind, x in kinds.items()}
+            write_tensors(flat, folder, "optimizer")
             sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
             (folder / "state.json").write_text(json.dumps(state | {"files": sizes}, indent=2) + "\n")
-
-        def write() -> None:
-            save_model(weights, target, source, write_extra)
-            saved = [p for p in sorted(self.folder.glob(CHECKPOINTS)) if int(p.name[5:]) <= step]
-            best = max(saved, key=lambda p: (read_json(p / "state.json").get("score", -math.inf), p))
-            for old in set(saved[:-self.settings.keep]) - {best}:
-                old.rename(f"{old}.old")                     # a checkpoint is never there in part
-            for leftover in self.folder.glob("step-*.*"):    # also of a run that was killed
-                shutil.rmtree(leftover)
-        self.world.on_rank0(write)
-        self.step, self.last_checkpoint = step, target
+        save_model(weights, target, state["source"], write_extra)
+        saved = [p for p in sorted(self.folder.glob(CHECKPOINTS)) if p <= target]     # later ones are damaged
+        best = max(saved, key=lambda p: (read_json(p / "state.json").get("score", -math.inf), p))
+        for old in set(saved[:-self.settings.keep]) - {best}:
+            old.rename(f"{old}.old")                         # a checkpoint is never there in part
+        for leftover in self.folder.glob("step-*.*"):        # also of a run that was killed
+            shutil.rmtree(leftover)
+        return target
 
     def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
         """Loads the moments of the last checkpoint, from which the model was built. Returns its state.json."""
         self.world.print0(f"{self.folder.name} continues after step {self.step}")
+        names, groups = {p: name for name, p in model.named_parameters()}, []
+        for group in optimizer.param_groups:
+            groups.append(group | {"params": [names[p] for p in group["params"]]})
+        moments = {name: {} for name in names.values()}
         files = set(tensor_files(self.last_checkpoint, "optimizer").values())
+        for file in files if self.world.first else ():
+            for key, x in load_file(file).items():
+                name, kind = key.split(" ")
+                moments[name][kind] = x
+        self.world.barrier()
         if files:                                            # none: no step so far had an update
-            names = {p: name for name, p in model.named_parameters()}
-            moments = {"state": {name: {} for name in names.values()}, "param_groups": []}
-            for group in optimizer.param_groups:
-                moments["param_groups"].append(group | {"params": [names[p] for p in group["params"]]})
-            for file in files if self.world.first else ():
-                for key, x in load_file(file).items():
-                    name, kind = key.split(" ")
-                    moments["state"][name][kind] = x
-            self.world.barrier()
             how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
-            state_dicts.set_optimizer_state_dict(model, optimizer, moments, options=how)
+            saved = {"state": moments, "param_groups": groups}
+            state_dicts.set_optimizer_state_dict(model, optimizer, saved, options=how)
         return read_json(self.last_checkpoint / "state.json")
 
 
@@ -582,60 +575,40 @@ def read_json(file: Path) -> dict:
         return {}
 
 
-# ------------------------------------------------------------------------------------------------ memory
-
-GB = 2 ** 30
-
-
-def memory_metrics(world: World) -> dict[str, float]:
-    """Peak memory of any rank in GB. On GPUs also what the allocator reserved: that decides when memory runs out."""
-    found = {}
-    if world.device.type == "cuda":
-        found = {"peak_memory_gb": torch.cuda.max_memory_allocated(),
-                 "reserved_memory_gb": torch.cuda.max_memory_reserved()}
-    elif sys.platform == "linux":
-        import resource                                      # not on Windows
-        found = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2 ** 10}
-    return {name: world.all_reduce_max(x / GB) for name, x in found.items()}
-
+# ------------------------------------------------------------------------------------------------ memory, start and errors
 
 def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> dict[str, float]:
-    """Estimates the bytes of one step on each rank, by part, and their peak. Nothing is allocated.
-
-    Weights, gradients and AdamW's moments are fp32 and sharded; gathered weights and activations have c bytes a number.
-    A rank samples for all its questions at once, then trains on one micro-batch after the other.
-    """
+    """Estimates the bytes of one step on each rank, by part, and their peak; nothing is allocated. Weights, gradients and
+    moments are fp32 and sharded; gathered weights and activations have c bytes a number. A rank samples for all its
+    questions at once, then trains on one micro-batch after the other."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config)
     whole, tower, layer = (parameters_to_vector(part.parameters()).numel()
                            for part in (model, model.visual, model.model.layers[0]))
     layers, d, f, v = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vision
     width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    root, c = whole - tower - layers * layer, 2 if cuda else 4                # root: embedding, last norm, head
-    shards, sharded, group = s.shards or min(ranks, 8), cuda or ranks > 1, s.group_size
+    root, c, group = whole - tower - layers * layer, 2 if cuda else 4, s.group_size          # root: embedding, head
+    shards, sharded = s.shards or min(ranks, 8), cuda or ranks > 1
     questions = -(-(s.batch if isinstance(s, Settings) else s.questions) // ranks)
     micro, media = min(s.micro_batch, questions), s.frames // 2 * s.max_pixels // 28 ** 2
     prompt, response = min(s.max_prompt, media + (400 if s.prompt == "full" else 40)), group * s.max_response
     reference = (s.kl_beta > 0 or s.judge == "reference") and not s.offload_reference
 
     pixels = questions * 4 * media * 1176 * 4                                 # 4 patches a token, fp32
-    sampling = (group > 1) * (pixels + c * whole * sharded + 2 * c * layers * kv_width * questions * (prompt + response)
-                              + max(questions * prompt * (3 * f + 4 * d) * c,                # prefill, in a layer's MLP
-                                    questions * 4 * media * v.hidden_size * (8 * c + 16),    # the vision tower
-                                    questions * group * config.vocab_size * 24))             # logits, sums in fp64
+    sampling = 0 if group == 1 else pixels + c * whole * sharded + 2 * c * layers * kv_width * questions * (prompt + response) + max(
+        questions * prompt * (3 * f + 4 * d) * c,                             # prefill, in a layer's MLP
+        questions * 4 * media * v.hidden_size * (8 * c + 16),                 # the vision tower
+        questions * group * config.vocab_size * 24)                           # logits, probabilities, sums in fp64
     row, patches = micro * (prompt + response), 4 * micro * media             # what one pass computes
     copies = 2 * c * kv_width * micro * group * (prompt + s.max_response)     # K and V for each response
     block = row * (2 * (4 + 2 * c) * d + 3 * c * width + 4 * c * f) + copies  # what backward needs of a layer, …
     patch = (2 * (4 + 2 * c) + 5 * c) * v.hidden_size + 4 * c * v.intermediate_size          # … and of a patch
-    activations = (layers * c * d * row + v.depth * patches * c * v.hidden_size if s.save_memory else
+    activations = (layers * c * d * row + v.depth * patches * c * v.hidden_size + block if s.save_memory else
                    layers * block + v.depth * patches * patch)
     logits = min(LOGITS_AT_ONCE["cuda" if cuda else "cpu"], micro * response * config.vocab_size)
-    gradients, sent = 4 * whole / shards, (4 + c) * sharded                   # sent: before gradients are reduced
-    earlier = gradients * (micro < questions)                                 # of the micro-batches before
-    training = pixels + c * (root + 3 * layer) * sharded + activations + max(                # three layers are gathered
-        earlier + logits * (12 + c) + c * root * sharded,
-        earlier + block * s.save_memory + 3 * c * f * row + sent * layer,
-        gradients + patches * patch * s.save_memory + sent * root)
+    gradients = 4 * whole / shards
+    training = gradients + pixels + activations + max(logits * (12 + c), 3 * c * f * row) + sharded * (
+        c * (root + 3 * layer) + (4 + c) * max(root, layer))                  # gathered blocks, unreduced gradients
     parts = {"weights": 4 * whole / shards, "moments": 8 * whole / shards, "reference": c * whole / shards * reference}
     peak = sum(parts.values()) + max(sampling, training)
     return parts | {"sampling": sampling, "gradients": gradients, "training": training, "peak": peak}
@@ -643,58 +616,56 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
 
 def plan(s: TrainSettings) -> str:
     """What --dry-run prints: the parts of a step's memory by number of ranks."""
-    folders, rows = [Path(s.model), *Path(s.model).glob(CHECKPOINTS)] if s.model else [], []
-    found = [folder for folder in folders if (folder / "config.json").is_file()]
-    config = read_config(found[0]) if found else CONFIGS[s.preset]
+    there, rows = s.model and Path(s.model).is_dir(), []
+    config = read_config(newest_checkpoint(s.model)) if there else CONFIGS[s.preset]
     for ranks in (1, 2, 4, 8, 16):
         parts = memory(config, s, ranks, cuda=bool(s.data))
         rows.append([str(ranks), *(f"{x / GB:.{1 if s.data else 3}f}" for x in parts.values())])
     return "\n".join([f"Preset {s.preset}: GB on each rank", *data.format_table([["ranks", *parts], *rows]),
-                      "Peak: weights, moments, reference, and the larger of sampling and training."])
+                      "Peak: weights, moments, reference, and the larger of sampling (RL only) and training."])
 
-
-# ------------------------------------------------------------------------------------------------ start and errors
 
 def explain(error: BaseException, settings: TrainSettings) -> str:
     """One line for an error. Prints the traceback of one that is probably a bug."""
-    text, runtime, here = str(error), isinstance(error, RuntimeError), Path(__file__).parent
+    text, runtime = str(error), isinstance(error, RuntimeError)
+    hint = getattr(error, "hint", "")
     if isinstance(error, SystemExit):
-        return text
+        return text + hint
+    what = f"{type(error).__name__}: {text}" if text else "Interrupted."
     if isinstance(error, MemoryError) or runtime and ("out of memory" in text or "DefaultCPUAllocator" in text):
         what = ("Out of memory. Less is needed with --save-memory, --micro-batch 1, fewer --frames, a lower "
                 "--max-response, --offload-reference or --kl-beta 0; --dry-run says how much.")
     elif runtime and (isinstance(error, dist.DistError) or "gloo" in text or "closure" in text):
-        what = f"lost the connection to another rank ({text.partition(chr(10))[0]})."
-        if "imed out" in text or "timeout" in text:
-            what = f"waited {settings.patience:g} minutes for the other ranks (--patience)."
-    else:
-        if not isinstance(error, (ValueError, OSError, KeyboardInterrupt)):
-            traceback.print_exception(error)
-        what = f"{type(error).__name__}: {text}" if text else "Interrupted."
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == here][-1:]
-    where = "".join(f"  (at {Path(f.filename).name}:{f.lineno} in {f.name})" for f in frames)
-    return f"{what} {getattr(error, 'resume_hint', '')}{where}"
+        waited = "imed out" in text or "timeout" in text
+        what = (f"waited {settings.patience:g} minutes for the other ranks (--patience)." if waited else
+                f"lost the connection to another rank ({text.partition(chr(10))[0]}).")
+    elif not isinstance(error, (ValueError, OSError, KeyboardInterrupt)):
+        traceback.print_exception(error)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == Path(__file__).parent]
+    where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    return what + hint + where
 
 
-def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, description: str
-           ) -> None:
+def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line."""
-    settings, rank = parse_flags(settings_class, presets, argv, description), int(os.environ.get("RANK", 0))
-    world = World(rank, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))           # until all have joined
+    settings = parse_flags(settings_class, presets, argv, about)
+    rank, size = (int(os.environ.get(name, n)) for name, n in dict(RANK=0, WORLD_SIZE=1).items())
+    world = World(rank, size, torch.device("cpu"))           # until all have joined
     try:
         if settings.dry_run:
-            return print(plan(settings)) if rank == 0 else None
+            return world.print0(plan(settings))
         world = start_world(settings.patience)
         world.print0(f"Preset {settings.preset}; others: {', '.join(p for p in presets if p != settings.preset)}")
         train(settings, world)
         world.shutdown()
     except BaseException as error:
-        message, said_by = explain(error, settings), str(rank).encode()
-        if world.size == 1:
+        message, me = explain(error, settings), str(rank)
+        if size == 1:
             sys.exit(message)
-        with suppress(Exception):                            # one rank says what all say, while the store is there
-            said_by = world.store.compare_set(message, "", str(rank))
-        if said_by == str(rank).encode():
+        said_by = me.encode()
+        with suppress(Exception):                            # one rank prints what all say, while the store is there
+            said_by = world.store.compare_set(message, "", me)
+        if said_by == me.encode():
             print(f"Rank {rank}: {message}", file=sys.stderr, flush=True)
         world.shutdown(1)
 
