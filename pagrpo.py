@@ -365,8 +365,7 @@ def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
     policy = model.build_model(run.last_checkpoint or settings.model, vocabulary, world, settings.save_memory,
                                settings.shards)
     optimizer = sft.make_optimizer(policy, settings)
-    if run.step:
-        run.restore(policy, optimizer)
+    run.restore(policy, optimizer)
     questions, heldout = (run.examples(data.read_records(file) if file else [], vocabulary, policy.config)
                           for file in (settings.data, settings.heldout))
     return policy, reference, optimizer, judge, questions, heldout, run, settings, world

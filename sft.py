@@ -32,9 +32,10 @@ from model import (CHECKPOINTS, CONFIGS, LOGITS_AT_ONCE, Config, Qwen2_5_VL, bui
                    read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as state_dicts
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from tqdm import tqdm
@@ -49,7 +50,7 @@ from rewards import read_jsonl
 @dataclass(frozen=True)
 class TrainSettings(InputSettings):
     """What SFT and PA-GRPO have in common."""
-    preset: str = flag("", "a row of settings, flags beside it win; default 7b on several GPUs, else tiny", list(CONFIGS))
+    preset: str = flag("", "a row of settings, flags win; default: 7b on several GPUs, else tiny", list(CONFIGS))
     out: str = flag("", "folder of the whole run, default runs/PRESET; each stage has a folder of its own in it")
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
@@ -59,13 +60,13 @@ class TrainSettings(InputSettings):
     weight_decay: float = flag(0.01, "decoupled weight decay of AdamW")
     beta2: float = flag(0.999, "beta2 of AdamW; runs of a few hundred steps need a lower one")
     clip_norm: float = flag(5.0, "gradients are scaled down to this norm")
-    micro_batch: int = flag(1, "questions in one forward and backward pass; changes memory and speed, never gradients")
+    micro_batch: int = flag(1, "questions in one pass; changes memory and speed, never gradients")
     save_memory: bool = flag(True, "activation checkpointing: recompute blocks in the backward pass")
-    save_every: int = flag(100, "steps between checkpoints; training waits while one is written (7b: 99.5 GB)")
-    keep: int = flag(2, "newest checkpoints that stay on disk; with --eval-every the best one stays as well")
+    save_every: int = flag(100, "steps between checkpoints; training waits while one is written, 99.5 GB at 7b")
+    keep: int = flag(2, "newest checkpoints that stay on disk, besides the best one")
     eval_every: int = flag(0, "steps between held-out evaluations, each with a checkpoint; 0: none during training")
     resume: bool = flag(True, "resume from the newest checkpoint; --no-resume refuses a folder that holds a run")
-    shards: int = flag(0, "ranks that share one copy of the weights; further ranks hold replicas; 0: those of a machine")
+    shards: int = flag(0, "ranks that share one copy of the weights, others hold replicas; 0: those of a machine")
     patience: float = flag(6.0, "minutes that a rank waits for the others within a step before the run ends")
     dry_run: bool = flag(False, "print the memory that a step needs on each GPU, and stop")
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
@@ -215,34 +216,29 @@ def train(settings: Settings, world: World) -> Path:
     settings, records, heldout = read_traces(settings, world)
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(Path(settings.out) / "sft", settings, steps, settings.batch, world)
-    report = run.folder / "results.json"
     if run.finished:
-        world.print0(f"SFT is finished: {run.last_checkpoint}", read_json(report) or "")
+        world.print0(f"SFT is finished: {run.last_checkpoint}")
         return run.last_checkpoint
 
     start = world.on_rank0(lambda: newest_checkpoint(settings.model))
     vocabulary = Vocabulary(start)
     model = build_model(run.last_checkpoint or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(model, settings)
+    run.restore(model, optimizer)
     examples, held = (run.examples(some, vocabulary, model.config) for some in (records, heldout))
-    before = run.restore(model, optimizer)["heldout_before"] if run.step else heldout_loss(model, held, settings, world)
     with run.guard():
         for step, batch in run.batches(examples):
             began, lr, score = time.perf_counter(), learning_rate(step, steps, settings), {}
             metrics = one_step(model, batch, optimizer, lr, vocabulary, settings, world)
             seconds = time.perf_counter() - began
             metrics |= {"lr": lr, "seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-            if settings.eval_every and (step + 1) % settings.eval_every == 0:
+            due = step + 1 == steps or settings.eval_every and (step + 1) % settings.eval_every == 0
+            if due and heldout:
                 metrics["heldout_loss"] = heldout_loss(model, held, settings, world)
                 score = {"score": -metrics["heldout_loss"]}                   # the highest score is the best
             run.log({"step": step + 1, **metrics}, f"loss {metrics['loss']:.3f}")
-            run.end_of_step(step + 1, model, optimizer, start, heldout_before=before, **score)
-
-    after = heldout_loss(model, held, settings, world)
-    if world.first:
-        losses = {"heldout_loss_before": before, "heldout_loss_after": after}
-        data.write_atomically(report, json.dumps(losses) + "\n")
-    world.print0(f"SFT: held-out loss {before:.3f} → {after:.3f} over {len(heldout)} records; "
+            run.end_of_step(step + 1, model, optimizer, start, **score)
+    world.print0(f"SFT: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
                  f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
     return run.last_checkpoint
 
@@ -386,7 +382,8 @@ class World:
 def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
     """Joins the ranks that torchrun started. They wait `minutes` for each other within a step, and `patience` where one
     works alone (`World.on_rank0`, `World.barrier`). A rank that dies is noticed at once: its connections close."""
-    rank, size, local_rank = (int(os.environ.get(name, n)) for name, n in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, size, local_rank = (int(os.environ.get(name, n)) for name, n in defaults.items())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -410,7 +407,7 @@ RESUMABLE = ("preset", "save_every", "micro_batch", "save_memory", "transcript_e
              "shards", "patience", "dry_run", "offload_reference")
 MAX_SKIPPED = 5                                              # updates in a row without a finite gradient
 GB = 2 ** 30
-ON_RANK0 = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)          # gathered in host memory
+ON_RANK0 = StateDictOptions(full_state_dict=True, cpu_offload=True)          # gathered in host memory
 
 
 class Run:
@@ -433,8 +430,8 @@ class Run:
 
     def find(self) -> tuple[Path | None, dict]:
         """The newest usable checkpoint and its state.json."""
-        restarted = "0" != os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if (self.folder / "metrics.jsonl").exists() and not (self.settings.resume or restarted):
+        resume = self.settings.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if (self.folder / "metrics.jsonl").exists() and not resume:
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
         data.check_settings(self.folder, self.configuration, data.default_settings(self.settings), RESUMABLE)
         with suppress(FileNotFoundError):
@@ -450,15 +447,16 @@ class Run:
         left, rank, ranks = range(self.step, self.steps), self.world.rank, self.world.size
         indices = (data.step_indices(len(examples), self.per_step, step, self.settings.seed)[rank::ranks]
                    for step in left)
-        with tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", disable=rank > 0) as self.bar:
+        how = dict(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", disable=rank > 0)
+        with tqdm(**how) as self.bar:
             for step, batch in zip(left, examples.prefetch(indices)):
                 yield step, batch
                 self.bar.update()
 
     @contextmanager
     def guard(self):
-        """Around the loop: locks the folder, removes steps that run again from the log, lets Ctrl-C and SIGTERM stop the
-        run after a step, and notes in an error how the run continues."""
+        """Around the loop: locks the folder, removes steps that run again from the log, lets Ctrl-C and SIGTERM stop
+        the run after a step, and notes in an error how the run continues."""
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
             if self.world.first:
                 log = self.folder / "metrics.jsonl"
@@ -512,9 +510,9 @@ class Run:
         tokenizer files. If writing fails, all ranks raise its error, and the checkpoint before stays."""
         stop, every = self.world.all_reduce_max(self.stop_asked) > 0, self.settings.save_every
         if done > self.step and (stop or done == self.steps or "score" in state or done % every == 0):
-            weights = state_dicts.get_model_state_dict(model, options=ON_RANK0)
+            weights = get_model_state_dict(model, options=ON_RANK0)
             # Without an update so far there are no moments, and asking for them would make one.
-            found = state_dicts.get_optimizer_state_dict(model, optimizer, options=ON_RANK0) if optimizer.state else {}
+            found = get_optimizer_state_dict(model, optimizer, options=ON_RANK0) if optimizer.state else {}
             state |= {"step": done, "steps": self.steps, "records_taken": done * self.per_step, "source": str(source),
                       "settings": self.configuration, "code": self.code}
             self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, found.get("state", {}), state))
@@ -540,8 +538,10 @@ class Run:
             shutil.rmtree(leftover)
         return target
 
-    def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> dict:
-        """Loads the moments of the last checkpoint, from which the model was built. Returns its state.json."""
+    def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> None:
+        """Loads the moments of the last checkpoint, from which the model was built."""
+        if not self.last_checkpoint:
+            return
         self.world.print0(f"{self.folder.name} continues after step {self.step}")
         names, groups = {p: name for name, p in model.named_parameters()}, []
         for group in optimizer.param_groups:
@@ -554,10 +554,8 @@ class Run:
                 moments[name][kind] = x
         self.world.barrier()
         if files:                                            # none: no step so far had an update
-            how = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
-            saved = {"state": moments, "param_groups": groups}
-            state_dicts.set_optimizer_state_dict(model, optimizer, saved, options=how)
-        return read_json(self.last_checkpoint / "state.json")
+            how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
+            set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=how)
 
 
 def code_hashes(settings: TrainSettings) -> dict[str, str]:
@@ -575,12 +573,11 @@ def read_json(file: Path) -> dict:
         return {}
 
 
-# ------------------------------------------------------------------------------------------------ memory, start and errors
+# ------------------------------------------------------------------------------------ memory, start and errors
 
 def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> dict[str, float]:
-    """Estimates the bytes of one step on each rank, by part, and their peak; nothing is allocated. Weights, gradients and
-    moments are fp32 and sharded; gathered weights and activations have c bytes a number. A rank samples for all its
-    questions at once, then trains on one micro-batch after the other."""
+    """Estimates the bytes of one step on each rank, by part, and their peak. A rank samples for all its questions at
+    once, then trains on one micro-batch after the other. c: bytes of a gathered weight or an activation."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config)
     whole, tower, layer = (parameters_to_vector(part.parameters()).numel()
@@ -593,9 +590,9 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
     micro, media = min(s.micro_batch, questions), s.frames // 2 * s.max_pixels // 28 ** 2
     prompt, response = min(s.max_prompt, media + (400 if s.prompt == "full" else 40)), group * s.max_response
     reference = (s.kl_beta > 0 or s.judge == "reference") and not s.offload_reference
-
     pixels = questions * 4 * media * 1176 * 4                                 # 4 patches a token, fp32
-    sampling = 0 if group == 1 else pixels + c * whole * sharded + 2 * c * layers * kv_width * questions * (prompt + response) + max(
+    cache = 2 * c * layers * kv_width * questions * (prompt + response)
+    sampling = 0 if group == 1 else pixels + c * whole * sharded + cache + max(
         questions * prompt * (3 * f + 4 * d) * c,                             # prefill, in a layer's MLP
         questions * 4 * media * v.hidden_size * (8 * c + 16),                 # the vision tower
         questions * group * config.vocab_size * 24)                           # logits, probabilities, sums in fp64
@@ -627,19 +624,18 @@ def plan(s: TrainSettings) -> str:
 
 def explain(error: BaseException, settings: TrainSettings) -> str:
     """One line for an error. Prints the traceback of one that is probably a bug."""
-    text, runtime = str(error), isinstance(error, RuntimeError)
-    hint = getattr(error, "hint", "")
-    if isinstance(error, SystemExit):
-        return text + hint
-    what = f"{type(error).__name__}: {text}" if text else "Interrupted."
+    text, hint, runtime = str(error), getattr(error, "hint", ""), isinstance(error, RuntimeError)
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return (text or "Interrupted.") + hint
+    what = f"{type(error).__name__}: {text}"
     if isinstance(error, MemoryError) or runtime and ("out of memory" in text or "DefaultCPUAllocator" in text):
         what = ("Out of memory. Less is needed with --save-memory, --micro-batch 1, fewer --frames, a lower "
                 "--max-response, --offload-reference or --kl-beta 0; --dry-run says how much.")
     elif runtime and (isinstance(error, dist.DistError) or "gloo" in text or "closure" in text):
-        waited = "imed out" in text or "timeout" in text
-        what = (f"waited {settings.patience:g} minutes for the other ranks (--patience)." if waited else
-                f"lost the connection to another rank ({text.partition(chr(10))[0]}).")
-    elif not isinstance(error, (ValueError, OSError, KeyboardInterrupt)):
+        what = f"lost the connection to another rank ({text[:200]})."
+        if "imed out" in text or "timeout" in text:
+            what = f"waited {settings.patience:g} minutes for the other ranks (--patience)."
+    elif not isinstance(error, (ValueError, OSError)):
         traceback.print_exception(error)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == Path(__file__).parent]
     where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
@@ -649,7 +645,7 @@ def explain(error: BaseException, settings: TrainSettings) -> str:
 def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line."""
     settings = parse_flags(settings_class, presets, argv, about)
-    rank, size = (int(os.environ.get(name, n)) for name, n in dict(RANK=0, WORLD_SIZE=1).items())
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, torch.device("cpu"))           # until all have joined
     try:
         if settings.dry_run:
@@ -659,13 +655,12 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
         train(settings, world)
         world.shutdown()
     except BaseException as error:
-        message, me = explain(error, settings), str(rank)
+        message, said_by = explain(error, settings), str(rank)
         if size == 1:
             sys.exit(message)
-        said_by = me.encode()
-        with suppress(Exception):                            # one rank prints what all say, while the store is there
-            said_by = world.store.compare_set(message, "", me)
-        if said_by == me.encode():
+        with suppress(Exception):                            # while there is a store, one rank prints what all say
+            said_by = world.store.compare_set(message, "", said_by).decode()
+        if said_by == str(rank):
             print(f"Rank {rank}: {message}", file=sys.stderr, flush=True)
         world.shutdown(1)
 
