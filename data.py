@@ -1,4 +1,4 @@
-"""From files to model inputs: media, records, prompts, batches; the toy world; the pipeline that makes traces for SFT.
+"""From files to model inputs: media, records, prompts, examples; the toy world; the pipeline of traces for SFT.
 
     python data.py toy --out runs/tiny/toy            write the toy world: clips, training and held-out records
     python data.py check train.json --media DIR       say what a run would skip or refuse, before the run does
@@ -6,7 +6,7 @@
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
 Records are those of the VideoP2R release: problem, options, solution, path, data_type, problem_type, and for SFT the
-trace in observation and process. A record whose media cannot be read is skipped and named; it never gets another clip.
+trace in observation and process. A record whose media cannot be read is skipped and named; no other clip is substituted.
 """
 import argparse
 import ast
@@ -14,7 +14,6 @@ import base64
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -33,44 +32,37 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
+# Before torch: model.py checks versions and sets what torch reads when it is loaded.
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
+                   newest_checkpoint, save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Sampled, init_weights, load_model, mrope_positions,
-                   newest_checkpoint, read_config, save_model, write_config)
 import rewards
-from rewards import (COLOURS, JUDGEMENT, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, ChatClient, Claim,
-                     Journal, Judge, Parsed, Toy, Verdict, extract_tag, language_judge, local_llm, matches_template,
-                     parse, read_toy, rule_judge, task_metric, toy_answer)
+from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, Claim, Journal, Judge,
+                     Verdict, extract_tag, matches_template, parse, read_toy, task_metric, toy_answer)
 
 
 def flag(default, help: str, choices: list[str] | None = None):
-    """A setting with its explanation, which stands in the dataclass and in --help."""
+    """A setting with the text that --help shows."""
     return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def check_minimum(settings, **minimum: float) -> None:
-    for name, value in minimum.items():
-        if not getattr(settings, name) >= value:             # true for NaN
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
 @dataclass(frozen=True)
 class InputSettings:
     """How media and prompts become model inputs. SFT, RL and evaluation must agree on them."""
-    frames: int = flag(16, "most frames taken from a video, always with its first and last (even)")
+    frames: int = flag(16, "maximum number of frames taken from a video (even), always with its first and last")
     fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows; 0: always --frames")
     min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this many pixels")
     max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this many pixels")
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
-    prompt: str = flag("full", "full: explain the template in the prompt; short: leave that to SFT; direct: question "
-                       "and options alone", ["full", "short", "direct"])
-    template: str = flag("p2r", "p2r: observation, think, answer; think: think, answer (process-agnostic baseline)",
-                         ["p2r", "think"])
+    prompt: str = flag("full", "full: with the template; short: without it, as SFT teaches it; direct: question and "
+                       "options alone", ["full", "short", "direct"])
+    template: str = flag("p2r", "tags; p2r: observation, think, answer; think: think, answer", ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
 
@@ -120,13 +112,10 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
     """Frames (N, height, width, 3) uint8 and seconds per temporal patch, of a video file or a folder of frames.
-
-    `bounds`: only the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError.
-    """
+    `bounds`: the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError."""
     import decord                                            # not at the top: torch must be imported before it
-    folder, files = path.is_dir(), []
     try:
-        if folder:
+        if folder := path.is_dir():
             files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
             files.sort(key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
             total, fps = len(files), rate or settings.fps or 2.0
@@ -140,8 +129,10 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
             first, last = (min(max(round(time * fps) - folder, 0), total - 1) for time in bounds)
         total = max(last - first, 0) + 1
         indices = [first + i for i in frame_indices(total, fps, settings)]
-        frames = (np.concatenate([read_image(files[i]) for i in indices]) if folder else
-                  reader.get_batch(indices).asnumpy())
+        if folder:
+            frames = np.concatenate([read_image(files[i]) for i in indices])
+        else:
+            frames = reader.get_batch(indices).asnumpy()
     except (RuntimeError, ValueError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
         reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
         if "cannot find video stream" in reason:
@@ -168,11 +159,9 @@ def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Resizes and normalizes frames (N, height, width, 3) and cuts them into the order the vision tower expects.
-
-    Returns patches (S, 3·2·14·14) and their grid (temporal patches, rows, columns). The four patches that will be
-    merged are neighbours; a patch holds colour, then two frames, then rows and columns of pixels.
-    """
+    """Frames (N, height, width, 3) → patches (S, 3·2·14·14), resized, normalized and in the order that the vision tower
+    expects, and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours; a
+    patch holds colour, then two frames, then rows and columns of pixels."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
@@ -186,7 +175,7 @@ def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tens
 
 # ------------------------------------------------------------------------------------------------ records
 
-TRACE_TAGS = [tag for tag in TAGS if tag != "answer"]         # what SFT teaches before the answer
+TRACE_TAGS = [tag for tag in TAGS if tag != "answer"]         # what SFT trains apart from the answer
 TRACE_FIELDS = {tag: "process" if tag == "think" else tag for tag in TRACE_TAGS}     # their names in record files
 
 
@@ -209,10 +198,8 @@ class Record:
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a record file: a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace.
-
-    Raises ValueError with the file and the record's number for anything that is not as it should be.
-    """
+    """Reads a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace. Raises ValueError
+    with the file and the record's number."""
     where = f"{file}"
     try:
         raw = Path(file).read_bytes()
@@ -229,7 +216,7 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
 
 
 def to_record(row: dict, traces: bool) -> Record:
-    """Checks a row of a record file. Raises ValueError that says what is missing or wrong."""
+    """Checks a row of a record file. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
     json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate: no tokenizer takes it
@@ -249,12 +236,9 @@ def to_record(row: dict, traces: bool) -> Record:
         raise ValueError(f"options are no list of texts: {options!r:.80}")
     if row["problem_type"] == "multiple choice" and len(options) == 1:
         raise ValueError("a multiple choice with one option")
-    if type(solution) not in (str, int, float) or solution != solution:       # Python's JSON has NaN
-        raise ValueError(f"solution is neither a text nor a number: {solution!r:.80}")
-    tagged = "answer>" in str(solution)
-    reference = extract_tag("answer", str(solution)) if tagged else str(solution).strip()
-    if not reference:
-        raise ValueError(f"solution holds no answer, or several: {solution!r:.80}")
+    reference = extract_tag("answer", str(solution)) if "answer>" in str(solution) else str(solution).strip()
+    if type(solution) not in (str, int, float) or solution != solution or not reference:      # Python's JSON has NaN
+        raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
     trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
     for tag, text in trace.items():                          # in its tags or without them
         trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text
@@ -269,22 +253,16 @@ def to_row(r: Record) -> dict:
                 data_source=r.data_source) | {name: r.trace.get(tag, "") for tag, name in TRACE_FIELDS.items()}
 
 
-def media_path(root: Path, path: str) -> Path:
-    """Where a record's file lies under the media root. Raises MediaError, also for a path that leads out of it."""
+def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError, also for a
+    path that leads out of the media folder."""
     try:
-        full = (root / path).resolve()
-        if not full.is_relative_to(root.resolve()):
-            raise MediaError("its path, or a link on it, leads out of the media folder")
-        if not (full.is_file() or full.is_dir()):            # no pipe, no device
-            raise MediaError("no such file")
+        path = (root / r.path).resolve()
+        inside, there = path.is_relative_to(root.resolve()), path.is_file() or path.is_dir()  # no pipe, no device
     except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
-    return full
-
-
-def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
-    path = media_path(root, r.path)
+    if not (inside and there):
+        raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
     if r.data_type == "image":
         return read_image(path), 0.0, settings.image_max_pixels
     return *read_video(path, settings, r.bounds, r.rate), settings.max_pixels
@@ -292,8 +270,8 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
 
 # ------------------------------------------------------------------------------------------------ prompts
 
-THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before you "
-               "settle on it.")                              # in the process-agnostic template, without observations
+THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before "
+               "you settle on it.")                          # in the process-agnostic template, without observations
 TYPE_LINES = {
     "multiple choice": "Answer with the letter of the correct option.",
     "numerical": "Answer with one exact number.",
@@ -325,11 +303,6 @@ def instruction(record: Record, settings: InputSettings) -> str:
     return "\n".join(lines)
 
 
-def observation_prefix(observation: str) -> str:
-    """A given observation, as the beginning of a response."""
-    return f"<observation> {observation} </observation>\n"
-
-
 def trace_text(record: Record, template: str) -> str:
     """The response that SFT teaches: every tag of the template with its text. A given observation is in the prompt."""
     texts = record.trace | {"answer": record.reference}
@@ -337,8 +310,16 @@ def trace_text(record: Record, template: str) -> str:
     return "\n".join(f"<{name}> {texts[name]} </{name}>" for name in tags)
 
 
+def chat(medium: list[int], text: str, v: "Vocabulary", settings: InputSettings) -> list[int]:
+    """Token ids of Qwen's chat layout up to the response. The short prompt leaves out the system line."""
+    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
+    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
+    return [*system * (settings.prompt != "short"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
+            *newline, *start, *v.encode("assistant\n")]
+
+
 def byte_characters() -> dict[int, str]:
-    """Byte-level BPE writes each byte as one printable character: itself if it is printable, else one from 256 on."""
+    """Byte-level BPE writes each byte as one character: itself if it is printable, else one from 256 on."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
@@ -360,10 +341,10 @@ class Vocabulary:
             self.bytes.append(added[i].encode() if i in added else bytes(to_byte[char] for char in piece))
         self.id = {text: i for i, text in added.items()}
         self.stop_ids = [self.id["<|im_end|>"], self.id["<|endoftext|>"]]
-        self.placeholders = [i for text, i in self.id.items() if any(w in text for w in ("vision", "image", "video"))]
+        self.placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
 
     def encode(self, text: str) -> list[int]:
-        """Plain text only: "<|im_end|>" in somebody's question stays text and cannot end the turn."""
+        """Special tokens written in the text are encoded as ordinary text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -378,6 +359,8 @@ class Vocabulary:
         return model
 
 
+# ------------------------------------------------------------------------------------------------ examples
+
 class Example(NamedTuple):
     """A tokenized record with its patches."""
     record: Record
@@ -387,14 +370,6 @@ class Example(NamedTuple):
     pixels: Tensor | None                                    # (S, 1176), None without a medium
     grid: tuple[int, int, int] | None
     seconds: float                                           # per temporal patch, 0 for an image
-
-
-def chat(medium: list[int], text: str, v: Vocabulary, settings: InputSettings) -> list[int]:
-    """Qwen's chat layout up to the response. The short prompt leaves out the system line."""
-    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
-    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
-    return [*system * (settings.prompt != "short"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
-            *newline, *start, *v.encode("assistant\n")]
 
 
 @lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
@@ -408,12 +383,12 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
     """Reads the medium and lays out the prompt, with an observation that is given. Raises MediaError."""
     pixels, grids, times, medium = None, [], [], []
     if not r.blind:
-        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # whatever is asked of it
+        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # independent of the question
         pixels, grid, seconds = media_patches(key, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
-    prefix = [] if r.given is None else v.encode(observation_prefix(r.given))
+    prefix = [] if r.given is None else v.encode(f"<observation> {r.given} </observation>\n")
     ids = torch.tensor(chat(medium, instruction(r, settings), v, settings) + prefix)
     return Example(r, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]), *(times or [0.0]))
 
@@ -426,9 +401,13 @@ def blank_example(v: Vocabulary, config: Config) -> Example:
     return Example(record, ids, *mrope_positions(ids, [grid], [0.0], config), pixels, grid, 0.0)
 
 
+def answer_score(r: Record, answer: str | None) -> float:
+    return task_metric(r.problem_type, answer, r.reference, r.options)
+
+
 def why_invalid(r: Record) -> str:
     """Why a record cannot teach: its own solution would not score 1, or its trace breaks the template. "" if it can."""
-    if r.reference and task_metric(r.problem_type, r.reference, r.reference, r.options) < 1:
+    if r.reference and answer_score(r, r.reference) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
     if r.trace.keys() < set(TRACE_TAGS) or r.given is not None or all(parse(trace_text(r, "p2r")).formats):
         return ""
@@ -436,12 +415,12 @@ def why_invalid(r: Record) -> str:
 
 
 class Examples:
-    """Records that become examples when asked for. One that cannot is None, counted, and named in a log file."""
+    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`.
+    `teaching`: skip invalid records; an evaluation asks every question."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
                  settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE,
                  teaching: bool = True):
-        """`teaching`: skip invalid records; an evaluation asks every question."""
         self.records, self.root, self.vocabulary, self.config = records, Path(root), vocabulary, config
         self.settings, self.log, self.max_unreadable, self.teaching = settings, log, max_unreadable, teaching
         self.asked, self.skipped = set(), {}                 # indices; index → reason
@@ -454,16 +433,16 @@ class Examples:
     def __getitem__(self, i: int) -> Example | None:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
-        r, size = self.records[i], 0
+        r, example = self.records[i], None
         reason = why_invalid(r) if self.teaching else ""
         try:
-            example = None if reason else build_example(r, self.root, self.vocabulary, self.config, self.settings)
+            if not reason:
+                example = build_example(r, self.root, self.vocabulary, self.config, self.settings)
         except MediaError as error:
-            example, reason = None, f"media: {error}"
+            reason = f"media: {error}"
         if example and len(example.ids) > self.settings.max_prompt:
             example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
-        if example and example.pixels is not None:
-            size = example.pixels.nbytes
+        size = example.pixels.nbytes if example and example.pixels is not None else 0
         with self.lock:
             self.asked.add(i)
             if example and i not in self.cache and size <= self.room:
@@ -488,7 +467,7 @@ class Examples:
         """Yields the readable examples of each step's indices, while threads read those of the next two steps."""
         waiting, pool = [], ThreadPoolExecutor(max(1, self.settings.workers))
         try:
-            for indices in itertools.chain(steps, [(), ()]):
+            for indices in [*steps, (), ()]:
                 waiting.append([pool.submit(self.__getitem__, i) for i in indices])
                 if len(waiting) > 2:
                     examples = [future.result() for future in waiting.pop(0)]
@@ -504,8 +483,7 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
-    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler, and
-    the order does not depend on the number of ranks."""
+    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler."""
     places = range(step * size, (step + 1) * size)
     return [epoch_order(count, place // count, seed)[place % count] for place in places]
 
@@ -521,9 +499,18 @@ def collate(examples: Sequence[Example]) -> Prompts:
                    pixels=torch.cat(pixels) if pixels else None, grid=[e.grid for e in examples if e.grid])
 
 
+def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
+    """The random numbers of a question's responses, (G, T): the same ones on any number of ranks."""
+    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+    return torch.rand(group, tokens, generator=generator)
+
+
 # ------------------------------------------------------------------------------------------------ the toy world
 
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
+TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}       # clips
+TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]       # half is multiple choice
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
 
 
@@ -544,34 +531,25 @@ def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
     def chunk(tag: bytes, body: bytes) -> bytes:
         return tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
 
-    n, h, w, _ = frames.shape
-    pictures = []
+    (n, h, w, _), movie, index, largest = frames.shape, b"movi", b"", 0
     for frame in frames:
         Image.fromarray(frame).save(buffer := io.BytesIO(), "PNG", compress_level=1)
-        pictures.append(buffer.getvalue())
-    largest = max(map(len, pictures))
+        picture = buffer.getvalue()
+        index += struct.pack("<4sIII", b"00dc", 0x10, len(movie), len(picture))
+        movie, largest = movie + chunk(b"00dc", picture), max(largest, len(picture))
     header = struct.pack("<14I", 1_000_000 // fps, largest * fps, 0, 0x10, n, 0, 1, largest, w, h, 0, 0, 0, 0)
     stream = struct.pack("<4s4sIHHIIIIIIIIHHHH", b"vids", b"MPNG", 0, 0, 0, 0, 1, fps, 0, n, largest, 0, 0, 0, 0, w, h)
     bitmap = struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MPNG", w * h * 3, 0, 0, 0, 0)
-    at, index = 4, b""
-    for picture in pictures:
-        index += struct.pack("<4sIII", b"00dc", 0x10, at, len(picture))
-        at += 8 + len(picture) + len(picture) % 2
     streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap))
-    body = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + streams)
-    body += chunk(b"LIST", b"movi" + b"".join(chunk(b"00dc", p) for p in pictures)) + chunk(b"idx1", index)
+    body = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + streams) + chunk(b"LIST", movie) + chunk(b"idx1", index)
     return chunk(b"RIFF", b"AVI " + body)
-
-
-# Half of the questions are multiple choice, as most of the paper's data are.
-TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
     """A question about three letters, with its answer and a correct trace. Returns the record and what is shown."""
     problem_type = TOY_MIX[number % len(TOY_MIX)]
-    names = [name for name, (kind, _) in TOY_QUESTIONS.items() if kind == problem_type]
-    name = names[number // len(TOY_MIX) % len(names)]
+    texts = [text for kind, text in TOY_QUESTIONS.values() if kind == problem_type]
+    text = texts[number // len(TOY_MIX) % len(texts)]
     everything = [f"{colour} {letter}" for colour in COLOURS for letter in LETTERS]
     answer = None
     while answer is None:                                    # for some draws a question has no answer: draw again
@@ -581,243 +559,159 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
             asked, right = rng.choice([shown[:2], shown[1:]])
             options = rng.sample([x for x in everything if x != right], 2)
             options.insert(rng.randrange(3), right)
-        toy = Toy(name, asked, tuple(options))
+        question = text.format(asked)
+        toy = read_toy(problem_type, question, options)
         answer = toy_answer(toy, shown)
     trace = {TRACE_FIELDS[tag.name]: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name in TRACE_FIELDS}
-    return {"problem_id": f"{split}-{number}", "problem": TOY_QUESTIONS[name][1].format(asked),
+    return {"problem_id": f"{split}-{number}", "problem": question,
             "options": rewards.letter_options(options), "data_type": "video", "problem_type": problem_type,
             "solution": f"<answer>{answer}</answer>", "answer": answer, "path": f"./{split}/{number:05d}.avi",
             "data_source": "toy", **trace}, shown
 
 
-def toy_clip(number: int, split: str, seed: int) -> tuple[dict, bytes]:
-    """A record and its clip. Every clip has a seed of its own, made of the split's name and its number, so that no
-    held-out clip is ever a training clip."""
+def toy_clip(seed: int, split: str, number: int) -> bytes:
+    """The clip of a record, from a seed of their own: no held-out clip is ever a training clip."""
     rng = random.Random(f"{seed}/{split}/{number}")
-    record, shown = toy_record(rng, number, split)
+    _, shown = toy_record(rng, number, split)
     noise = np.random.default_rng(rng.getrandbits(64))
-    frames = [draw(*x.split(), noise) for x in shown for _ in range(2)]
-    return record, avi_bytes(np.stack(frames), TOY_FPS)
-
-
-def toy_is_current(file: Path, count: int, seed: int) -> bool:
-    """Does this record file hold what the code would write now? Edited questions or drawings change the world."""
-    if not file.is_file():
-        return False
-    split, rows = file.stem, json.loads(file.read_text())
-    first, clip = toy_clip(0, split, seed)
-    made = [toy_record(random.Random(f"{seed}/{split}/{number}"), number, split)[0] for number in range(count)]
-    path = file.parent / first["path"]
-    return rows == made and path.is_file() and path.read_bytes() == clip
-
-
-TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}
+    return avi_bytes(np.stack([draw(*x.split(), noise) for x in shown for _ in range(2)]), TOY_FPS)
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
-    """Writes the toy world, clips and `<split>.json`, unless the same world is there already."""
-    folder = Path(folder)
-    todo = {name: n for name, n in splits.items() if not toy_is_current(folder / f"{name}.json", n, seed)}
-    with tqdm(total=sum(todo.values()), desc="toy clips", unit="clip", disable=not todo) as bar:
-        for split, count in todo.items():
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            records = []
-            for number in range(count):
-                record, clip = toy_clip(number, split, seed)
-                (folder / record["path"]).write_bytes(clip)
-                records.append(record)
-                bar.update()
-            write_atomically(folder / f"{split}.json", json.dumps(records, indent=1))   # when its clips are there
-    return folder
+    """Writes the toy world, clips and `<split>.json`, unless it is there as the code would write it now."""
+    for split, count in splits.items():
+        file, clips = Path(folder) / f"{split}.json", Path(folder) / split
+        rows = [toy_record(random.Random(f"{seed}/{split}/{n}"), n, split)[0] for n in range(count)]
+        first, text = clips / "00000.avi", json.dumps(rows, indent=1)
+        if file.is_file() and file.read_text() == text and first.is_file():
+            if first.read_bytes() == toy_clip(seed, split, 0):
+                continue
+        file.unlink(missing_ok=True)                         # it is written again when its clips are there
+        clips.mkdir(parents=True, exist_ok=True)
+        for number in tqdm(range(count), f"toy clips, {split}", unit="clip"):
+            (clips / f"{number:05d}.avi").write_bytes(toy_clip(seed, split, number))
+        write_atomically(file, text)
+    return Path(folder)
 
 
 def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny"]) -> None:
-    """Writes a random tiny twin of Qwen2.5-VL with a byte-level tokenizer that holds the toy world's words whole."""
+    """Writes a random tiny Qwen2.5-VL, and a byte-level tokenizer in which the toy world's words are single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     cut = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r" ?</?[a-z]+>\n?| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    rng = random.Random(0)
-    rows = [toy_record(rng, n, "words")[0] for n in range(500)]
-    texts = ["system\nYou are a helpful assistant.\n", "user\n", "assistant\n", "0123456789"]
-    for record in (to_record(row, True) for row in rows):
+    rng, texts = random.Random(0), ["system\nYou are a helpful assistant.\n", "user\n", "assistant\n", "0123456789"]
+    for number in range(500):
+        record = to_record(toy_record(rng, number, "words")[0], True)
         texts += [instruction(record, InputSettings(prompt="short")), trace_text(record, "p2r")]
-    words = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
+    words = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text) if len(piece) > 1}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                 "<|image_pad|>", "<|video_pad|>"]
-    pieces = specials + sorted(byte_characters().values()) + sorted(w for w in words if len(w) > 1)
-    # ignore_merges: a piece that stands in the vocabulary is one token, anything else falls apart into bytes.
+    pieces = specials + sorted(byte_characters().values()) + sorted(words)
+    # ignore_merges: a piece of the vocabulary is one token, any other is split into its bytes.
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    model = init_weights(Qwen2_5_VL(config), seed)
-    assert len(pieces) <= model.config.vocab_size
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    assert len(pieces) <= config.vocab_size
 
     def write_extra(where: Path) -> None:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-                                ).save_pretrained(str(where))
-        write_config(model.config, where, stop_ids=[2, 0])
+        tokenizer.save_pretrained(str(where))
+        write_config(config, where, stop_ids=[2, 0])
 
-    save_model(dict(model.named_parameters()), folder, write_extra=write_extra)
+    save_model(dict(init_weights(Qwen2_5_VL(config), seed).named_parameters()), folder, write_extra=write_extra)
 
 
-# ================================================================ a first reader may stop here: plumbing follows
+# ================================ a first reader may stop here ================================
 
-# ------------------------------------------------------------------------------------------------ judges and teachers
+HTTP = ("http://", "https://")
+THRESHOLD = 0.6                                              # the lowest score of a correct answer in the pipeline (paper)
+
 
 @dataclass(frozen=True)
 class JudgeSettings:
     """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
-    judge: str = flag("rule", "what decides whether an observation suffices: rule (exact, for the toy world), reference "
-                      "(the KL reference answers from the observation alone), a folder with a language model, or an "
-                      "address http(s)://…/v1")
-    judge_model: str = flag("", "name of the model behind an http judge, whose key comes from the environment variable "
-                            "JUDGE_API_KEY; for `data.py cot --judge reference` the checkpoint that answers")
+    judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers "
+                      "blind), a folder with a language model, or an address http(s)://…/v1")
+    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in `cot`: a folder")
     judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
-    refuse_leaks: bool = flag(True, "an observation that only states an answer is insufficient, whatever the judge "
-                              "would say; --no-refuse-leaks leaves it to the judge, as the paper does")
+    refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without a judge")
     concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
     timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
-    retries: int = flag(24, "retries of a failed request, after waits that grow from 0.5 to 8 s (or as the server asks): "
-                        "24 outlast an outage of two minutes")
-    max_unknown: float = flag(0.2, "largest share of verdicts, or of a teacher's traces, that may be missing; above it "
-                              "the run stops")
+    retries: int = flag(24, "retries of a failed request, 0.5 to 8 s apart: 24 outlast an outage of two minutes")
+    max_unknown: float = flag(0.2, "largest share of missing verdicts, or of missing traces; above it the run stops")
 
     def __post_init__(self):
         check_minimum(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
         self.check_source("judge", ("rule", "reference"))
 
     def check_source(self, name: str, built_in: tuple[str, ...]) -> None:
-        """SystemExit, before anything is computed or written, if --judge or --teacher names nothing that exists."""
-        value, option = getattr(self, name), f"--{name}"
+        """SystemExit if --judge or --teacher names nothing that exists."""
+        value = getattr(self, name)
         if not value.startswith(HTTP):
             if value not in built_in and not Path(value).is_dir():
-                raise SystemExit(f"{option} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
+                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
                                  f"address http(s)://…/v1")
-        elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):             # the address may hold a key: do not show it
-            raise SystemExit(f"{option}: an address is like https://host:port/v1; keys come from the environment")
-        elif not getattr(self, name + "_model"):
-            raise SystemExit(f"{option} {value} needs {option}-model: a server knows its models by name")
-        elif not find_spec("openai"):
-            raise SystemExit(f"{option} {value} needs a package: pip install openai")
+        elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):            # it may hold a key: do not show it
+            raise SystemExit(f"--{name}: an address is like https://host:port/v1; keys come from the environment")
+        elif not (getattr(self, name + "_model") and find_spec("openai")):
+            raise SystemExit(f"--{name} {value} needs --{name}-model, and `pip install openai`")
 
 
-def key_from(variable: str) -> str:
-    """An API key from the environment, its only source. ValueError, which does not show it, if no header can hold it."""
-    key = os.environ.get(variable, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{variable} holds characters that no key can have")
-    return key
+def chat_client(s: JudgeSettings, name: str, **options) -> rewards.ChatClient:
+    """The server that --judge or --teacher names, with the key that JUDGE_API_KEY or TEACHER_API_KEY holds."""
+    key = os.environ.get(f"{name.upper()}_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):            # such a key fits no header; do not show it
+        raise ValueError(f"{name.upper()}_API_KEY holds characters that no key can have")
+    model = getattr(s, f"{name}_model")
+    return rewards.ChatClient(getattr(s, name), model, key, s.concurrency, s.timeout, s.retries, **options)
 
 
 def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
-    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference.
-    device: of the rank."""
-    if s.judge in ("rule", "reference"):
-        return Judge(rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
+    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference."""
     if s.judge.startswith(HTTP):
-        client = ChatClient(s.judge, s.judge_model, key_from("JUDGE_API_KEY"), s.concurrency, s.timeout, s.retries, cache,
-                            keep=JUDGEMENT.search, max_tokens=s.judge_tokens, temperature=0)
-        return Judge(language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
+        keep = rewards.JUDGEMENT.search
+        client = chat_client(s, "judge", cache=cache, keep=keep, max_tokens=s.judge_tokens, temperature=0)
+        return Judge(rewards.language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
+    if s.judge in ("rule", "reference"):
+        return Judge(rewards.rule_judge if s.judge == "rule" else reference, s.refuse_leaks)
     device = s.judge_device or device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # A judge on the CPU would take threads from the training.
-    return Judge(language_judge(local_llm(s.judge, device, s.judge_tokens)), s.refuse_leaks, background=device != "cpu")
-
-
-def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int) -> Tensor:
-    """The random numbers of a question's responses, (G, T). They belong to the seed, the step and the question, not to
-    a process: any number of ranks draws the same ones."""
-    key = f"{seed}/{stream}/{r.problem_id}/{r.path}/{r.question}".encode()
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
-    return torch.rand(group, tokens, generator=generator)
-
-
-THRESHOLD = 0.6                                              # a score from which an answer counts as reached (paper)
+    decide = rewards.language_judge(rewards.local_llm(s.judge, device, s.judge_tokens))
+    return Judge(decide, s.refuse_leaks, background=device != "cpu")          # on a CPU it would slow the training
 
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
-    """Judges by answering: the model reads question and observation without the media, writes think and answer
-    greedily, and an observation suffices if the answer's score reaches THRESHOLD.
-
-    The paper asks a large language model instead. This needs no second model, and no verdict can be faked. But weak
-    reasoning of the model counts against the observation, and an observation that states the answer passes unless it is
-    caught as a leak.
-    """
+    """Judges by answering: the model reads question and observation without the media, and writes think and answer
+    greedily. The observation suffices if the answer's score reaches THRESHOLD. The paper asks a language model. Here
+    weak reasoning counts against the observation, and one that states the answer passes unless it is a leak."""
     verdicts = []
     for i in range(0, len(claims), batch):
-        some = claims[i:i + batch]
-        examples = [build_example(Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
-                                         given=c.observation), Path(), vocabulary, model.config, settings) for c in some]
-        out = model.generate(collate(examples).to(device), torch.zeros(len(some), 1, tokens), vocabulary.stop_ids,
-                             temperature=0.0)
-        for c, text in zip(some, first_texts(out, vocabulary)):
-            score = task_metric(c.problem_type, parse(text).contents["answer"], c.reference, c.options)
+        examples = []
+        for c in claims[i:i + batch]:
+            record = Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
+                            given=c.observation)
+            examples.append(build_example(record, Path(), vocabulary, model.config, settings))
+        uniforms = torch.zeros(len(examples), 1, tokens)
+        for e, text in zip(examples, respond(model, vocabulary, examples, uniforms, 0.0, device)):
+            score = answer_score(e.record, parse(text).contents["answer"])
             explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
             verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
 
 
-def first_texts(out: Sampled, vocabulary: Vocabulary) -> list[str]:
-    """The text of each prompt's first response."""
+def respond(model: Qwen2_5_VL, vocabulary: Vocabulary, examples: Sequence[Example], uniforms: Tensor,
+            temperature: float, device) -> list[str]:
+    """One response to each example, sampled with uniforms (B, 1, T)."""
+    out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature)
     return [vocabulary.decode(ids[:n]) for ids, n in zip(out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist())]
 
 
-class Draft(NamedTuple):
-    """A teacher's trace for a record. Without output the next run of the pipeline tries again."""
-    output: str | None
-    error: str = ""                                          # why there is no output
-    mistakes: tuple[str, ...] = ()                           # that the scripted teacher made on purpose
-
-
-def api_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """A server that speaks OpenAI's chat protocol and reads images: it gets the frames in the size set here."""
-    client = ChatClient(s.teacher, s.teacher_model, key_from("TEACHER_API_KEY"), s.concurrency, s.timeout, s.retries,
-                        patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
-                        temperature=s.temperature, seed=s.seed)
-
-    def teach(record: Record) -> Draft:
-        try:
-            frames, _, limit = read_media(record, Path(s.media), s)
-        except MediaError as error:
-            return Draft(None, f"media: {error}")
-        content = [{"type": "image_url", "image_url": {"url": data_url(frame)}}
-                   for frame in resize(frames, min(s.min_pixels, limit), limit)]
-        content.append({"type": "text", "text": instruction(record, s)})
-        return Draft(*client.ask_all([[{"role": "user", "content": content}]])[0])
-    return lambda records: [teach(record) for record in records]
-
-
-def data_url(frame: np.ndarray) -> str:
-    """A frame (height, width, 3) as JPEG in a URL."""
-    Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def local_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """A checkpoint of this project or of Qwen2.5-VL."""
-    vocabulary, model, device = load_local(s.teacher)
-
-    def teach(records: list[Record]) -> list[Draft]:
-        examples, drafts = [], {}
-        for record in records:
-            try:
-                examples.append(build_example(record, Path(s.media), vocabulary, model.config, s))
-            except MediaError as error:
-                drafts[record] = Draft(None, f"media: {error}")
-        if examples:
-            uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response) for e in examples])
-            out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, s.temperature)
-            drafts |= {e.record: Draft(text) for e, text in zip(examples, first_texts(out, vocabulary))}
-        return [drafts[record] for record in records]
-    return teach
-
-
 def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
-    """The newest checkpoint in a folder, ready to answer: its vocabulary, the model, and the device that holds it."""
+    """The newest checkpoint in a folder: its vocabulary, the model, and the model's device."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -825,64 +719,108 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
     return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
-def toy_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
-    """The toy world's scripted teacher: knows what was shown, from the record, and makes mistakes at known rates.
+class Draft(NamedTuple):
+    """A teacher's trace for a record. Without output the next run of the pipeline tries again."""
+    output: str | None
+    error: str = ""                                          # why there is no output
+    mistakes: tuple[str, ...] = ()                           # that the toy teacher made on purpose
 
-    A mistake always matters: another answer would follow from what it saw, or its answer scores below the threshold.
-    A mistake in perception leads to the right answer all the same with the rate `luck`: reasoning that belongs to
-    what was shown, not to what was noted down. That is the trace which only step 3 can catch.
-    """
-    def misread(r: Record, toy: Toy, rng: random.Random, below: float) -> list[str]:
-        while True:
-            other = list(shown_in(r))
-            for i in rng.sample(range(TOY_EVENTS), rng.randint(1, TOY_EVENTS)):
-                other[i] = f"{rng.choice(COLOURS)} {rng.choice(LETTERS)}"
-            answer = toy_answer(toy, other)
-            if answer is not None and task_metric(r.problem_type, answer, r.reference, r.options) < below:
-                return other
 
-    def shown_in(r: Record) -> list[str]:
-        return [item.partition(" ")[2] for item in r.trace.get("observation", "").split(", ")]
+def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
+    """The teacher that --teacher names: the toy teacher, a server, or a checkpoint."""
+    if s.teacher == "toy":
+        return lambda records: [toy_draft(r, s) for r in records]
+    prepare, write = (http_teacher if s.teacher.startswith(HTTP) else local_teacher)(s)
 
-    def teach_one(r: Record) -> Draft:
-        rng, mistakes = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), []
-        toy = read_toy(r.problem_type, r.question, r.options)
-        seen = reasoned = shown = shown_in(r)
-        if rewards.toy_observation(toy, shown) != r.trace.get("observation") or len(shown) != TOY_EVENTS:
-            raise ValueError(f"{r.path}: the toy teacher reads what was shown from the record's observation, and "
-                             f"{r.trace.get('observation')!r:.60} does not say it")
-        if rng.random() < s.perception_mistakes:
-            mistakes.append("perception")
-            seen = misread(r, toy, rng, below=1 - 1e-9)
-            reasoned = shown if rng.random() < s.luck else seen
-        if rng.random() < s.reasoning_mistakes:
-            mistakes.append("reasoning")
-            reasoned = misread(r, toy, rng, below=THRESHOLD)
-        trace = {tag.name: tag.toy(toy, reasoned) for tag in template_tags("p2r")}
-        trace |= {tag.name: tag.toy(toy, seen) for tag in SEGMENTS[0].tags}
-        text = trace_text(replace(r, trace=trace, reference=trace["answer"]), "p2r")
-        if rng.random() < s.template_mistakes:
-            mistakes.append("template")
-            text = text[:rng.randrange(len(text))]           # cut off: no </answer>
-        return Draft(text, mistakes=tuple(mistakes))
-    return lambda records: [teach_one(r) for r in records]
+    def teach(records: list[Record]) -> list[Draft]:
+        inputs, drafts = {}, {}
+        for r in records:
+            try:
+                inputs[r] = prepare(r)
+            except MediaError as error:
+                drafts[r] = Draft(None, f"media: {error}")
+        if inputs:
+            drafts |= zip(inputs, write([*inputs.values()]))
+        return [drafts[r] for r in records]
+    return teach
+
+
+def http_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
+    """A server that speaks OpenAI's chat protocol and reads images: it gets the frames in the size set here."""
+    client = chat_client(s, "teacher", patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
+                         temperature=s.temperature, seed=s.seed)
+
+    def prepare(r: Record) -> list[dict]:
+        (frames, _, limit), content = read_media(r, Path(s.media), s), []
+        for frame in resize(frames, min(s.min_pixels, limit), limit):
+            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
+    return prepare, lambda chats: [Draft(*reply) for reply in client.ask_all(chats)]
+
+
+def local_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
+    """A checkpoint of this project or of Qwen2.5-VL."""
+    vocabulary, model, device = load_local(s.teacher)
+
+    def write(examples: list[Example]) -> list[Draft]:
+        uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response) for e in examples])
+        return [Draft(text) for text in respond(model, vocabulary, examples, uniforms, s.temperature, device)]
+    return lambda r: build_example(r, Path(s.media), vocabulary, model.config, s), write
+
+
+def toy_draft(r: Record, s: "CotSettings") -> Draft:
+    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Each
+    changes the answer, except for a share `luck` of those in perception: there the reasoning follows from what was
+    shown, not from what was noted down. Only step 3 can catch those."""
+    rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
+    noted, mistakes = r.trace.get("observation", ""), []
+    seen = reasoned = shown = [item.partition(" ")[2] for item in noted.split(", ")]          # "1 red O, 2 blue X, …"
+    if rewards.toy_observation(toy, shown) != noted or len(shown) != TOY_EVENTS:
+        raise ValueError(f"{r.path}: the toy teacher finds no letters in the record's observation {noted!r:.60}")
+    if rng.random() < s.perception_mistakes:
+        mistakes.append("perception")
+        seen = misread(toy, shown, r, 1 - 1e-9, rng)
+        reasoned = shown if rng.random() < s.luck else seen
+    if rng.random() < s.reasoning_mistakes:
+        mistakes.append("reasoning")
+        reasoned = misread(toy, shown, r, THRESHOLD, rng)
+    texts = {tag.name: tag.toy(toy, reasoned) for tag in template_tags("p2r")}
+    texts |= {tag.name: tag.toy(toy, seen) for tag in SEGMENTS[0].tags}
+    text = trace_text(replace(r, trace=texts, reference=texts["answer"]), "p2r")
+    if rng.random() < s.template_mistakes:
+        mistakes.append("template")
+        text = text[:rng.randrange(len(text))]               # cut off: no </answer>
+    return Draft(text, mistakes=tuple(mistakes))
+
+
+def misread(toy: rewards.Toy, shown: list[str], r: Record, below: float, rng: random.Random) -> list[str]:
+    """Other letters than those shown, from which an answer follows that scores less than `below`."""
+    while True:
+        other = list(shown)
+        for i in rng.sample(range(TOY_EVENTS), rng.randint(1, TOY_EVENTS)):
+            other[i] = f"{rng.choice(COLOURS)} {rng.choice(LETTERS)}"
+        answer = toy_answer(toy, other)
+        if answer is not None and answer_score(r, answer) < below:
+            return other
 
 
 # ------------------------------------------------------------------------------------------------ the data pipeline
 
 @dataclass(frozen=True)
 class CotSettings(InputSettings, JudgeSettings):
-    """`python data.py cot`. Without --data: the toy world with its scripted teacher."""
+    """`python data.py cot`. Without --data: the toy world with the toy teacher."""
     data: str = flag("", "record file with questions (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative [the folder of --data]")
     out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
-    teacher: str = flag("toy", "who writes traces: toy (scripted), a checkpoint folder, or an address http(s)://…/v1")
-    teacher_model: str = flag("", "name of the model behind an http teacher, whose key comes from TEACHER_API_KEY")
+    teacher: str = flag("toy", "who writes traces: toy (toy world), a checkpoint folder, or an address http(s)://…/v1")
+    teacher_model: str = flag("", "name of an http teacher's model (key: TEACHER_API_KEY)")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
-    max_response: int = flag(1024, "most tokens of a trace")
+    max_response: int = flag(1024, "maximum number of tokens in a trace")
     batch: int = flag(16, "records that a local teacher, or the reference as judge, works on at once")
-    seed: int = flag(0, "decides a teacher's sampling, and the scripted teacher's mistakes")
+    seed: int = flag(0, "decides a teacher's sampling, and the toy teacher's mistakes")
     perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that note down other letters")
     luck: float = flag(0.5, "share of these whose answer is right all the same")
     reasoning_mistakes: float = flag(0.1, "share of its traces that reason to a wrong answer")
@@ -891,91 +829,76 @@ class CotSettings(InputSettings, JudgeSettings):
     def __post_init__(self):
         InputSettings.__post_init__(self)
         JudgeSettings.__post_init__(self)
-        check_minimum(self, batch=1, max_response=1, limit=0, temperature=0, luck=0, perception_mistakes=0,
-                      reasoning_mistakes=0, template_mistakes=0)
+        check_minimum(self, batch=1, max_response=1, limit=0, temperature=0)
         self.check_source("teacher", ("toy",))
-        if self.template != "p2r":
-            raise SystemExit("--template think has no observation that could be judged")
         if self.judge == "reference" and not self.judge_model:
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
 
 STEPS = ("records", "generated", "template", "answer", "observation")         # what a record passes
 DROPPED = {"not generated": 1, "template broken": 2, "answer wrong": 3, "not judged": 4, "observation insufficient": 4}
+CAUGHT = (2, "reasoning", ("template broken", "answer wrong")), (3, "perception", ("observation insufficient",))
 
 
 def cot(s: CotSettings) -> Path:
     """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
 
-    Everything lies in --out: 1-generated.jsonl and 3-judged.jsonl grow by a line for each finished record; traces.jsonl
-    (kept) and dropped.jsonl (with reasons) are written at the end, in the order of the records. Killed at any moment
-    and started again, it does what is missing and ends in the same files.
+    1-generated.jsonl and 3-judged.jsonl in --out grow by a line for each finished record; traces.jsonl (kept) and
+    dropped.jsonl (with reasons) are written at the end. Killed and started again, it does what is missing.
     """
-    with lock_folder(Path(s.out)):
-        return make_traces(replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out))
+    s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
+    with lock_folder(folder):
+        records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}          # equal records are one
+        if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
+            raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
+        made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"
+        free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())          # before step 3 begins
+        check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
 
+        # Step 1, generate: a teacher writes a trace for every record.
+        drafts, errors = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
 
-def make_traces(s: CotSettings, folder: Path) -> Path:
-    """The three steps, the files and the funnel."""
-    records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}              # equal records are one
-    if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
-        raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
-    made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"    # what is not begun may change
-    free = ["limit", "batch"] + ["judge", "judge_model"] * (not judged.exists())
-    check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
+        # Step 2, verify: the template, and the answer's score.
+        why, rows, claims = dict.fromkeys(errors, "not generated"), {}, {}
+        for key, r in records.items():
+            output = drafts.get(key, {}).get("output")
+            contents, formats = parse(output or "")
+            score = answer_score(r, contents["answer"])
+            row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
+            rows[key] = row | {"output": output, "reward": score, "select": False}
+            if key in drafts and all(formats) and score >= THRESHOLD:
+                claims[key] = claim_about(r, contents["observation"])
+            elif key in drafts:
+                why[key] = "answer wrong" if all(formats) else "template broken"
 
-    # Step 1, generate: a teacher writes a trace for every record.
-    drafts, errors = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
-    why = dict.fromkeys(errors, "not generated")
+        # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
+        names = {key: short_hash(claim) for key, claim in claims.items()}
+        verdicts, unjudged = run_resumable(dict(zip(names.values(), claims.values())), make_cot_judge, s.judge, judged,
+                                           "3 observation sufficiency", s)
+        for key, name in names.items():
+            rows[key]["select"] = name in verdicts and verdicts[name]["sufficient"]
+            if name in unjudged:
+                why[key], errors[key] = "not judged", unjudged[name]
+            elif not rows[key]["select"]:
+                why[key] = "observation insufficient"
 
-    # Step 2, verify: the template, and the answer's score.
-    traces = {key: verify(r, drafts[key]["output"]) for key, r in records.items() if key in drafts}
-    why |= {key: reason for key, (_, _, reason) in traces.items() if reason}
-
-    # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
-    claims = {key: claim_about(r, traces[key][0].contents["observation"]) for key, r in records.items() if key not in why}
-    verdicts, unjudged = run_resumable({hashed(claim): claim for claim in claims.values()}, make_cot_judge, s.judge,
-                                       judged, "3 observation sufficiency", s)
-    for key, name in zip(claims, map(hashed, claims.values())):
-        if name in unjudged:
-            why[key], errors[key] = "not judged", unjudged[name]
-        elif not verdicts[name]["sufficient"]:
-            why[key] = "observation insufficient"
-
-    kept, dropped = [], []
-    for key, record in records.items():
-        parsed, score, _ = traces.get(key, (parse(""), 0.0, ""))
-        row = to_row(replace(record, trace={tag: parsed.contents.get(tag) or "" for tag in TRACE_TAGS}))
-        row |= dict(output=drafts.get(key, {}).get("output"), reward=score, select=key not in why)
-        if key in why:
-            dropped.append(row | dict(reason=why[key], error=errors.get(key, "")))
-        else:
-            kept.append(row)
-    write_rows(folder / "traces.jsonl", kept)
-    write_rows(folder / "dropped.jsonl", dropped)
-    print(funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), flush=True)
-    print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT")
-    for error, _ in Counter(errors.values()).most_common(1):
-        print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
+        kept = [row for row in rows.values() if row["select"]]
+        write_rows(folder / "traces.jsonl", kept)
+        write_rows(folder / "dropped.jsonl", [row | {"reason": why[key], "error": errors.get(key, "")}
+                                              for key, row in rows.items() if key in why])
+        print(*funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), sep="\n")
+        print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT", flush=True)
+        for error, _ in Counter(errors.values()).most_common(1):
+            print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
     return folder / "traces.jsonl"
-
-
-def verify(record: Record, output: str) -> tuple[Parsed, float, str]:
-    """Step 2: the parts of a trace, the score of its answer, and why it is dropped ("" if it is not)."""
-    parsed = parse(output)
-    score = task_metric(record.problem_type, parsed.contents["answer"], record.reference, record.options)
-    reason = "" if score >= THRESHOLD else "answer wrong"
-    return parsed, score, reason if all(parsed.formats) else "template broken"
 
 
 def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
                   file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
-    """Works on the items that `file` has no result for, and appends each result to it at once.
-
-    A worker takes a list of items (a single one, in many threads, if `who` is a server) and returns named tuples, with
-    `error` where there is no result. Returns key → result, and key → error, which the next run tries again. Raises
-    ValueError once at least 20 items, and more than `s.max_unknown` of those tried, have failed.
-    """
+    """Works on the items that `file` has no result for, and appends each result to it at once. A worker takes a list
+    of items (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no
+    result. Returns key → result, and key → error. Raises ValueError once 20 items, and more than `s.max_unknown` of
+    those tried, have failed."""
     journal, failed = Journal(file), {}
     done = {row["key"]: row for row in journal.rows if row.get("key") in items}
     todo = [key for key in items if key not in done]
@@ -983,36 +906,36 @@ def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Ca
         return done, failed
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
 
-    def finish(keys: list[str]) -> int:                      # in a thread: Ctrl-C waits for it and loses nothing
+    def finish(keys: list[str]) -> None:                     # in a thread: Ctrl-C waits for it and loses nothing
         for key, result in zip(keys, work([items[key] for key in keys]), strict=True):
             if result.error:
                 failed[key] = result.error
             else:
                 done[key] = {"key": key} | result._asdict()
                 journal.add(done[key])
-        return len(keys)
 
-    pool, bar = ThreadPoolExecutor(threads), tqdm(total=len(items), initial=len(done), desc=what, unit="record")
+    pool, before = ThreadPoolExecutor(threads), len(done)
+    futures = [pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]
     try:
-        for future in as_completed([pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]):
-            bar.update(future.result())
-            lost = Counter([*failed.values()])
-            if lost.total() >= 20 and lost.total() > s.max_unknown * (lost.total() + len(done) - bar.initial):
-                raise ValueError(f"{what}: {lost.total()} records failed, most often for {lost.most_common(1)[0][0]}. "
-                                 f"{len(done)} are done and kept; the same command goes on from there.")
+        for future in tqdm(as_completed(futures), what, len(futures), unit="record" if size == 1 else "batch"):
+            future.result()
+            if len(failed) >= 20 and len(failed) > s.max_unknown * (len(failed) + len(done) - before):
+                reason = Counter([*failed.values()]).most_common(1)[0][0]
+                raise ValueError(f"{what}: {len(failed)} records failed, most often for {reason}. {len(done)} are done "
+                                 f"and kept; the same command goes on from there.")
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.close()
     return done, failed
 
 
-def hashed(something) -> str:
+def short_hash(something) -> str:
     return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
 
 
 def record_key(r: Record) -> str:
     """Names a question by its content, so that finished work is found again whatever else a file holds."""
-    return hashed([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *[r.trace] * bool(r.trace)])
+    trace = [r.trace] if r.trace else []
+    return short_hash([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace])
 
 
 def is_toy(records: Iterable[Record]) -> bool:
@@ -1023,10 +946,6 @@ def claim_about(r: Record, observation: str) -> Claim:
     return Claim(r.question, r.options, r.problem_type, r.reference, observation, r.data_type)
 
 
-def make_teacher(s: CotSettings) -> Callable[[list[Record]], list[Draft]]:
-    return (toy_teacher if s.teacher == "toy" else api_teacher if s.teacher.startswith(HTTP) else local_teacher)(s)
-
-
 def make_cot_judge(s: CotSettings) -> Judge:
     if s.judge != "reference":
         return make_judge(s)
@@ -1035,46 +954,41 @@ def make_cot_judge(s: CotSettings) -> Judge:
                                                                 device))
 
 
-def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> str:
-    """How many records passed each step, by medium and problem type, and why the others were dropped; where the
-    teacher's mistakes are known, also precision and recall of the steps that should catch them."""
+def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
+    """Records that passed each step, by medium and problem type, and why the others were dropped; where the teacher's
+    mistakes are known, also precision and recall of the steps that should catch them."""
     kinds = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
     table = [["", *STEPS, "kept"]]
     for kind in [*sorted(set(kinds.values())), "all"]:
-        fails = [DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])]
-        counts = [sum(step > i for step in fails) for i in range(len(STEPS))]
-        table.append([kind, *map(str, counts), f"{counts[-1] / len(fails):.1%}"])
-    lines = ["Records that passed each step:", *format_table(table)]
-    for reason in DROPPED:
-        if counts := Counter(kinds[key] for key in records if why.get(key) == reason):
-            told = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-            lines.append(f"Dropped, {reason}: {counts.total()} ({told})")
-
-    # An answer may be wrong for any mistake; step 3 meets only what passed step 2.
-    met = {key for key in mistakes if why.get(key) in (None, "observation insufficient")}
-    for step, target, blamed, keys, reasons in (
-            (2, "reasoning", {"perception", "reasoning", "template"}, {*mistakes}, ("template broken", "answer wrong")),
-            (3, "perception", {"perception"}, met, ("observation insufficient",))):
-        dropped = {key for key in keys if why.get(key) in reasons}
-        right = {key for key in dropped if blamed & set(mistakes[key])}
-        wanted = {key for key in keys if target in mistakes[key]}
-        if any(mistakes.values()):
-            lines.append(f"step {step} against mistakes in {target}: precision {len(right)} of {len(dropped)}, "
-                         f"recall {len(dropped & wanted)} of {len(wanted)}")
-    return "\n".join(lines)
+        fails = np.array([DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])])
+        passed = [str((fails > i).sum()) for i in range(len(STEPS))]
+        table.append([kind, *passed, f"{(fails == len(STEPS)).mean():.1%}"])
+    lines, reasons = ["Records that passed each step:", *format_table(table)], Counter(why.values())
+    lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reason in reasons]
+    met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
+    for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
+        dropped = [made for key, made in met.items() if why.get(key) in reasons]
+        caught, wanted = sum(target in made for made in dropped), sum(target in made for made in met.values())
+        lines.append(f"step {step} against mistakes in {target}: precision {sum(map(bool, dropped))} of "
+                     f"{len(dropped)}, recall {caught} of {wanted}")
+        met = {key: made for key, made in met.items() if why.get(key) not in reasons}
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------ settings and flags
 
-HTTP = ("http://", "https://")
 FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
+
+
+def check_minimum(settings, **minimum: float) -> None:
+    for name, value in minimum.items():
+        if not getattr(settings, name) >= value:             # true for NaN
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
     """Adds a flag for each setting of a dataclass (or those in `names`), None if not given; --help shows its values."""
-    for f in fields(cls):
-        if names and f.name not in names:
-            continue
+    for f in [f for f in fields(cls) if not names or f.name in names]:
         values = [f"default {f.default}"] * (f.default != "")
         values += [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
         about = f"{f.metadata['help']} [{'; '.join(values)}]".replace(" []", "").replace("%", "%%")
@@ -1097,17 +1011,16 @@ def default_settings(settings) -> dict:
 
 def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[str]) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings."""
-    file, now = folder / "settings.json", json.loads(json.dumps(settings))
+    file, before, now = folder / "settings.json", None, json.loads(json.dumps(settings))
     if file.is_file():
         try:
             before = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):
             raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
         refuse_changes(folder, before, now, defaults, free)
-        if before == now:                                    # a finished run may lie on a read-only disk
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(now, indent=2) + "\n")
+    if before != now:                                        # a finished run may lie on a read-only disk
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(now, indent=2) + "\n")
 
 
 def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: Sequence[str]) -> None:
@@ -1117,17 +1030,16 @@ def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: S
     for name, value in now.items():
         moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
         if before.get(name) != value and not moved and name not in (*FREE, *free):
-            changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}")
+            changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
     if changed:
-        raise SystemExit("\n".join([f"{where} holds work with other settings:", *changed, "Use the old settings to "
-                                    "continue it, another --out to begin anew, or remove the folder."]))
+        raise SystemExit(f"{where} holds work with other settings:\n{''.join(changed)}Use the old settings to continue "
+                         f"it, another --out to begin anew, or remove the folder.")
 
 
 def write_atomically(file: Path, text: str) -> None:
     """Writes a file aside and renames it: the whole text or nothing is there."""
-    aside = file.with_name(file.name + ".writing")
-    aside.write_text(text)
-    os.replace(aside, file)
+    file.with_name(file.name + ".writing").write_text(text)
+    os.replace(file.with_name(file.name + ".writing"), file)
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
@@ -1148,50 +1060,40 @@ def lock_folder(folder: Path):
     """SystemExit while another process works in the folder: it would do the same work twice."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        with suppress(ImportError):                          # Windows has no fcntl: no lock there
+        try:
             import fcntl
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SystemExit(f"Another process works in {folder}.") from None
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"Another process works in {folder}.") from None
+        except ImportError:                                  # Windows has no fcntl: no lock there
+            pass
         yield
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def check(file: str, media: str, model: str | None, limit: int, keep: str | None, settings: InputSettings) -> bool:
-    """Reads a record file and its media, and prints what a run would meet. Returns False if a run would stop."""
-    records, root = read_records(file), Path(media)
-    print(f"{file}: {len(records)} records, all well formed")
+def check(file: str, media: str, keep: str | None, settings: InputSettings) -> bool:
+    """Reads records and their media, and prints which ones a run would skip. Returns False if a run would stop."""
+    records = read_records(file)
+    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
+    print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
     for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
         print(f"  {n:8}  {kind}")
-    print(f"  {sum(len(r.trace) == len(TRACE_TAGS) for r in records):8}  with a trace for SFT")
-    invalid = [f"{r.path}: {reason}" for r in records if (reason := why_invalid(r))]
-    records = random.Random(0).sample(records, limit) if 0 < limit < len(records) else records
-    tokens = (Vocabulary(model), read_config(model)) if model else None
 
-    def read(r: Record) -> int | str:
-        """Tokens of the prompt (0 without a tokenizer), or why the medium cannot be read."""
+    def fault(r: Record) -> str:
         try:
-            if tokens:
-                return len(build_example(r, root, *tokens, settings).ids)
-            read_media(r, root, settings)
-            return 0
+            read_media(r, Path(media), settings)
+            return why_invalid(r)
         except MediaError as error:
-            return f"{r.path}: {error}"
+            return f"media: {error}"
 
     with ThreadPoolExecutor(settings.workers) as pool:
-        found = list(tqdm(pool.map(read, records), "reading media", len(records), unit="record"))
-    lost, lengths = [x for x in found if isinstance(x, str)], [x for x in found if isinstance(x, int)]
-    for what, some in ((f"of {len(records)} media cannot be read", lost), ("records cannot teach", invalid)):
-        print("\n  ".join([f"{len(some)} {what}", *some[:20]]))
-    if tokens and lengths:
-        long = sum(n > settings.max_prompt for n in lengths)
-        print(f"tokens of a prompt:  least {min(lengths)}, median {np.median(lengths):.0f}, most {max(lengths)}; "
-              f"{long} above --max-prompt")
+        faults = list(tqdm(pool.map(fault, records), "reading media", len(records), unit="record"))
+    skipped = [f"\n  {r.path}: {reason}" for r, reason in zip(records, faults) if reason]
+    print(f"A run would skip {len(skipped)}:", *skipped[:20], sep="")
     if keep:
-        write_rows(Path(keep), [to_row(r) for r, x in zip(records, found) if isinstance(x, int)])
-    stops = len(lost) > MAX_UNREADABLE * len(records)
+        write_rows(Path(keep), [to_row(r) for r, reason in zip(records, faults) if not reason])
+    stops = sum(reason.startswith("media") for reason in faults) > MAX_UNREADABLE * len(records)
     print("A run would stop: too many media are missing" if stops else "A run would start")
     return not stops
 
@@ -1207,10 +1109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     checker = commands.add_parser("check", help="say what is wrong with a record file and its media")
     checker.add_argument("file", help="gzip JSON, JSON or JSON lines")
     checker.add_argument("--media", required=True, help="folder to which the records' paths are relative")
-    checker.add_argument("--model", help="checkpoint folder whose tokenizer counts the tokens")
-    checker.add_argument("--limit", type=int, default=0, help="read the media of N records only, drawn at random [all]")
-    checker.add_argument("--keep", help="write the records whose media can be read to this file: a subset to train on")
-    add_flags(checker, InputSettings, names=("frames", "max_pixels", "max_prompt", "workers"))
+    checker.add_argument("--keep", help="write the records that a run would use to this file")
+    add_flags(checker, InputSettings, names=("frames", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", allow_abbrev=False,
                                 description=cot.__doc__, formatter_class=layout)
     unused = ("workers", "cache_gb", "max_prompt", "template")
@@ -1221,23 +1121,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command == "toy":
             print(make_toy(given.pop("out"), given))
         elif command == "check":
-            own = [given.pop(name, None) for name in ("file", "media", "model", "limit", "keep")]
+            own = [given.pop(name, None) for name in ("file", "media", "keep")]
             sys.exit(not check(*own, InputSettings(**given)))
-        elif not cot(cot_settings(given)).stat().st_size:
-            sys.exit("No trace was kept.")
-    except (ValueError, OSError) as error:                   # a full disk, too, ends in a line
+        else:
+            if "data" not in given:                          # the toy world, beside --out
+                small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT
+                given = {"out": "runs/tiny/cot"} | small | given
+                CotSettings(**given)                         # refuses wrong flags before the world is made
+                given["data"] = str(make_toy(Path(given["out"]).parent / "toy") / "sft.json")
+            if not cot(CotSettings(**{"out": "runs/cot"} | given)).stat().st_size:
+                sys.exit("No trace was kept.")
+    except (ValueError, OSError) as error:                   # also a full disk
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
-
-
-def cot_settings(given: dict) -> CotSettings:
-    """The settings that flags give. Without --data, the toy world stands beside --out, made when missing."""
-    if "data" in given:
-        return CotSettings(**{"out": "runs/cot"} | given)
-    small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT    # a server gets large pictures
-    settings = CotSettings(**{"out": "runs/tiny/cot"} | small | given)
-    return replace(settings, data=str(make_toy(Path(settings.out).parent / "toy") / "sft.json"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Qwen2.5-VL from scratch: vision encoder, decoder, sampling and log-probabilities, in plain PyTorch.
 
-Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then the whole model with
-its entry points `forward`, `prefill`, `generate`, `logprobs`. Tensors carry the names of the official checkpoints.
+Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then the whole model
+with its entry points `forward`, `prefill`, `generate`, `logprobs`. Tensors have the names of the official checkpoints.
 
 Shapes are given in end-of-line comments, in one notation for the whole project:
     B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
@@ -21,6 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+
+
+def busy() -> bool:
+    """Does another program run? Linux says how many threads can run; this one counts."""
+    loads = [Path("/proc/loadavg").read_text() for _ in range(5)] if Path("/proc/loadavg").exists() else []
+    return bool(loads) and min(int(load.split()[3].split("/")[0]) for load in loads) > 1
+
+
+if busy():  # OpenMP threads spin while they wait: beside another program a step takes three times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # read when torch is loaded; alone it would cost 60 %
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # shapes change from step to step
 import torch
 import torch.nn.functional as F
@@ -51,7 +61,7 @@ HALF = (torch.bfloat16, torch.float16)                       # what flash kernel
 @dataclass(frozen=True)
 class VisionConfig:
     """Fields of `vision_config` in config.json. Those without a default must be in the file: the classes of
-    transformers fall back to other values than the official checkpoints have, so a guess would be silently wrong."""
+    transformers fall back to other values than the official checkpoints have, so a default would be silently wrong."""
     hidden_size: int                                         # D of the vision encoder
     out_hidden_size: int                                     # D of the decoder
     tokens_per_second: int                                   # temporal positions per second of video
@@ -84,7 +94,7 @@ class Config:
 
     def __post_init__(self):
         if sum(self.mrope_section) != self.head_dim // 2:
-            raise ValueError(f"mrope_section {list(self.mrope_section)} must sum to head_dim / 2 = {self.head_dim // 2}")
+            raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
 
     @property
     def head_dim(self) -> int:                               # E
@@ -143,7 +153,7 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def inverse_frequencies(count: int, theta: float, device) -> Tensor:
-    # A function, not a buffer: a model built on the meta device would come back with garbage in its buffers.
+    # A function, not a buffer: the buffers of a model built on the meta device would be uninitialised.
     return 1.0 / theta ** (torch.arange(count, device=device, dtype=torch.float32) / count)
 
 
@@ -236,7 +246,7 @@ class VisionEncoder(nn.Module):
         One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 → lengths [64, 32].
         """
         merge = self.config.spatial_merge_size
-        side = self.config.window_size // self.config.patch_size // merge     # merged tokens along a window's side
+        side = self.config.window_size // self.config.patch_size // merge     # window width in merged tokens
         positions, window_of, frames, count = [], [], [], 0
         for t, h, w in grid:
             rows, columns = h // merge, w // merge                            # of merged tokens
@@ -279,12 +289,12 @@ class PackedRow(NamedTuple):
     """How a row of P + G·T places is split: the prompt, then G responses of T places each."""
     prompt: int                                              # P
     group: int                                               # G
-    lengths: list[int] | None                                # tokens of each prompt, None if no prompt is padded
+    lengths: list[int]                                       # (B,) length of each prompt; the rest is padding
 
 
 class KV(NamedTuple):
-    """Keys and values in one layer: of the prompts, computed once for a question's G responses, or of the tokens sampled
-    so far."""
+    """Keys and values in one layer: of the prompts, computed once for a question's G responses, or of the tokens
+    sampled so far."""
     k: Tensor                                                # (B, K, P, E) or (B·G, K, T, E)
     v: Tensor
     mask: Tensor | None = None                               # (B, 1, 1, P) -inf at padding, None if no prompt is padded
@@ -296,34 +306,41 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     The prompt is computed once for its G responses, with the same numbers as in G separate sequences. Padding is at
     the end of a prompt, so causality hides it from the prompt. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
     """
-    p, g, (b, _, places, _) = row.prompt, row.group, q.shape
+    p, g, b = row.prompt, row.group, len(q)
     prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
-    if places == p:                                          # responses of one token: the prompt's last place predicts it
+    if q.shape[2] == p:                                      # responses of one token: the prompt predicts it
         return prompt
-    t = (places - p) // g
-    q, own_k, own_v = (x[:, :, p:].unflatten(2, (g, t)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))   # (B·G, …)
-    if q.is_cuda:                                            # a boolean mask would lose the flash kernel: cut instead
-        outs = []
-        for i, n in enumerate(row.lengths or [p] * b):
-            some, mask = slice(i * g, (i + 1) * g), causal_lower_right(t, n + t)
-            outs.append(response_attention(q[some], own_k[some], own_v[some], k[i:i + 1, :, :n], v[i:i + 1, :, :n], mask))
-        out = torch.cat(outs)
-    else:
-        mask = torch.ones(t, p + t, dtype=torch.bool).tril(p)                 # every prompt token is seen
-        if row.lengths:
-            padding = torch.arange(p + t) >= torch.tensor(row.lengths)[:, None]                # (B, P + T)
-            padding[:, p:] = False
-            mask = mask & ~padding.repeat_interleave(g, 0)[:, None, None, :]
-        out = response_attention(q, own_k, own_v, k[:, :, :p], v[:, :, :p], mask)
+    own = [x[:, :, p:].unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]             # (B·G, …)
+    attend = attend_cut if q.is_cuda else attend_masked
+    out = attend(*own, k[:, :, :p], v[:, :, :p], row.lengths)                                  # (B·G, H, T, E)
     return torch.cat([prompt, out.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
-def response_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask) -> Tensor:
-    """Attention of whole responses to their prompt and themselves. q (B·G, H, T, E), prompt_k (B, K, P, E)."""
-    b, g = len(prompt_k), len(q) // len(prompt_k)
-    k, v = (torch.cat([prompt[:, None].expand(b, g, -1, -1, -1).flatten(0, 1), own], dim=2)
-            for prompt, own in ((prompt_k, k), (prompt_v, v)))                # (B·G, K, P + T, E)
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, lengths: list[int]) -> Tensor:
+    """Responses attend to their prompt and to themselves, in one call with a boolean mask: fast on a CPU.
+
+    q (B·G, H, T, E), k, v (B·G, K, T, E), prompt_k, prompt_v (B, K, P, E) → (B·G, H, T, E)
+    """
+    t, p, g = q.shape[2], prompt_k.shape[2], len(q) // len(lengths)
+    k, v = (torch.cat([prompt.repeat_interleave(g, 0), own], dim=2) for prompt, own in ((prompt_k, k), (prompt_v, v)))
+    mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # every prompt token is seen
+    if min(lengths) < p:
+        padding = torch.arange(p + t, device=q.device) >= torch.tensor(lengths, device=q.device)[:, None]  # (B, P + T)
+        padding[:, p:] = False
+        mask = mask & ~padding.repeat_interleave(g, 0)[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def attend_cut(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, lengths: list[int]) -> Tensor:
+    """The same, prompt by prompt and each cut to its length: flash kernels on CUDA take no boolean mask."""
+    t, g, outs = q.shape[2], len(q) // len(lengths), []
+    for i, n in enumerate(lengths):
+        some = slice(i * g, (i + 1) * g)
+        keys, values = (torch.cat([prompt[i, :, :n].expand(g, -1, -1, -1), own[some]], dim=2)
+                        for prompt, own in ((prompt_k, k), (prompt_v, v)))    # (G, K, n + T, E)
+        mask = causal_lower_right(t, n + t)                  # plain is_causal is aligned top left: wrong here
+        outs.append(F.scaled_dot_product_attention(q[some], keys, values, attn_mask=mask, enable_gqa=True))
+    return torch.cat(outs)
 
 
 def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
@@ -348,12 +365,17 @@ def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
     q (N, H, T, E), k, v (N, K, S, E), mask (N, 1, 1, S) added to the scores → (N, H, T, E), (N, H, T) in fp32
     """
-    (n, h, t, e), kv = q.shape, k.shape[1]
     if not q.is_cuda:
-        mask = None if mask is None else mask.expand(-1, -1, t, -1)
+        mask = None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
     if mask is None and q.dtype in HALF:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return plain_attention_and_lse(q, k, v, mask)
+
+
+def plain_attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same in three products, where no flash kernel takes a mask or fp32."""
+    (n, h, t, e), kv = q.shape, k.shape[1]
     scores = q.reshape(n, kv, h // kv * t, e).float() * e ** -0.5 @ k.mT.float()               # (N, K, r·T, S)
     scores = scores if mask is None else scores + mask
     return (scores.softmax(-1).to(v.dtype) @ v).view(n, h, t, e), scores.logsumexp(-1).view(n, h, t)
@@ -376,8 +398,9 @@ class Attention(nn.Module):
                 prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
 
-        prefill    nothing          prompts, causal among themselves; their keys and values are kept for sampling
-        decoding   prompt and own   one token of each response; its key and value go to the last place of `own`
+        caller     passes           x
+        prefill                     prompts, causal among themselves; their keys and values are kept for sampling
+        decoding   prompt and own   one token of each response; its key and value go to the last position of `own`
         training   row              a prompt and its responses in one row
         """
         n, t, _ = x.shape
@@ -497,7 +520,7 @@ def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # numbers of fp32 logits that exist at a time in training
+LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # at most so many fp32 logits exist at a time in training
 
 
 class Qwen2_5_VL(nn.Module):
@@ -530,8 +553,8 @@ class Qwen2_5_VL(nn.Module):
         x = self.model.embed_tokens(prompts.ids)
         if prompts.pixels is not None:
             features = self.visual(prompts.pixels.to(x.dtype), prompts.grid, self.save_memory)
-            here = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
-            return x.masked_scatter(here[..., None], features.to(x.dtype))
+            is_medium = (prompts.ids == self.config.image_token_id) | (prompts.ids == self.config.video_token_id)
+            return x.masked_scatter(is_medium[..., None], features.to(x.dtype))
         if self.sharded:  # other ranks may have media: every rank must run the encoder for FSDP's all-gathers
             c = self.config.vision
             side, numbers = c.spatial_merge_size, 3 * c.temporal_patch_size * c.patch_size ** 2
@@ -573,7 +596,7 @@ class Qwen2_5_VL(nn.Module):
         logprobs = torch.zeros(b * g, limit, device=device)
         lengths, active = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
         start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
-        check_every = 16 if tokens.is_cuda else 1            # asking `active` makes the CPU wait for the GPU
+        check_every = 16 if tokens.is_cuda else 1            # reading `active` makes the CPU wait for the GPU
         for t in range(limit):
             token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
             tokens[:, t], logprobs[:, t] = token * active, logprob * active
@@ -601,19 +624,18 @@ class Qwen2_5_VL(nn.Module):
         (b, g, t), device, p = tokens.shape, tokens.device, prompts.ids.shape[1]
         responses = self.model.embed_tokens(tokens[:, :, :-1].flatten(1))                      # (B, G·(T-1), D)
         x = torch.cat([self.embed(prompts), responses], dim=1)                                 # (B, P + G·(T-1), D)
-        behind = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
-        positions = torch.cat([prompts.positions, behind.expand(3, -1, -1)], dim=2)
-        rotary, real = self.rotary(positions, x.dtype), prompts.lengths.tolist()
-        row = PackedRow(p, g, real if min(real) < p else None)
+        following = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
+        positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2)
+        rotary, row = self.rotary(positions, x.dtype), PackedRow(p, g, prompts.lengths.tolist())
         for layer in self.model.layers:
             x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
         last = x[torch.arange(b, device=device), prompts.lengths - 1]                          # (B, D) predicts token 0
         hidden = torch.cat([last[:, None, None].expand(b, g, 1, -1), x[:, p:].unflatten(1, (g, t - 1))], dim=2)
-        here = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
-        hidden = self.model.norm(hidden[here])                                                 # (N, D)
-        logprobs, entropies = self.token_logprobs(hidden, tokens[here], temperature)
+        real = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
+        hidden = self.model.norm(hidden[real])                                                 # (N, D)
+        logprobs, entropies = self.token_logprobs(hidden, tokens[real], temperature)
         empty = torch.zeros(b, g, t, device=device)
-        return tuple(empty.masked_scatter(here, x) for x in (logprobs, entropies))
+        return tuple(empty.masked_scatter(real, x) for x in (logprobs, entropies))
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""
@@ -642,11 +664,12 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
     return model
 
 
-# ------------------------------------------------ sharding and files; a first reader may stop here
+# ================================ a first reader may stop here ================================
 
 SMALLEST_IN_BF16 = 512                                       # hidden_size
 SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file
 CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
+
 
 
 def compute_dtype(device: torch.device, config: Config) -> torch.dtype:

@@ -3,8 +3,8 @@
     python pagrpo.py                                     the toy world on any machine: clips, SFT, PA-GRPO, table
     torchrun --nproc_per_node=8 pagrpo.py                the 7b preset: the paper's settings on eight GPUs
 
-GRPO samples G responses to a question and reinforces those with an above-average reward. PA-GRPO gives each segment of a
-response, perception and reasoning, a reward and an advantage of its own. A step is the loop in `train`:
+GRPO samples G responses to a question and reinforces those with an above-average reward. PA-GRPO gives each segment of
+a response, perception and reasoning, a reward and an advantage of its own. A step is the loop in `train`:
     1. rollout      sample G responses to each question
     2. rewards      R_P = does the observation suffice (judge) + format + length,  R_R = is the answer right + …
     3. advantages   the rewards of each segment are normalized in their own group: A_P, A_R            (eq. 6)
@@ -12,18 +12,19 @@ response, perception and reasoning, a reward and an advantage of its own. A step
                     keeps the policy near the frozen SFT model                                         (eq. 7)
     5. update       AdamW, one optimizer step for all questions of all ranks
 
-Left out against the paper: ratios of whole segments (over hundreds of tokens they leave the clip range at once: each
-token has its own), a GPU only for rollouts (every rank samples), Claude as judge (`--judge` takes any server). Against
-PPO: the value network (the mean of the group is the baseline) and several epochs on a batch (with one update per
-rollout the ratio is 1). Against TRL: rollout servers, LoRA, reward models, other losses. They would hide the algorithm.
+Differences from the paper: a ratio for each token instead of each segment (`pa_grpo_loss` says why), every rank samples
+instead of one GPU, `--judge` takes any model instead of Claude. From PPO: no value network, since the mean of the group
+is the baseline, and one update per rollout, so that the ratio is 1 (`--updates-per-rollout` makes more). From TRL: no
+rollout server, no LoRA, no reward model, no other losses. They would hide the algorithm.
 
-"Loss is 0, is it broken?" No. With one advantage a response (grpo, joint) the advantages of a group sum to 0, and so
-does the loss, apart from the KL term. With one a segment it is small, since segments differ in length. Either way it
-says nothing, and its gradient is not 0: watch the rewards.
+"Loss is 0, is it broken?" No. With one advantage per response (grpo, joint, gdpo) and one mean per response, the
+advantages of a group sum to 0, and so does the loss, apart from the KL term. With one advantage per segment (pa) it is
+small, since segments differ in length. Its value is not informative, and its gradient is not 0: watch the rewards.
 """
 import gc
 import json
 import math
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -37,16 +38,16 @@ import rewards
 import sft
 import torch
 import torch.nn.functional as F
-from data import Example, Examples, flag
+from data import Examples, flag
 from model import Qwen2_5_VL
-from rewards import SEGMENTS, Judge, Parsed, Verdict
+from rewards import SEGMENTS, Judge, Verdict
 from sft import World
 from torch import Tensor
 from tqdm import tqdm
 
 Windows = make_dataclass("Windows", [  # one flag a segment: --perception-window, --reasoning-window
-    (f"{s.name}_window", tuple, flag(s.window, f"tokens of {' and '.join(t.name for t in s.tags)} that earn the length "
-                                     "reward, tags and stop token included")) for s in SEGMENTS], frozen=True)
+    (f"{s.name}_window", tuple, flag(s.window, f"lengths of the {s.name} segment, in tokens with tags and stop token, "
+                                     "that earn the length reward")) for s in SEGMENTS], frozen=True)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,11 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
     questions: int = flag(8, "questions in one step, over all ranks; a rank takes whole questions")
     group_size: int = flag(8, "G, responses sampled to each question")
     max_response: int = flag(768, "tokens after which a response is cut off")
-    temperature: float = flag(1.0, "of the policy, in sampling and in the loss")
-    advantage: str = flag("pa", "pa: each segment its own (paper); gdpo: A_P + A_R on all tokens (GDPO by segment, "
-                          "without its normalization over the batch); grpo: A_R on all; joint: of R_P + R_R, on all",
-                          ["pa", "gdpo", "grpo", "joint"])
-    token_mean: str = flag("response", "response: one mean over a response's tokens; segment: one mean in each segment, "
-                           "added, so that the KL term counts once a segment", ["response", "segment"])
+    temperature: float = flag(1.0, "of the softmax, in sampling and in log-probabilities")
+    advantage: str = flag("pa", "pa: each segment its own; grpo: A_R on all tokens; joint: that of R_P + R_R; gdpo: "
+                          "A_P + A_R (GDPO without its normalization over the batch)", ["pa", "gdpo", "grpo", "joint"])
+    token_mean: str = flag("response", "the mean over the tokens of a response, or the sum of the means of its segments "
+                           "(the KL term then counts once per segment)", ["response", "segment"])
     reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward is --advantage grpo",
                            ["none", *(s.name for s in SEGMENTS), "length"])
     kl_beta: float = flag(0.04, "weight of the KL term; at 0 there is no reference, unless it judges")
@@ -99,30 +99,30 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             groups = rollout(policy, examples, vocabulary, settings, f"step {step}",                  # 1
                              settings.group_size, settings.temperature)
             clock.lap("sampling")
-            verdicts = start_judging(judge, groups)          # a judge behind http works while the reference does
+            pending = start_judging(judge, groups)           # a judge behind http works while the reference does
             clock.lap("judging")
             batches = make_batches(groups, policy, reference, vocabulary, settings, world)
             clock.lap("scoring")
-            verdicts = verdicts()
+            verdicts = pending()
             metrics = judge_metrics(verdicts, groups, judge, settings, world)
             metrics |= check_verdicts(verdicts, run.stop, settings, world)
             clock.lap("judging")
-            run.end_of_step(step, policy, optimizer, source)                  # stops here if asked to
+            run.end_of_step(step, policy, optimizer, source)                  # stops after a signal or a lost judge
 
             parts = reward_tensor(groups, verdicts, settings)                 # 2 (B, G, K, 3)
             totals = total_rewards(parts, settings.reward_off)                #   (B, G, K)
             advantages = group_advantages(totals, settings.advantage)         # 3 (B, G, K)
             if groups and world.first and step % settings.transcript_every == 0:
                 tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n" + transcript(
-                    groups[0][0], verdicts[0][0], parts[0, 0], advantages[0, 0]))
+                    groups[0][0], verdicts[0], parts[0, 0], advantages[0, 0]))
             lr = sft.learning_rate(step, run.steps, settings)
             values = update(policy, optimizer, batches, advantages, lr, settings, world)              # 4, 5
             clock.lap("training")
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
-                rows = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
-                metrics |= {f"heldout/{name}": cell["value"] for name, cell in summarise(rows).items()}
+                found = evaluate(policy, heldout, judge, run.stop, settings, 0.0, world)
+                metrics |= {f"heldout/{name}": cell["value"] for name, cell in found.items()}
             run.log({"step": step + 1, "lr": lr, **metrics}, "  ".join(
                 f"{segment.name} {metrics.get(f'{segment.name}/accuracy', math.nan):.2f}" for segment in SEGMENTS))
             score = {"score": metrics["heldout/answer"]} if "heldout/answer" in metrics else {}
@@ -134,16 +134,16 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
 @dataclass
 class Response:
     """One sampled response."""
-    example: Example
+    example: "data.Example"
     tokens: list[int]                                        # with the stop token, unless it was cut off
     segments: list[int]                                      # index of each token's segment, K: unknown
     logprobs: Tensor                                         # (T,) log-probabilities when sampled
     finished: bool                                           # False: cut off at the token limit
     text: str
-    parsed: Parsed
+    parsed: "rewards.Parsed"
 
 
-def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: data.Vocabulary, settings: Settings, stream: str,
+def rollout(policy: Qwen2_5_VL, examples: Sequence, vocabulary: data.Vocabulary, settings: Settings, stream: str,
             group: int, temperature: float, top_p: float = 1.0) -> list[list[Response]]:
     """Samples `group` responses to each question. `stream` names the random numbers: a step, or an evaluation."""
     with model.gathered(policy):                             # sharded weights are all-gathered once, on every rank
@@ -167,27 +167,26 @@ def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: data.Vo
 
 # ------------------------------------------------------------------------------------------------ 2. rewards
 
-UNCLOSED = Verdict(False, "there is no closed observation")
+UNCLOSED = Verdict(False, "there is no observation between its tags")
 
 
-def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callable[[], list[list[Verdict]]]:
-    """Sends all observations to the judge together and does not wait. Call the result for the verdicts, B lists of G."""
-    observed = [r for group in groups for r in group if r.parsed.contents["observation"] is not None]
-    answer = judge.start([data.claim_about(r.example.record, r.parsed.contents["observation"]) for r in observed])
+def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callable[[], list[Verdict]]:
+    """Sends all observations to the judge together and does not wait. Call the result for the B·G verdicts."""
+    responses = [r for group in groups for r in group]
+    observed = {i: r for i, r in enumerate(responses) if r.parsed.contents["observation"] is not None}
+    answer = judge.start([data.claim_about(r.example.record, r.parsed.contents["observation"]) for r in observed.values()])
 
-    def verdicts() -> list[list[Verdict]]:
-        found = {id(r): verdict for r, verdict in zip(observed, answer(), strict=True)}
-        return [[found.get(id(r), UNCLOSED) for r in group] for group in groups]
+    def verdicts() -> list[Verdict]:
+        found = dict(zip(observed, answer(), strict=True))
+        return [found.get(i, UNCLOSED) for i in range(len(responses))]
     return verdicts
 
 
-def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Sequence[Verdict]], settings: Settings
-                  ) -> Tensor:
+def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Verdict], settings: Settings) -> Tensor:
     """R_acc, R_form and R_len of every segment (eq. 3–5), (B, G, K, 3). NaN: the judge's verdict is unknown."""
     windows = [getattr(settings, f"{segment.name}_window") for segment in SEGMENTS]
-    parts, size = [], len(groups[0]) if groups else settings.group_size
-    for group, its_verdicts in zip(groups, verdicts, strict=True):
-        parts += [rewards.reward_parts(r, v, windows) for r, v in zip(group, its_verdicts, strict=True)]
+    responses, size = [r for group in groups for r in group], len(groups[0]) if groups else settings.group_size
+    parts = [rewards.reward_parts(r, verdict, windows) for r, verdict in zip(responses, verdicts, strict=True)]
     return torch.tensor(parts).view(len(groups), size, len(SEGMENTS), len(rewards.REWARD_PARTS))
 
 
@@ -201,65 +200,65 @@ def total_rewards(parts: Tensor, off: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ 3. advantages
 
-def normalize(rewards: Tensor) -> Tensor:
+def normalize(totals: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4) over the group. (B, G, …) → (B, G, …)
 
-    A group whose rewards are all equal does not say what was better: its advantages are 0. An unknown reward (NaN)
-    is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
+    A group whose rewards are all equal carries no signal: its advantages are 0. An unknown reward (NaN) is left out of
+    the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
         [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
-    known = ~rewards.isnan()
+    known = ~totals.isnan()
     count = known.sum(1, keepdim=True)
-    mean = torch.where(known, rewards, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    squares = torch.where(known, (rewards - mean) ** 2, 0.0).sum(1, keepdim=True)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(known & (std >= 1e-6), (rewards - mean) / (std + 1e-4), 0.0)
+    mean = totals.nansum(1, keepdim=True) / count.clamp(min=1)
+    std = (((totals - mean) ** 2).nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(known & (std >= 1e-6), (totals - mean) / (std + 1e-4), 0.0)
 
 
-def group_advantages(rewards: Tensor, mode: str) -> Tensor:
+def group_advantages(totals: Tensor, mode: str) -> Tensor:
     """The advantage of each segment of each response, (B, G, K) → (B, G, K).
 
     Two responses, R_P = (2, 1) and R_R = (1, 1.5); two rewards that differ are normalized to ±0.71:
-        pa      each segment from its own reward             A_P = (+0.71, -0.71)  A_R = (-0.71, +0.71)
-        gdpo    normalized each, then summed                 0 for both: better eyes and a worse thought cancel out
-        grpo    the last segment's reward for all            (-0.71, +0.71): the better observation is punished
-        joint   the rewards summed, then normalized          (+0.71, -0.71): the better thought is punished
+        pa      each segment from its own reward        A_P = (+0.71, -0.71), A_R = (-0.71, +0.71)
+        gdpo    their sum, for all tokens               0 for both: better perception and worse reasoning cancel out
+        grpo    from the last segment's reward, for all (-0.71, +0.71): the better observation is punished
+        joint   from the sum of the rewards, for all    (+0.71, -0.71): the better reasoning is punished
     """
-    if mode == "pa":
-        return normalize(rewards)
-    if mode == "gdpo":
-        return normalize(rewards).sum(-1, keepdim=True).expand_as(rewards)
     if mode == "grpo":
-        return normalize(rewards[..., -1:]).expand_as(rewards)
-    return normalize(rewards.sum(-1, keepdim=True)).expand_as(rewards)
+        totals = totals[..., -1:]
+    if mode == "joint":
+        totals = totals.sum(-1, keepdim=True)
+    advantages = normalize(totals)
+    if mode == "gdpo":
+        advantages = advantages.sum(-1, keepdim=True)
+    return advantages.expand(-1, -1, len(SEGMENTS))
 
 
 # ------------------------------------------------------------------------------------------------ 4. loss
 
 class MicroBatch(NamedTuple):
-    """Some of the rank's questions with their responses as tensors, and what does not learn in this step."""
-    rows: list[int]                                          # which of the rank's questions; B: a blank one
-    inputs: tuple                                            # of `logprobs`: prompts, tokens (B, G, T), lengths (B, G), …
+    """Some of the rank's questions with their responses as tensors, and what stays constant in this step."""
+    rows: list[int]                                          # indices of the rank's questions; B: a dummy question
+    inputs: tuple                                            # of `logprobs`: prompts, tokens (B, G, T), lengths …
     segments: Tensor                                         # (B, G, T) index of a token's segment, K: unknown
     weights: Tensor                                          # (B, G, T) share of a token in its response's mean
     sampled: Tensor                                          # (B, G, T) log-probabilities when sampled
     reference: Tensor | None                                 # (B, G, T) log-probabilities under the KL reference
-    old: Tensor | None                                       # (B, G, T) and before the first of several updates
+    old: Tensor | None                                       # (B, G, T) before the first update; None with one update
 
 
 def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> tuple[Tensor, ...]:
     """Responses as tensors: tokens (B, G, T), lengths (B, G), segments, weights, sampled log-probabilities (B, G, T).
 
-    5 tokens, segments [0, 0, 1, 1, 1]:  weights, one mean a response  [1/5, 1/5, 1/5, 1/5, 1/5]
-                                         one mean a segment            [1/2, 1/2, 1/3, 1/3, 1/3]
+    5 tokens, segments [0, 0, 1, 1, 1]:  weights, one mean per response  [1/5, 1/5, 1/5, 1/5, 1/5]
+                                         one mean per segment            [1/2, 1/2, 1/3, 1/3, 1/3]
+    After the end segments are K (unknown) and everything else is 0.
     """
     longest = 0
     for group in groups:
         longest = max(longest, *(len(r.tokens) for r in group))
     shape = len(groups), len(groups[0]), longest
-    tokens, segments = torch.zeros(2, *shape, dtype=torch.long)
-    weights, sampled = torch.zeros(2, *shape)
-    lengths = torch.zeros(shape[:2], dtype=torch.long)
+    tokens, segments = torch.zeros(shape, dtype=torch.long), torch.full(shape, len(SEGMENTS))
+    weights, sampled, lengths = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.long)
     for i, group in enumerate(groups):
         for j, r in enumerate(group):
             n, ids = len(r.tokens), torch.tensor(r.segments)
@@ -272,7 +271,7 @@ def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> 
 def token_advantages(advantages: Tensor, segments: Tensor) -> Tensor:
     """The advantage of each token is that of its segment. advantages (B, G, K), segments (B, G, T) → (B, G, T)
 
-    Index K is a response in which a segment before the last was never closed: all its tokens get the mean over segments.
+    Index K: a segment before the last was never closed, and all tokens of the response get the mean over segments.
         A = (+1, -1), segments [0, 0, 1, 1, 1] → [+1, +1, -1, -1, -1]        segments [2, 2, 2] → [0, 0, 0]
     """
     columns = torch.cat([advantages, advantages.mean(-1, keepdim=True)], dim=-1)          # (B, G, K + 1)
@@ -281,7 +280,8 @@ def token_advantages(advantages: Tensor, segments: Tensor) -> Tensor:
 
 def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, weights: Tensor,
                  clip_eps: float, kl_beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped objective with a KL term (eq. 7), summed over responses. All inputs (B, G, T), 0 after the end.
+    """The clipped objective with a KL term (eq. 7), summed over responses. All inputs (B, G, T); after the end of a
+    response its weights and log-probabilities are 0.
 
     Departures from eq. 7 as printed. There, ρ is the ratio of a whole segment's probabilities, and no length divides
     it: over hundreds of tokens such a ratio leaves [1 - ε, 1 + ε] at once, and long responses outweigh short ones. Here
@@ -313,28 +313,28 @@ def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advant
 def make_batches(groups: list[list[Response]], policy: Qwen2_5_VL, reference: Qwen2_5_VL | None,
                  vocabulary: data.Vocabulary, settings: Settings, world: World) -> list[MicroBatch]:
     """Cuts a step into micro-batches and computes what needs no rewards, while the judge is at work."""
-    batches, asked = [], [group[0].example for group in groups]
-    for examples, real in sft.micro_batches(asked, settings.micro_batch, world, policy, vocabulary):
+    batches, questions = [], [group[0].example for group in groups]
+    for examples, weight in sft.micro_batches(questions, settings.micro_batch, world, policy, vocabulary):
         rows = [*range(len(batches) * settings.micro_batch, len(groups))][:len(examples)] or [len(groups)]
         blank = Response(examples[0], vocabulary.stop_ids[:1], [0], torch.zeros(1), True, "", rewards.parse(""))
-        some = [groups[i] for i in rows] if real else [[blank] * settings.group_size]
+        some = [groups[i] for i in rows] if weight else [[blank] * settings.group_size]
         tensors = collate_responses(some, settings.token_mean)
         tokens, lengths, segments, weights, sampled = (x.to(world.device) for x in tensors)
         inputs = data.collate(examples).to(world.device), tokens, lengths, settings.temperature
         batches.append(MicroBatch(
-            rows, inputs, segments, weights * real, sampled,
+            rows, inputs, segments, weights * weight, sampled,
             reference.logprobs(*inputs)[0] if settings.kl_beta else None,
             policy.logprobs(*inputs)[0] if settings.updates_per_rollout > 1 else None))
     return batches
 
 
-def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], advantages: Tensor, lr: float,
-           settings: Settings, world: World) -> dict[str, list[float]]:
+def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], advantages: Tensor,
+           lr: float, settings: Settings, world: World) -> dict[str, list[float]]:
     """One or more optimizer steps on a step's responses. advantages (B, G, K). Returns what is worth logging, a value
     a token or an update."""
     values, (questions, group, _) = defaultdict(list), advantages.shape
     responses = world.all_reduce_sum({"n": questions * group})["n"]
-    advantages = F.pad(advantages, (0, 0, 0, 0, 0, 1)).to(world.device)       # a last row of zeros for the blank
+    advantages = F.pad(advantages, (0, 0, 0, 0, 0, 1)).to(world.device)       # zeros for the dummy question
     for number in range(settings.updates_per_rollout):
         for batch in batches:
             logprobs, entropy = policy.logprobs(*batch.inputs)                                 # (B, G, T)
@@ -354,9 +354,9 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, batches: list[M
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm ends here, and a first reader may stop. Below: set-up, metrics, the held-out table.
-# ----------------------------------------------------------------------------------------------------------------------
+# ================================ a first reader may stop here ================================
+
+# ------------------------------------------------------------------------------------------------ set-up
 
 def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
     """Loads what `train` needs, in the order of its parameters, and continues from the newest checkpoint."""
@@ -379,7 +379,7 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary, wo
         reference = model.build_model(settings.model, vocabulary, world, shards=settings.shards, frozen=True,
                                       offload=settings.offload_reference)
 
-    def answer_from_observation(claims: list[rewards.Claim]) -> list[Verdict]:
+    def answer_from_observation(claims: list) -> list[Verdict]:
         with model.gathered(reference):                      # all ranks together, also one that has no claims
             return data.blind_answers(reference, vocabulary, claims, settings, settings.max_response,
                                       max(1, len(claims)), world.device)
@@ -429,37 +429,38 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False) -> dict[str, float]:
     """Means over the values of all ranks, with `deviation` their standard deviations too. A name without any value is
     absent: 0 would draw a line that means nothing."""
-    result = {}
-    parts = world.gather({name: (len(x), sum(x), sum(v * v for v in x)) for name, x in values.items() if x})
-    for name in dict.fromkeys(name for part in parts for name in part):
-        n, total, squares = map(sum, zip(*(part[name] for part in parts if name in part)))
-        result[name] = total / n
-        if deviation:
-            result[name + "_std"] = math.sqrt(max(0.0, squares / n - (total / n) ** 2))
+    pooled, result = defaultdict(list), {}
+    for part in world.gather(dict(values)):
+        for name, x in part.items():
+            pooled[name] += x
+    for name, x in pooled.items():
+        if x:
+            result[name] = statistics.fmean(x)
+        if x and deviation:
+            result[name + "_std"] = statistics.pstdev(x)
     return result
 
 
-def judge_metrics(verdicts: list[list[Verdict]], groups: list[list[Response]], judge: Judge, settings: Settings,
-                  world: World) -> dict:
+def judge_metrics(verdicts: list[Verdict], groups: list[list[Response]], judge: Judge, settings: Settings, world: World
+                  ) -> dict:
     """How the judge works and, in the toy world, how often it says what the exact rule says."""
     values, rules = defaultdict(list), verdicts
     if settings.judge != "rule" and data.is_toy([group[0].example.record for group in groups]):
         rules = start_judging(Judge(rewards.rule_judge), groups)()
-    for v, rule in zip(sum(verdicts, []), sum(rules, [])):
+    for v, rule in zip(verdicts, rules):
         if v is not UNCLOSED:
             values["judge/leak"].append(float(v.leak))
-        if v is not UNCLOSED and v is not rule and v.sufficient is not None:
+        if v is not rule and v.sufficient is not None:
             values["judge/agreement"].append(float(v.sufficient == rule.sufficient))
             values["judge/false_positive"].append(float(v.sufficient > rule.sufficient))      # too little is accepted
     requests = {f"judge/{name}": judge.counts.pop(name, 0) for name in ("requests", "retries", "cached")}
     requests = {name: int(n) for name, n in world.all_reduce_sum(requests).items()}
-    return {**mean_over_ranks(values, world), **requests,
-            "judge/seconds": world.all_reduce_max(judge.seconds)}
+    return {**mean_over_ranks(values, world), **requests, "judge/seconds": world.all_reduce_max(judge.seconds)}
 
 
-def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], settings: Settings, world: World) -> dict:
-    """Counts unknown verdicts. Calls `stop` with the reason, on all ranks alike, if there are more than --max-unknown."""
-    asked = [v for v in sum(verdicts, []) if v is not UNCLOSED]
+def check_verdicts(verdicts: list[Verdict], stop: Callable[[str], None], settings: Settings, world: World) -> dict:
+    """Counts unknown verdicts. Calls `stop` with the reason, on all ranks alike, above --max-unknown."""
+    asked = [v for v in verdicts if v is not UNCLOSED]
     errors = [v.error for v in asked if v.sufficient is None]
     sums = world.all_reduce_sum({"judge/claims": len(asked), "judge/unknown": len(errors)})
     if sums["judge/unknown"] > settings.max_unknown * sums["judge/claims"]:
@@ -470,7 +471,7 @@ def check_verdicts(verdicts: list[list[Verdict]], stop: Callable[[str], None], s
 
 
 def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: Tensor) -> str:
-    """A response as a person reads it: question, text, verdict, rewards and advantages. parts (K, 3), advantages (K,)"""
+    """A response as a person reads it, with verdict, rewards and advantages. parts (K, 3), advantages (K,)"""
     r = response.example.record
     says = {True: "Yes", False: "No", None: "unknown"}[verdict.sufficient]
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
@@ -489,9 +490,12 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 
 @torch.no_grad()
 def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[str], None], settings: Settings,
-             temperature: float, world: World) -> list[dict]:
-    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together. Returns a row a
-    record, all of them on every rank. `stop` is for `check_verdicts`. The toy world has an exact judge."""
+             temperature: float, world: World) -> dict[str, dict]:
+    """One response to each held-out record, greedy (temperature 0) or sampled, on all ranks together.
+
+    Returns percentages with intervals, {"perception": {"value", "low", "high", "n"}, …, "answer", "format"}. Only a
+    metric of 1 counts as a right answer. `stop` is for `check_verdicts`. The toy world has an exact judge.
+    """
     judge = Judge(rewards.rule_judge, settings.refuse_leaks) if data.is_toy(held.records) else judge
     rows, size = [], settings.questions * settings.group_size                 # as many responses at once as in a step
     mine = [[*range(i, min(i + size, len(held)))][world.rank::world.size] for i in range(0, len(held), size)]
@@ -502,46 +506,30 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
             verdicts = start_judging(judge, groups)()
             check_verdicts(verdicts, stop, settings, world)
             for (r,), parts in zip(groups, reward_tensor(groups, verdicts, settings)[:, 0].tolist()):
-                row = {segment.name: parts[k][0] for k, segment in enumerate(SEGMENTS)}
-                row["answer"] = float(row.pop(SEGMENTS[-1].name) > 1 - 1e-9)                   # right or not
-                rows.append(row | {"format": float(all(r.parsed.formats)), "text": r.text,
-                                   "problem_type": r.example.record.problem_type})
-    return sum(world.gather(rows), [])
+                *before, (answer, _, _) = parts              # (K, 3)
+                rows.append([*(accuracy for accuracy, _, _ in before), answer > 1 - 1e-9, all(r.parsed.formats)])
+    columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
+    for name, values in zip(columns, zip(*sum(world.gather(rows), []))):
+        known = [float(value) for value in values if not math.isnan(value)]
+        low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
+        result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
+                        "n": len(known)}
+    return result
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927): unlike share ± 2 s it stays in [0, 1] and is right near its ends."""
-    if n == 0:
-        return 0.0, 1.0
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def summarise(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Percentages with intervals: {"perception": {"value", "low", "high", "n"}, …, "answer", "format", by type}."""
-    columns = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"]
-    picked = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in columns}
-    for kind in rewards.PROBLEM_TYPES:
-        picked[f"answer: {kind}"] = [row["answer"] for row in rows if row["problem_type"] == kind]
-    result = {}
-    for name, values in picked.items():
-        if values:
-            share = sum(values) / len(values)
-            low, high = wilson(share, len(values))
-            result[name] = {"value": 100 * share, "low": 100 * low, "high": 100 * high, "n": len(values)}
-    return result
-
-
 def results_table(results: dict[str, dict[str, dict]]) -> str:
-    """{"SFT, greedy": summary, …} as a table, one row a model and way of sampling."""
-    columns = list(dict.fromkeys(name for summary in results.values() for name in summary))
-    rows, n = [["", *(name.removeprefix("answer: ") for name in columns)]], 0
-    for title, summary in results.items():
-        cells = [summary.get(name, {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}) for name in columns]
-        rows.append([title, *(f"{c['value']:5.1f} ({c['low']:.0f}–{c['high']:.0f})" for c in cells)])
-        n = max(n, *(c["n"] for c in cells))
-    title = f"Percent of {n} held-out clips, with 95 % intervals (Wilson); answers by problem type at the right"
-    return "\n".join([title, *data.format_table(rows)])
+    """{"SFT, greedy": what `evaluate` returned, …} as a table, one row a model and way of sampling."""
+    columns = list(next(iter(results.values())))
+    rows = [["percent of held-out clips, with 95 % intervals", *columns]]
+    for title, result in results.items():
+        rows.append([title, *(f"{c['value']:.1f} ({c['low']:.1f}–{c['high']:.1f})" for c in result.values())])
+    return "\n".join(data.format_table(rows))
 
 
 def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) -> str:
@@ -555,8 +543,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
     for name, path in models.items():
         policy = model.build_model(path, vocabulary, world, shards=settings.shards, frozen=True)
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rows = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
-            results[f"{name}, {how}"] = summarise(rows)
+            results[f"{name}, {how}"] = evaluate(policy, held, judge, sys.exit, settings, temperature, world)
     if world.first:
         data.write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results_table(results)

@@ -9,8 +9,8 @@
     R_form,k  1 if the segment matches the template, else 0
     R_len,k   0.2 if accuracy and format of the segment are both above 0 and its length is in its window, else 0
 
-The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and transcript are derived from
-it: a third segment is a third row. Behind the ruled line follow the judges of observations.
+The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and transcript are derived
+from it: a third segment is a third row. Judges of observations follow, then the toy world's questions.
 """
 import bisect
 import hashlib
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
     name: str
     tags: tuple[Tag, ...]
     window: tuple[int, int]                                  # tokens that earn the length reward, by default
-    accuracy: Callable[["pagrpo.Response", "Verdict"], float]  # R_acc in [0, 1], NaN if it is unknown
+    accuracy: Callable[..., float]                           # R_acc in [0, 1] of a response and its verdict, or NaN
 
 
 def observation_suffices(response, verdict: "Verdict") -> float:
@@ -64,7 +64,8 @@ SEGMENTS = (  # in order of appearance
     Segment("perception", (
         Tag("observation", 'Start with "Based on the question, I need to notice", name what matters for the question, '
             "then write down what the {medium} shows of it: so completely that somebody who cannot see the {medium} "
-            "could answer from this part alone. Draw no conclusions yet.", lambda toy, shown: toy_observation(toy, shown)),
+            "could answer from this part alone. Draw no conclusions yet.",
+            lambda toy, shown: toy_observation(toy, shown)),
     ), (128, 320), observation_suffices),
     Segment("reasoning", (
         Tag("think", 'Start with "Based on the observations,", then reason step by step, talking to yourself, and '
@@ -83,7 +84,9 @@ class Parsed(NamedTuple):
 
 
 def segment_ends(text: str | bytes) -> list[int | None]:
-    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing."""
+    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing.
+        "<observation>a</observation>b" → [29, 30]        "<observation>a" → [None, 14]
+    """
     ends, start = [], 0
     for segment in SEGMENTS[:-1]:
         closing = f"</{segment.tags[-1].name}>"
@@ -110,10 +113,8 @@ def parse(text: str) -> Parsed:
 
 
 def extract_tag(tag: str, text: str) -> str | None:
-    """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated or left open.
-
-    Two answers are no answer: it must not be enough that one of them is right.
-    """
+    """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated (two answers are no
+    answer) or left open."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
     inside = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
@@ -124,7 +125,7 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
     """Is text nothing but these pairs of tags in this order, each around something?
 
     "<think>a</think> <answer>b</answer>" splits into ["", <think>, "a", </think>, " ", <answer>, "b", </answer>, ""]:
-    tags are at odd places, and of the texts at even places every second one is inside a pair.
+    tags have odd indices, and of the texts at even indices every second one is inside a pair.
     """
     pieces = TAG_PATTERN.split(text)
     wanted = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
@@ -133,7 +134,7 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
-    …, K - 1. K for all tokens if a segment before the last is never closed: what belongs where is unknown then.
+    …, K - 1. If any closing tag before the last segment is missing, every token gets K (unknown).
 
     Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
         [b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
@@ -151,15 +152,12 @@ REWARD_PARTS = ("accuracy", "format", "length")
 
 
 def reward_parts(response, verdict: "Verdict", windows: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
-    """R_acc, R_form and R_len of each segment of a response (eq. 5 sums them), (K, 3).
-
-    A response cut off by the token limit keeps what its closed segments earned; its last segment earns nothing. An
-    unknown verdict makes accuracy and length NaN.
-    """
+    """R_acc, R_form and R_len of each segment of a response, (K, 3); eq. 5 sums them. A response cut off by the token
+    limit keeps what its closed segments earned. An unknown verdict makes accuracy and length NaN."""
     parts = []
     for k, (segment, tokens, (low, high)) in enumerate(zip(SEGMENTS, segment_lengths(response.segments), windows)):
-        earns = response.finished or k < len(SEGMENTS) - 1
-        accuracy, format = segment.accuracy(response, verdict) * earns, float(response.parsed.formats[k] and earns)
+        counts = response.finished or k < len(SEGMENTS) - 1  # the last segment of a truncated response does not
+        accuracy, format = segment.accuracy(response, verdict) * counts, float(response.parsed.formats[k] and counts)
         length = LENGTH_REWARD * (accuracy > 0 and format > 0 and low <= tokens <= high)
         parts.append((accuracy, format, math.nan if math.isnan(accuracy) else length))
     return parts
@@ -202,10 +200,8 @@ def option_texts(options: Sequence[str]) -> dict[str, str]:
 
 
 def choice(answer: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B".
-
-    None if it names no option, or a text that several options share, or puts one letter before another's text.
-    """
+    """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B". None if it names no
+    option, or a text that several options share, or puts one letter before another's text."""
     texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}     # options may be in the question only
     if (alone := normalize_text(answer).upper()) in texts:   # a letter alone is a letter, whatever the options say
         return alone
@@ -222,10 +218,8 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "12 apples" exactly. None for anything else: NaN and infinities too.
-
-    Exact fractions, so that "1000" equals "1,000" equals "1000.0" without a tolerance.
-    """
+    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "12 apples" as exact fractions, so that "1000" equals "1,000.0"
+    without a tolerance. None for anything else, NaN and infinities too."""
     text = text.strip()
     match = len(text) <= 100 and re.fullmatch(              # a longer text is no number, and would cost time
         r"[$€£]?\s*([-+−]?)\s*[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?"
@@ -256,7 +250,7 @@ def regression(answer: str, reference: str) -> float:
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int:
-    """The lowest cost of turning words a into words b, where inserting or deleting a word costs 1."""
+    """The lowest cost of turning words a into words b; inserting or deleting a word costs 1."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -279,9 +273,10 @@ def rouge(answer: str, reference: str) -> float:
         return 0.0
     both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
     scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
-    for n in (1, 2) if len(wanted) > 1 else (1,):
-        a, b = (Counter(zip(*(words[i:] for i in range(n)))) for words in (said, wanted))
-        scores.append(2 * (a & b).total() / (a.total() + b.total()))
+    counted = [(Counter(said), Counter(wanted))]
+    if len(wanted) > 1:
+        counted.append((Counter(zip(said, said[1:])), Counter(zip(wanted, wanted[1:]))))
+    scores += [2 * (a & b).total() / (a.total() + b.total()) for a, b in counted]
     return sum(scores) / len(scores)
 
 
@@ -307,7 +302,7 @@ class Claim(NamedTuple):
     problem_type: str
     reference: str                                           # the correct answer
     observation: str
-    data_type: str = "video"                                 # or image
+    data_type: str = "video"                                 # video or image
 
 
 class Verdict(NamedTuple):
@@ -320,8 +315,8 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judge:
-    """Returns a verdict for each claim of a batch. `decide` finds it. All judges read cleaned observations and are asked
-    equal claims once; an empty observation or a bare answer is a No without asking."""
+    """Returns a verdict for each claim of a batch; `decide` judges a batch. All judges read cleaned observations and are
+    asked equal claims once. An empty observation or a bare answer is a No without asking."""
     decide: Callable[[list[Claim]], list[Verdict]]
     refuse_leaks: bool = True
     background: bool = False                                 # works in a thread while the caller goes on
@@ -372,18 +367,16 @@ def clean(observation: str) -> str:
 
 
 PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*›", re.I)                # and cleaned tags
-CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the points in 3.5 or 1,000
+CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the decimal point in 3.5
 ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
 LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
 LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+)?)\W*$")                      # with its unit
 
 
 def leaks(claim: Claim) -> bool:
-    """Is the observation a bare answer? It is if its clauses hold fewer than four different words of their own.
-
-    A clause does not count if it repeats the question, an option or the reference, speaks of answers and verdicts,
-    names an option by its letter, or ends in the number that is asked for.
-    """
+    """Is the observation a bare answer: do its clauses hold fewer than four different words of their own? A clause does
+    not count if it repeats the question, an option or the reference, speaks of answers and verdicts, names an option by
+    its letter, or ends in the number that is asked for."""
     known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
     known, words = {normalize_text(clause) for clause in known}, set()
     lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
@@ -439,7 +432,7 @@ def read_verdict(reply: Reply) -> Verdict:
 
 def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
     """`Judge.decide` from a function that answers a batch of conversations."""
-    return lambda claims: [read_verdict(reply) for reply in ask_all([judge_chat(c) for c in claims])]
+    return lambda claims: list(map(read_verdict, ask_all([judge_chat(c) for c in claims])))
 
 
 # ------------------------------------------------------------------------------------------------ the toy world's judge
@@ -465,7 +458,7 @@ class Toy(NamedTuple):
 
 def read_toy(problem_type: str, question: str, options: Sequence[str]) -> Toy | None:
     """None for a question that is not of the toy world."""
-    for name, (kind, text) in TOY_QUESTIONS.items():
+    for name, (kind, text) in reversed(TOY_QUESTIONS.items()):                # a later row may be a special case
         match = re.fullmatch(re.escape(text).replace(r"\{\}", "(?P<asked>.*)"), question)
         if match and kind == problem_type:
             return Toy(name, match.groupdict("").get("asked", ""), tuple(split_options(options)))
@@ -485,7 +478,9 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
         return " ".join(x[-1] for x in shown if not x.startswith(toy.asked)) or None
     if toy.name == "ends":
         return f"a {shown[0]} turns into a {shown[-1]}"
-    return str(sum(PRICES[x[-1]] for x in shown))
+    if toy.name == "total":
+        return str(sum(PRICES[x[-1]] for x in shown))
+    raise ValueError(f"toy_answer does not know {toy.name!r}")
 
 
 def toy_observation(toy: Toy, shown: list[str]) -> str:
@@ -494,8 +489,8 @@ def toy_observation(toy: Toy, shown: list[str]) -> str:
 
 
 def toy_think(toy: Toy, shown: list[str]) -> str:
-    """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read alike in two types of
-    problem, "green red? no"."""
+    """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read alike in two types
+    of problem, "green red? no"."""
     colours = [x.split()[0] for x in shown]
     same = ["yes" if colour == toy.asked else "no" for colour in colours]
     steps = []
@@ -522,10 +517,8 @@ def toy_think(toy: Toy, shown: list[str]) -> str:
 
 
 def rule_judge(claims: list[Claim]) -> list[Verdict]:
-    """Judges toy observations exactly: derives the answer from the observation's text alone and compares.
-
-    Raises ValueError for a question that is not of the toy world: silence would look like "insufficient".
-    """
+    """Judges toy observations exactly: derives the answer from the observation's text alone and compares. Raises
+    ValueError for a question that is not of the toy world: silence would look like "insufficient"."""
     verdicts = []
     for c in claims:
         toy = read_toy(c.problem_type, c.question, c.options)
@@ -539,12 +532,13 @@ def rule_judge(claims: list[Claim]) -> list[Verdict]:
     return verdicts
 
 
-# ------------------------------------------------------------------------------------------------ plumbing of judges
-# A first reader may stop here: threads, files, and language models behind http or in a folder.
+# ================================ a first reader may stop here ================================
+
+# ------------------------------------------------------------------------------------------------ files and servers
 
 def read_jsonl(file: Path) -> tuple[list[dict], int]:
-    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out; ValueError
-    for any other broken line."""
+    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out. Raises
+    ValueError for any other broken line."""
     raw, rows = file.read_bytes() if file.is_file() else b"", []
     end = raw.rfind(b"\n") + 1
     for number, line in enumerate(raw[:end].split(b"\n")[:-1], start=1):
@@ -641,25 +635,20 @@ class ChatClient:
 def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
               ) -> Callable[[list[list[dict]]], list[Reply]]:
     """A causal language model in a folder that transformers loads, answering greedily. Weights must be safetensors:
-    nothing is unpickled, no code from the folder is run, nothing is downloaded."""
+    nothing is unpickled, no code from the folder is run."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+    from transformers import pipeline
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32,
-                                                 local_files_only=True, use_safetensors=True).to(device)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
-                              eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id)
-    speak = pipeline("text-generation", model, tokenizer=tokenizer, device=model.device)
+    generator = pipeline("text-generation", folder, device=device, dtype=torch.bfloat16 if bf16 else torch.float32,
+                     model_kwargs={"use_safetensors": True})
+    generator.tokenizer.padding_side = "left"
+    generator.tokenizer.pad_token = generator.tokenizer.pad_token or generator.tokenizer.eos_token
 
     def ask_all(chats: list[list[dict]]) -> list[Reply]:
-        if model.device.type == "cuda":                      # in a new thread GPU 0 is the current one
-            torch.cuda.set_device(model.device)
-        if not chats:                                        # a pipeline wants at least one
-            return []
-        if not tokenizer.chat_template:
-            chats = [chat[0]["content"] + "\n\n" for chat in chats]
-        replies = speak(chats, batch_size=batch, generation_config=greedy, return_full_text=False)
+        if device.startswith("cuda"):                        # in a new thread GPU 0 is the current one
+            torch.cuda.set_device(device)
+        texts = chats if generator.tokenizer.chat_template else [chat[0]["content"] + "\n\n" for chat in chats]
+        replies = generator(texts, batch_size=batch, do_sample=False, max_new_tokens=tokens, return_full_text=False
+                            ) if texts else []
         return [Reply(reply[0]["generated_text"]) for reply in replies]
     return ask_all

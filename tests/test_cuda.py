@@ -20,7 +20,7 @@ def world():
 def step(toy, base, vocabulary, tiny_settings):
     """Two prompts of different lengths with two responses each: inputs of `logprobs`."""
     records = data.read_records(toy / "rl.json")
-    examples = data.Examples(records, toy, vocabulary, data.read_config(base), tiny_settings)
+    examples = data.Examples(records, toy, vocabulary, network.read_config(base), tiny_settings)
     tokens = torch.randint(8, 300, (2, 2, 9), generator=torch.Generator().manual_seed(0))
     return data.collate([examples[0], examples[1]]), tokens, torch.tensor([[9, 4], [1, 7]])
 

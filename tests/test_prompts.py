@@ -90,11 +90,6 @@ class TestInstruction:
         assert "observation" not in instruction(PETS, settings) and "<think>" in instruction(PETS, settings)
         assert trace_text(PETS, "think") == "<think> so it is a dog </think>\n<answer> B </answer>"
 
-    def test_braces_in_a_question_are_left_alone(self):
-        question = r"What is \frac{1}{2} of {medium}?"
-        assert question in instruction(replace(PETS, question=question), FULL)
-
-
 class TestPlainText:
     @pytest.mark.parametrize("special", ["<|im_end|>", "<|video_pad|>", "<|vision_start|>", "<|image_pad|>",
                                          "<|endoftext|>", "<|im_end|>\n<|im_start|>assistant\n"])
@@ -107,11 +102,6 @@ class TestPlainText:
         special_ids = lambda e: [i for i in e.ids.tolist() if i in vocabulary.id.values()]
         assert special_ids(example) == special_ids(plain)
         assert torch.equal(example.pixels, plain.pixels)
-
-    def test_no_text_is_encoded_to_a_special_token(self, vocabulary):
-        for text in vocabulary.id:
-            assert not set(vocabulary.encode(f"{text}{text} x{text}")) & set(vocabulary.id.values())
-
 
 class TestVocabulary:
     @pytest.mark.parametrize("text", [

@@ -83,11 +83,11 @@ class TestRefusing:
         ({"options": ["A. a cat"]}, "one option"),
         ({"problem": 5}, "problem: not a text"),
         ({"problem": "\ud800"}, "surrogates not allowed"),
-        ({"solution": "<answer> </answer>"}, "solution holds no answer"),
-        ({"solution": "<answer>A</answer><answer>B</answer>"}, "or several"),
-        ({"solution": "A</answer>"}, "or several"),
-        ({"solution": ["B"]}, "neither a text nor a number"),
-        ({"solution": float("nan")}, "neither a text nor a number"),
+        ({"solution": "<answer> </answer>"}, "solution is not one answer"),
+        ({"solution": "<answer>A</answer><answer>B</answer>"}, "solution is not one answer"),
+        ({"solution": "A</answer>"}, "solution is not one answer"),
+        ({"solution": ["B"]}, "solution is not one answer"),
+        ({"solution": float("nan")}, "solution is not one answer"),
         ({"observation": ["a dog"]}, "observation: not a text"),
     ])
     @pytest.mark.parametrize("write", [lambda rows: json.dumps(rows), lambda rows: lines(*rows)], ids=["list", "lines"])
@@ -178,10 +178,6 @@ class TestSkipping:
         with pytest.raises(ValueError, match=r"5 of 20 media .*gone0\.avi.*right media folder\?.*data.py check"):
             list(examples.prefetch([range(20)]))
 
-    def test_one_in_five_is_borne(self, records, load):
-        examples = load(without_media(records, {0, 3, 6, 9}))
-        assert [len(step) for step in examples.prefetch([range(20)])] == [16]
-
     def test_a_few_records_are_no_evidence(self, records, load):
         examples = load(without_media(records, range(5)))
         assert [len(step) for step in examples.prefetch([range(5), range(5, 10)])] == [0, 5]
@@ -226,8 +222,3 @@ class TestOrder:
         for epoch in range(3):
             assert sorted(flat[epoch * count:(epoch + 1) * count]) == list(range(count))
         assert flat[:count] != flat[count:2 * count]
-
-    def test_a_step_is_a_pure_function_of_seed_and_number(self):
-        forwards = [step_indices(50, 7, step, seed=3) for step in range(30)]
-        backwards = [step_indices(50, 7, step, seed=3) for step in reversed(range(30))]
-        assert forwards == backwards[::-1]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data import Examples, collate, read_records
-from model import LOGITS_AT_ONCE, Prompts, load_model
+from model import (LOGITS_AT_ONCE, Prompts, attend_cut, attend_masked, attention_and_lse, load_model,
+                   plain_attention_and_lse)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,29 @@ def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from(batch):
     hidden, _ = model.prefill(prompts)
     p = model.logits(hidden[0, prompts.lengths[0] - 1][None]).softmax(-1)[0]
     assert entropy[0, 0, 0].item() == pytest.approx(-(p * p.clamp_min(1e-38).log()).sum().item(), abs=1e-4)
+
+
+def tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("lengths", [[11, 11, 11], [11, 4, 7]], ids=["equal prompts", "padded prompts"])
+def test_cutting_prompts_to_their_length_is_masking_their_padding(lengths):
+    """What a GPU does and what a CPU does, both on this CPU, with gradients. 4 query heads share 2 key heads."""
+    results = []
+    for attend in (attend_cut, attend_masked):
+        inputs = tensors((6, 4, 5, 8), (6, 2, 5, 8), (6, 2, 5, 8), (3, 2, 11, 8), (3, 2, 11, 8))
+        out = attend(*inputs, lengths)
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_plain_products_is_that_of_the_kernel(masked):
+    q, k, v = (x.detach() for x in tensors((3, 4, 5, 8), (3, 2, 9, 8), (3, 2, 9, 8)))
+    mask = torch.zeros(3, 1, 1, 9).masked_fill(torch.arange(9) >= torch.tensor([9, 4, 7])[:, None, None, None], -torch.inf)
+    for a, b in zip(attention_and_lse(q, k, v, mask if masked else None),
+                    plain_attention_and_lse(q, k, v, mask if masked else None)):
+        assert torch.allclose(a, b, atol=1e-5)

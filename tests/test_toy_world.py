@@ -80,9 +80,6 @@ class TestQuestions:
     def test_a_question_from_elsewhere_has_no_toy_answer(self, kind):
         assert read_toy(kind, "Why?", ()) is None
 
-    def test_right_options_stand_at_every_letter(self, every):
-        assert {r.reference for r in every if r.problem_type == "multiple choice"} == {"A", "B", "C"}
-
     @pytest.mark.parametrize("template", ["p2r", "think"])
     def test_every_trace_obeys_the_template_and_earns_full_marks(self, every, template):
         for r in every:
@@ -120,17 +117,6 @@ class TestJudge:
         for r in every:
             assert judged([claim(r, wrong_where_it_matters(r))]) == [False], r
 
-    def test_an_error_in_what_is_not_asked_costs_nothing(self, every):
-        """Prices belong to letters: their colours do not matter. Counting is of colours: letters do not matter."""
-        for r in every:
-            if r.problem_type == "regression":
-                other = SHOWN.sub(lambda m: f"{COLOURS[COLOURS.index(m[1]) - 1]} {m[2]}", r.trace["observation"])
-            elif r.problem_type == "numerical":
-                other = SHOWN.sub(lambda m: f"{m[1]} {LETTERS[LETTERS.index(m[2]) - 1]}", r.trace["observation"])
-            else:
-                continue
-            assert other != r.trace["observation"] and judged([claim(r, other)]) == [True]
-
     @pytest.mark.parametrize("spoil", [
         lambda text: "", lambda text: "???", lambda text: "I see some letters.", lambda text: text.upper(),
         lambda text: " ".join(f"{c} {x}" for c, x in SHOWN.findall(text)[:-1]),
@@ -144,25 +130,9 @@ class TestJudge:
     def test_the_answer_written_into_the_observation_is_no_observation(self, every):
         assert not any(judged([claim(r, f"The answer is {r.reference}.") for r in every]))
 
-    def test_the_judge_sees_the_observation_only(self, every):
-        """A wrong observation before a good think and answer is still wrong."""
-        assert set(Claim._fields) == {"question", "options", "problem_type", "reference", "observation",
-                                      "data_type"}
-        for r in every:
-            wrong = wrong_where_it_matters(r)
-            parsed = parse(data.trace_text(r, "p2r").replace(r.trace["observation"], wrong, 1))
-            assert task_metric(r.problem_type, parsed.contents["answer"], r.reference, r.options) == 1
-            assert judged([claim(r, parsed.contents["observation"])]) == [False]
-
     def test_a_question_from_elsewhere_is_an_error_not_a_no(self, every):
         with pytest.raises(ValueError, match="toy questions only"):
             judged([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
-
-    def test_claims_are_judged_one_by_one_in_order(self, every):
-        claims = [claim(r, r.trace["observation"] if i % 2 else "") for i, r in enumerate(every)]
-        assert judged(claims) == [i % 2 == 1 for i in range(len(every))]
-        assert judged([]) == []
-
 
 class TestFiles:
     def test_a_written_clip_is_read_back_exactly(self, tmp_path):
@@ -191,14 +161,6 @@ class TestFiles:
         one, two = (files(data.make_toy(tmp_path / name, SMALL)) for name in ("one", "two"))
         assert one == two and len(one) == sum(SMALL.values()) + len(SMALL)
 
-    def test_another_seed_draws_other_clips(self, tmp_path):
-        one, two = (files(data.make_toy(tmp_path / str(seed), {"rl": 10}, seed)) for seed in (0, 1))
-        assert all(one[name] != two[name] for name in one)
-
-    def test_a_larger_world_begins_with_the_smaller_one(self, tmp_path):
-        small, large = (files(data.make_toy(tmp_path / str(n), {"rl": n})) for n in (5, 10))
-        assert all(large[name] == content for name, content in small.items() if name.endswith(".avi"))
-
     def test_a_world_that_was_left_half_written_is_completed(self, tmp_path):
         whole = files(data.make_toy(tmp_path / "whole", SMALL))
         half = data.make_toy(tmp_path / "half", SMALL)
@@ -207,12 +169,6 @@ class TestFiles:
         (half / "heldout" / "00004.avi").write_bytes(b"RIFF")
         data.make_toy(half, SMALL)
         assert files(half) == whole
-
-    def test_a_world_of_another_size_is_written_anew(self, tmp_path):
-        data.make_toy(tmp_path / "toy", {"rl": 5})
-        data.make_toy(tmp_path / "toy", {"rl": 10})
-        assert len(data.read_records(tmp_path / "toy" / "rl.json")) == 10
-        assert len(list((tmp_path / "toy" / "rl").iterdir())) == 10
 
     def test_a_complete_world_is_left_alone(self, tmp_path):
         folder = data.make_toy(tmp_path / "toy", SMALL)
@@ -242,12 +198,6 @@ class TestTokenizer:
             pieces = [vocabulary.bytes[i].decode() for i in vocabulary.encode(text)]
             assert [w for piece in pieces for w in whole.findall(piece)] == whole.findall(text)
             assert all(len(whole.findall(piece)) <= 1 for piece in pieces)
-
-    @pytest.mark.parametrize("text", [
-        "这只猫在做什么？", "🐈 a cat 👩‍👩‍👧", "Ünïcödé  words\t\r\n", "<observation> unknownword </observation>", "\x00\x7f",
-        "<|im_end|><|video_pad|>", "", " ", "12345678.90 €", "<answer>B</answer>"])
-    def test_an_unknown_text_falls_apart_into_bytes_and_comes_back(self, text, vocabulary):
-        assert vocabulary.decode(vocabulary.encode(text)) == text
 
     def test_the_same_seed_makes_the_same_model(self, base, tmp_path):
         data.make_toy_model(tmp_path / "base", seed=0)
