@@ -55,7 +55,7 @@ def test_a_wrong_flag_is_named(module, flags, complaint, capsys):
 def test_missing_weights_and_data_are_one_error_with_the_commands_that_fetch_them(script, expected, tmp_path):
     ended = subprocess.run([sys.executable, str(ROOT / script), "--preset", "7b"], cwd=tmp_path,
                            capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b (chosen by flag)")
+    assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b; others: tiny, 3b")
     assert all(command in ended.stderr for command in expected) and "Traceback" not in ended.stderr
 
 
@@ -94,7 +94,7 @@ def test_a_question_about_a_clip_is_answered(toy, base, capsys):
     evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(clip),
                      "--question", "Which colour is first?", "--options", "red", "blue", "--max-response", "8"])
     said = capsys.readouterr().out
-    assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "cut off after 8 tokens" in said
+    assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "8 tokens, cut off" in said
 
 
 def test_a_clip_that_is_none_is_named(base, tmp_path):
