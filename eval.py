@@ -364,7 +364,7 @@ def compare(first: str, second: str) -> str:
     return "\n".join([*data.format_table(table), *lines, *data.format_table(where), "", *change_examples(pairs)])
 
 
-# ================================================================ a first reader may stop here: plumbing follows
+# ================================ a first reader may stop here ================================
 
 # ------------------------------------------------------------------------------------------------ 5. running
 

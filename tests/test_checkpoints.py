@@ -1,7 +1,7 @@
 """Promise: a checkpoint folder is read strictly, written whole or not at all, and exchanged with transformers both ways
 without conversion."""
 import json
-import shutil
+
 from dataclasses import replace
 
 import pytest
