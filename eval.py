@@ -12,7 +12,6 @@ The seven are run as Video-R1 ran them (PROTOCOL below; docs/evaluation.md), the
 trained. Results are in MODEL/eval/BENCH: responses.jsonl, summary.json, settings.json. The same command resumes, on any
 number of ranks.
 """
-import argparse
 import ast
 import csv
 import hashlib
@@ -20,6 +19,7 @@ import json
 import math
 import re
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -285,7 +285,7 @@ def mismatch(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def perception_from(questions: list[Question], args: argparse.Namespace) -> str:
+def perception_from(questions: list[Question], args: Namespace) -> str:
     """The same questions with nothing, another run's observation, the video, or both (paper, Figure 4)."""
     observations = {key: r.get("observation") for key, r in read_rows(args.perception_from).items()}
     questions, bench = [q for q in questions if observations.get(q.record.problem_id)], BENCHES[args.bench]
@@ -368,7 +368,7 @@ def compare(first: str, second: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ 5. running
 
-def asked_record(question: Question, args: argparse.Namespace, blind: bool = False, given: str | None = None):
+def asked_record(question: Question, args: Namespace, blind: bool = False, given: str | None = None):
     """The record that the model is asked. In a direct prompt, a given observation becomes part of the question."""
     r = question.record
     if args.direct:
@@ -416,7 +416,7 @@ def read_rows(place: str | Path) -> dict[str, dict]:
 load_model = lru_cache(maxsize=2)(data.load_local)           # several benchmarks, one model
 
 
-def respond(pairs: list[tuple], folder: Path, judging: bool, args: argparse.Namespace) -> None:
+def respond(pairs: list[tuple], folder: Path, judging: bool, args: Namespace) -> None:
     """Answers this rank's (question, record) pairs, appends each row to a file at once. ValueError if verdicts fail."""
     s, rank, judge, (vocabulary, model, device) = args.settings, args.world.rank, None, load_model(args.model)
     if judging:                                              # `reference`: --judge-model, else the model itself
@@ -444,8 +444,7 @@ def respond(pairs: list[tuple], folder: Path, judging: bool, args: argparse.Name
                 out.add(to_row(q, response, s, verdict))
 
 
-def run(questions: list[Question], records: list[data.Record], args: argparse.Namespace, variant: str = ""
-        ) -> list[dict]:
+def run(questions: list[Question], records: list[data.Record], args: Namespace, variant: str = "") -> list[dict]:
     """Runs or resumes an evaluation: asks records[i] for questions[i]. Returns a row for each, on every rank.
     `variant` names the folder of another prompt."""
     s, world, judge = args.settings, args.world, "none" if variant else args.judge
@@ -751,7 +750,7 @@ def find_model(name: str | None) -> tuple[Path, Path, str]:
         raise ValueError(f"{error} ({why}). `python pagrpo.py` makes a small model, --model names one.{hub}") from None
 
 
-def find_settings(model: Path, args: argparse.Namespace) -> pagrpo.Settings:
+def find_settings(model: Path, args: Namespace) -> pagrpo.Settings:
     """The settings a model was trained with, from its run's folder, else a preset's; the protocol; then the flags."""
     file = next((f for f in (model / "settings.json", model.parent / "settings.json") if f.is_file()), None)
     saved = sft.read_json(file) if file else {}
@@ -768,7 +767,7 @@ def find_settings(model: Path, args: argparse.Namespace) -> pagrpo.Settings:
     return pagrpo.Settings(**preset | same | protocol | own | direct)
 
 
-def evaluate(questions: list[Question], notes: list[str], args: argparse.Namespace) -> dict | None:
+def evaluate(questions: list[Question], notes: list[str], args: Namespace) -> dict | None:
     """Runs one benchmark and prints its table. Returns its summary."""
     s, print0 = args.settings, args.world.print0
     if args.limit and args.limit < len(questions):
@@ -791,7 +790,7 @@ def evaluate(questions: list[Question], notes: list[str], args: argparse.Namespa
     return summary
 
 
-def answer_one(args: argparse.Namespace) -> None:
+def answer_one(args: Namespace) -> None:
     """Prints what the model sees of a clip or picture, and its response to --question. Raises MediaError."""
     clip = Path(args.video).resolve()
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
@@ -811,9 +810,8 @@ PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)
 INPUTS = (*PROTOCOL, "max_prompt", "prompt", "template", "seed")
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
+def parse_args(argv: Sequence[str] | None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do (one of these)").add_argument
     add("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
@@ -853,7 +851,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def evaluate_all(args: argparse.Namespace) -> None:
+def evaluate_all(args: Namespace) -> None:
     """Finds model and benchmarks and runs what was asked for. Raises ValueError, at once if nothing can be run."""
     benches, lacking, summaries, everything = {}, [], [], args.bench == "all"
     for name in SEVEN if everything else {args.bench} & {*SEVEN}:
