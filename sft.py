@@ -243,7 +243,8 @@ def train(settings: Settings, world: World) -> Path:
     return run.last_checkpoint
 
 
-# ------------------------------------------------- what both trainings share; a first reader may stop here
+# ================================ a first reader may stop here ================================
+# Below: flags and files, ranks, a run on disk, memory and errors, for both trainings.
 
 def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, description: str) -> TrainSettings:
     """Settings from a preset and the flags beside it."""
