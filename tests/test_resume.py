@@ -75,16 +75,6 @@ def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, fla
     assert same_end(tmp_path / "whole" / stage, tmp_path / "cut" / stage), "bit for bit"
 
 
-def test_steps_after_the_checkpoint_are_logged_once(toy, base, tmp_path):
-    sft.main(sft_flags(tmp_path / "whole", toy, base))
-    shutil.copytree(tmp_path / "whole/sft", tmp_path / "cut/sft")
-    folder = tmp_path / "cut/sft"
-    shutil.rmtree(newest_checkpoint(folder))                 # what a kill in step 8 leaves: a checkpoint of step 6, …
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')                        # … and a line cut short
-    sft.main(sft_flags(tmp_path / "cut", toy, base))
-    assert metrics(folder) == metrics(tmp_path / "whole" / "sft")
-
 
 def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path, monkeypatch):
     built, build = [], model.build_model
