@@ -671,7 +671,6 @@ SHARD_BYTES = 5 * 2 ** 30                                    # largest safetenso
 CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
 
 
-
 def compute_dtype(device: torch.device, config: Config) -> torch.dtype:
     """bfloat16 on a GPU that computes in it, else float32. Toy-sized models are float32 everywhere."""
     supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -244,6 +244,7 @@ def train(settings: Settings, world: World) -> Path:
 
 
 # ================================ a first reader may stop here ================================
+# Below: flags and files, ranks, a run on disk, memory and errors, for both trainings.
 
 def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, description: str) -> TrainSettings:
     """Settings from a preset and the flags beside it."""
@@ -327,7 +328,6 @@ class World:
             print(*words, sep=sep, flush=True)
 
     def gather(self, value) -> list:
-        """The values of all ranks, in their order."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -367,8 +367,7 @@ class World:
             raise SystemExit(f"--shards {shards}: the {self.size} ranks are not divisible by it")
         if shards == self.size:
             return init_device_mesh(self.device.type, (shards,))
-        grid = (self.size // shards, shards)
-        return init_device_mesh(self.device.type, grid, mesh_dim_names=("replicas", "shards"))
+        return init_device_mesh(self.device.type, (self.size // shards, shards), mesh_dim_names=("replicas", "shards"))
 
     def shutdown(self, code: int = 0) -> None:
         """Ends a program. Several ranks skip Python's own shutdown, in which threads of gloo may abort."""
@@ -380,8 +379,8 @@ class World:
 
 
 def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
-    """Joins the ranks that torchrun started. They wait `minutes` for each other within a step, and `patience` where one
-    works alone (`World.on_rank0`, `World.barrier`). A rank that dies is noticed at once: its connections close."""
+    """Joins the ranks that torchrun started. They wait `minutes` for each other within a step, and `patience` in
+    `on_rank0` and `barrier`. A rank that dies is noticed at once: its connections close."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, size, local_rank = (int(os.environ.get(name, n)) for name, n in defaults.items())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -424,9 +423,8 @@ class Run:
         self.finished = self.step >= steps
         before, self.code = state.get("code", {}), code_hashes(settings)
         if changed := [name for name, now in self.code.items() if before.get(name, now) != now]:
-            what = "These are the results of the old code" if self.finished else "The run goes on with the new code"
-            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint} was written. {what}; "
-                         "take another --out to run the new code from the start.")
+            what = "These are the old code's results" if self.finished else "The run goes on with the new code"
+            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}. {what}; another --out begins anew.")
 
     def find(self) -> tuple[Path | None, dict]:
         """The newest usable checkpoint and its state.json."""
@@ -442,16 +440,13 @@ class Run:
     def examples(self, records: list[Record], vocabulary: Vocabulary, config: Config) -> Examples:
         return Examples(records, self.settings.media, vocabulary, config, self.settings, self.folder / "skipped.log")
 
-    def batches(self, examples: Examples) -> Iterator[tuple[int, list[Example]]]:
+    def batches(self, examples: Examples) -> tqdm:
         """Yields each step that is left and this rank's examples of it, under a progress bar."""
-        left, rank, ranks = range(self.step, self.steps), self.world.rank, self.world.size
-        indices = (data.step_indices(len(examples), self.per_step, step, self.settings.seed)[rank::ranks]
-                   for step in left)
-        how = dict(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", disable=rank > 0)
-        with tqdm(**how) as self.bar:
-            for step, batch in zip(left, examples.prefetch(indices)):
-                yield step, batch
-                self.bar.update()
+        left, n, rank, ranks = range(self.step, self.steps), len(examples), self.world.rank, self.world.size
+        indices = (data.step_indices(n, self.per_step, step, self.settings.seed)[rank::ranks] for step in left)
+        self.bar = tqdm(zip(left, examples.prefetch(indices)), self.folder.name, self.steps, initial=self.step,
+                        unit="step", disable=rank > 0)
+        return self.bar
 
     @contextmanager
     def guard(self):
@@ -475,7 +470,7 @@ class Run:
                     signal.signal(number, handler)
 
     def on_signal(self, number, frame) -> None:
-        """The first signal stops the run after the step, one more than two seconds later at once: launchers repeat."""
+        """The first signal stops the run after the step, another at once, but for launchers' repetitions within 2 s."""
         if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt
         if not self.stop_asked and self.world.first:         # print may be running below this handler
@@ -487,8 +482,8 @@ class Run:
         self.stop_asked, self.stop_reason = time.monotonic(), f"{reason}. "
 
     def log(self, metrics: dict, shown: str = "") -> None:
-        """Adds a line to metrics.jsonl: the finite values, and the most memory on any GPU. `shown` goes to the progress
-        bar. SystemExit once the gradients of several steps in a row were not finite."""
+        """Adds the finite values, and the most memory on any GPU, to metrics.jsonl; `shown` goes to the progress bar.
+        SystemExit once the gradients of several steps in a row were not finite."""
         lost = not math.isfinite(metrics["grad_norm"])
         metrics["skipped_updates"], self.skipped = int(lost), self.skipped + 1 if lost else 0
         if self.world.device.type == "cuda":                 # reserved memory decides when a GPU is full
@@ -501,13 +496,13 @@ class Run:
         self.bar.set_postfix_str(shown)
         if self.skipped == MAX_SKIPPED:
             raise SystemExit(f"The gradients of {MAX_SKIPPED} steps in a row were NaN or infinite, up to step "
-                             f"{row['step']}. A lower --lr or --clip-norm may help, in another --out.")
+                             f"{row['step']}: try a lower --lr in another --out.")
 
     def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state
                     ) -> None:
-        """Call it when `done` steps are complete: saves if that is due, and stops the run (SystemExit) after a signal.
-        `state` goes into state.json; its "score" says how good the checkpoint is. `source` gives configuration and
-        tokenizer files. If writing fails, all ranks raise its error, and the checkpoint before stays."""
+        """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal. `state` goes into
+        state.json; its "score" says how good the checkpoint is. `source` gives configuration and tokenizer files. If
+        writing fails, all ranks raise the error, and the checkpoint before stays."""
         stop, every = self.world.all_reduce_max(self.stop_asked) > 0, self.settings.save_every
         if done > self.step and (stop or done == self.steps or "score" in state or done % every == 0):
             weights = get_model_state_dict(model, options=ON_RANK0)

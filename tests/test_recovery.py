@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import data
 import pagrpo
 import sft
-from model import load_model, newest_checkpoint
+from model import newest_checkpoint
 from test_resume import before_update, metrics, rl_flags, same_end, sft_flags
 
 ROOT = Path(__file__).parent.parent
@@ -163,13 +163,6 @@ def test_the_last_ones_and_the_best_are_kept(toy, base, tmp_path, monkeypatch):
     assert [row.get("heldout_loss") for row in metrics(tmp_path / "sft")][1::2] == [5.0, 1.0, 4.0, 3.0, 2.5]
 
 
-def test_rl_is_measured_by_held_out_answers(toy, base, tmp_path):
-    pagrpo.main(rl_flags(tmp_path, toy, base, steps=4, eval_every=2, save_every=99))
-    rows = metrics(tmp_path / "pagrpo")
-    assert ["heldout/answer" in row for row in rows] == [False, True, False, True]
-    state = json.loads((newest_checkpoint(tmp_path / "pagrpo") / "state.json").read_text())
-    assert state["score"] == rows[-1]["heldout/answer"] and state["source"] == str(base) and state["step"] == 4
-
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -191,11 +184,6 @@ def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_p
     assert newest_checkpoint(tmp_path / "sft").name == "step-000009"
 
 
-def test_a_folder_that_cannot_be_written_is_named(toy, base, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="Error: .*file"):
-        sft.main(sft_flags(tmp_path / "file", toy, base, steps=1))
-
 
 def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, capsys):
     rows = json.loads((toy / "rl.json").read_text())[:20]
@@ -208,14 +196,6 @@ def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, c
     a, b = (load_file(tmp_path / f"pagrpo/step-00000{n}/model.safetensors") for n in (1, 2))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
-
-def test_weights_that_are_no_numbers_are_refused_by_name(base, tmp_path):
-    shutil.copytree(base, tmp_path / "bad")
-    tensors = load_file(tmp_path / "bad/model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, tmp_path / "bad/model.safetensors")
-    with pytest.raises(ValueError, match="model.norm.weight contains NaN or infinite values"):
-        load_model(tmp_path / "bad")
 
 
 @pytest.mark.parametrize("flag, value", [("--keep", 0), ("--patience", 0), ("--eval-every", -1), ("--lr", "nan"),

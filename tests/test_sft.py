@@ -48,13 +48,6 @@ def test_other_words_in_the_prompt_of_another_example_change_nothing(traces, voc
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_the_baseline_template_has_no_observation(traces, vocabulary):
-    _, examples = traces
-    tokens, lengths = trace_tokens(examples, vocabulary, "think")
-    for row, n in zip(tokens[:, 0], lengths[:, 0]):
-        text = vocabulary.decode(row[:n].tolist())
-        assert text.startswith("<think>") and "observation" not in text
-
 
 def gradients_of_a_step(model, examples, vocabulary, micro):
     model.zero_grad()
