@@ -34,12 +34,11 @@ class TestAdvantages:
         std = math.sqrt(4 * 0.25 / 3)                        # unbiased: divided by n - 1
         expected = [0.5 / (std + 1e-4)] * 2 + [-0.5 / (std + 1e-4)] * 2
         assert normalize(torch.tensor([[2.0, 2.0, 1.0, 1.0]]))[0].tolist() == pytest.approx(expected)
-
-    def test_an_unknown_reward_is_left_out(self):
         known = normalize(torch.tensor([[2.0, 1.0, 1.0]]))[0].tolist()
-        assert normalize(torch.tensor([[2.0, math.nan, 1.0, 1.0]]))[0].tolist() == [known[0], 0, *known[1:]]
+        unknown = normalize(torch.tensor([[2.0, math.nan, 1.0, 1.0]]))[0].tolist()
+        assert unknown == [known[0], 0, *known[1:]], "an unknown reward is left out"
 
-    @pytest.mark.parametrize("rewards", [[1.2] * 4, [0.0] * 4, [1.0, 1.0 + 1e-7, 1.0, 1.0], [3.0], [3.0, math.nan]])
+    @pytest.mark.parametrize("rewards", [[1.0, 1.0 + 1e-7, 1.0, 1.0], [3.0], [3.0, math.nan]])
     def test_a_group_of_equal_rewards_gives_none(self, rewards):
         assert normalize(torch.tensor([rewards]))[0].tolist() == [0.0] * len(rewards)
 
@@ -49,6 +48,10 @@ class TestAdvantages:
         rewards = torch.tensor([[[2.0, 1.0], [1.0, 1.5]]])   # R_P = (2, 1), R_R = (1, 1.5)
         expected = torch.tensor([perception, reasoning]).T / math.sqrt(2)
         assert torch.allclose(group_advantages(rewards, mode)[0], expected, atol=5e-4)
+
+    def test_equal_segment_rewards_are_grpo_exactly(self):
+        rewards = torch.tensor([[2.0, 1.0, 0.0, 1.0]])[..., None].expand(1, 4, 2)
+        assert torch.equal(group_advantages(rewards, "pa"), group_advantages(rewards, "grpo"))
 
     def test_groups_do_not_mix(self):
         rewards = torch.rand(3, 4, 2)
@@ -64,23 +67,17 @@ class TestAdvantages:
 
 
 class TestTokens:
-    def test_an_advantage_reaches_only_its_segment(self):
-        a = token_advantages(torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[0, 0, 1, 1, 1]]]))
-        assert a[0, 0].tolist() == [1, 1, -1, -1, -1]
-
-    def test_without_a_closed_observation_all_tokens_get_the_mean(self):
-        a = token_advantages(torch.tensor([[[1.0, -0.5]]]), torch.tensor([[[2, 2, 2, 2]]]))
-        assert a[0, 0].tolist() == [0.25] * 4
+    @pytest.mark.parametrize("segments, expected", [([0, 0, 1], [1, 1, -0.5]), ([2, 2, 2], [0.25] * 3)])
+    def test_an_advantage_reaches_only_its_segment_and_their_mean_a_response_without_segments(self, segments, expected):
+        a = token_advantages(torch.tensor([[[1.0, -0.5]]]), torch.tensor([[segments]]))
+        assert a[0, 0].tolist() == expected
 
     @pytest.mark.parametrize("n, boundary, mode, expected", [
-        (5, 2, "response", [1 / 5] * 5), (5, 2, "segment", [1 / 2] * 2 + [1 / 3] * 3),
-        (4, None, "segment", [1 / 4] * 4), (3, 3, "segment", [1 / 3] * 3)])
-    def test_one_mean_a_response_or_one_a_segment(self, n, boundary, mode, expected):
-        assert collate_responses([[response(n, boundary)]], mode)[3][0, 0].tolist() == pytest.approx(expected)
-
-    def test_padding_has_no_weight(self):
-        weights = collate_responses([[response(2, 1), response(4, 1)]], "response")[3]
-        assert weights[0].tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
+        (5, 2, "response", [1 / 5] * 5 + [0]), (5, 2, "segment", [1 / 2] * 2 + [1 / 3] * 3 + [0]),
+        (4, None, "segment", [1 / 4] * 4 + [0, 0]), (3, 3, "segment", [1 / 3] * 3 + [0] * 3)])
+    def test_weights_are_one_mean_a_response_or_one_a_segment_and_padding_has_none(self, n, boundary, mode, expected):
+        weights = collate_responses([[response(n, boundary), response(6, 1)]], mode)[3]
+        assert weights[0, 0].tolist() == pytest.approx(expected)
 
 
 class TestLoss:
@@ -94,21 +91,14 @@ class TestLoss:
     def test_with_one_advantage_a_response_the_loss_is_0_and_its_gradient_is_not(self):
         """GRPO, whatever the lengths: the loss is the mean of advantages that sum to 0."""
         advantages = normalize(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))[0].tolist()
-        group = [response(n, p) for n, p in ((3, 1), (9, 4), (5, 5), (7, None))]
+        group = [response(3, 1), response(9, 4), response(5, 5), response(7, None)]
         loss, grad, _, _ = loss_of([group], [[[a, a] for a in advantages]])
         assert abs(loss) < 1e-6 and grad.abs().max() > 0.05
 
     def test_with_one_advantage_a_segment_the_loss_is_not_0(self):
-        """PA-GRPO: A_P and A_R each sum to 0, but segments differ in length. Two responses of 10 tokens, 8 and 4 of
-        them perception: -(8/10 · 1 + 4/10 · -1) / 2 = -0.2."""
+        """PA-GRPO: two responses of 10 tokens, 8 and 4 of them perception: -(8/10 · 1 + 4/10 · -1) / 2 = -0.2."""
         loss, _, _, _ = loss_of([[response(10, 8), response(10, 4)]], [[[1, 0], [-1, 0]]])
         assert loss == pytest.approx(-0.2)
-
-    def test_equal_segment_rewards_are_grpo_exactly(self):
-        rewards = torch.tensor([[[2.0, 2.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]])
-        group = [response(n, 2) for n in (5, 4, 6, 3)]
-        pa, grpo = (loss_of([group], group_advantages(rewards, mode).tolist()) for mode in ("pa", "grpo"))
-        assert pa[0] == grpo[0] and torch.equal(pa[1], grpo[1])
 
     def test_long_and_short_responses_count_the_same(self):
         _, grad, _, _ = loss_of([[response(2, 1), response(8, 1)]], [[[1, 1], [1, 1]]])
@@ -120,12 +110,11 @@ class TestLoss:
         loss, grad, _, _ = loss_of([group], [[[0, 0], [0, 0]]], reference=reference, beta=0.04)
         assert loss == pytest.approx(0.04 * (math.exp(d) - d - 1), rel=1e-4) and grad.abs().max() > 0
 
-    def test_kl_is_never_negative_and_clamped_before_exp(self):
-        reference = torch.tensor([[[-200.0, -0.5, -1.0]]])
-        _, grad, kl, _ = loss_of([[response(3, 1)]], [[[0, 0]]], reference=reference, beta=0.04)
-        assert bool((kl >= 0).all()) and bool(torch.isfinite(grad).all())
-        lowest = torch.full((1, 1, 3), -1e30)
-        assert torch.isfinite(loss_of([[response(3, 1)]], [[[0, 0]]], logprobs=lowest, reference=reference, beta=1.0)[2]).all()
+    @pytest.mark.parametrize("logprobs", [[-1.0] * 3, [-1e30] * 3])
+    def test_kl_is_never_negative_and_clamped_before_exp(self, logprobs):
+        group, reference = [response(3, 1)], torch.tensor([[[-200.0, -0.5, -1.0]]])
+        _, grad, kl, _ = loss_of([group], [[[0, 0]]], logprobs=torch.tensor([[logprobs]]), reference=reference, beta=1.0)
+        assert bool((kl >= 0).all()) and bool(torch.isfinite(kl).all()) and bool(torch.isfinite(grad).all())
 
     def test_the_ratio_is_clipped_above_for_good_and_below_for_bad_tokens(self):
         old = torch.full((1, 1, 4), -1.0)
@@ -143,30 +132,22 @@ class TestLoss:
             assert torch.allclose(alone[0], whole[i, :, :alone.shape[-1]])
 
 
-class TestRewards:
-    """From text to rewards, through the judge."""
+def test_from_texts_to_rewards_through_the_judge():
+    """Wrong perception and wrong reasoning are told apart; a missing or empty observation earns nothing."""
+    record = Record("q", "How many letters are red?", (), "numerical", "2", "", "video")
+    example, asked = Example(record, None, None, 0, None, (1, 2, 2), 0.0), []
+    good = "<observation> 1 red X, 2 red O, 3 blue T </observation>\n<think> a </think>\n<answer> 2 </answer>"
+    group = []
+    for text in (good, good.replace("> 2 <", "> 3 <"), good.replace("2 red O", "2 green O"),
+                 "<think> a </think><answer> 2 </answer>", "<observation> </observation>"):
+        segments = [0] * 12 + [1] * 18 if "</observation>" in text else [2] * 30
+        group.append(Response(example, [8] * 30, segments, torch.zeros(30), True, text, parse(text)))
 
-    def rewards_of(self, *texts):
-        record = Record("q", "How many letters are red?", (), "numerical", "2", "", "video")
-        example, asked = Example(record, None, None, 0, None, (1, 2, 2), 0.0), []
-        group = []
-        for text in texts:
-            segments = [0] * 12 + [1] * 18 if "</observation>" in text else [2] * 30
-            group.append(Response(example, [8] * 30, segments, torch.zeros(30), True, text, parse(text)))
-        settings = pagrpo.Settings(perception_window=(8, 16), reasoning_window=(10, 48))
-
-        def decide(claims):
-            asked.append(len(claims))
-            return rule_judge(claims)
-        verdicts = pagrpo.start_judging(Judge(decide), [group])()
-        return pagrpo.total_rewards(pagrpo.reward_tensor([group], verdicts, settings), "none")[0], asked
-
-    def test_wrong_perception_and_wrong_reasoning_are_told_apart(self):
-        good = "<observation> 1 red X, 2 red O, 3 blue T </observation>\n<think> a </think>\n<answer> 2 </answer>"
-        rewards, asked = self.rewards_of(good, good.replace("> 2 <", "> 3 <"), good.replace("2 red O", "2 green O"))
-        assert torch.allclose(rewards, torch.tensor([[2.2, 2.2], [2.2, 1.0], [1.0, 2.2]]))
-        assert asked == [2], "all observations of a step go to the judge in one batch, equal ones once"
-
-    def test_no_observation_earns_nothing_and_the_judge_is_not_asked(self):
-        rewards, asked = self.rewards_of("<think> a </think><answer> 2 </answer>", "<observation> </observation>")
-        assert asked == [0] and torch.allclose(rewards, torch.tensor([[0.0, 2.2], [0.0, 0.0]]))
+    def decide(claims):
+        asked.append(len(claims))
+        return rule_judge(claims)
+    verdicts = pagrpo.start_judging(Judge(decide), [group])()
+    settings = pagrpo.Settings(perception_window=(8, 16), reasoning_window=(10, 48))
+    rewards = pagrpo.total_rewards(pagrpo.reward_tensor([group], verdicts, settings), "none")[0]
+    assert torch.allclose(rewards, torch.tensor([[2.2, 2.2], [2.2, 1.0], [1.0, 2.2], [0.0, 2.2], [0.0, 0.0]]))
+    assert asked == [2], "all observations of a step go to the judge in one batch, equal ones once, empty ones never"

