@@ -46,8 +46,9 @@ def answer_text(response: str, finished: bool = True) -> str | None:
     """The last <answer>, else what follows the last closed segment. None if the response was cut off before both."""
     if "<answer>" in response:
         return response.rsplit("<answer>", 1)[1].split("</answer>")[0]
-    rest = re.split("</observation>|</think>", response)[-1]
-    return rest if finished and not re.search("<observation>|<think>", rest) else None
+    others = "|".join(tag for tag in rewards.TAGS if tag != "answer")
+    rest = re.split(f"</(?:{others})>", response)[-1]
+    return rest if finished and not re.search(f"<(?:{others})>", rest) else None
 
 
 def strip_markup(text: str) -> str:

@@ -88,7 +88,7 @@ def test_a_question_about_a_clip_is_answered(toy, base, capsys):
     evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(clip),
                      "--question", "Which colour is first?", "--options", "red", "blue", "--max-response", "8"])
     said = capsys.readouterr().out
-    assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "8 tokens, cut off" in said
+    assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "cut off after 8 tokens" in said
 
 
 
