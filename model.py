@@ -685,9 +685,8 @@ def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5
         compute_dtype(device, model.config), torch.float32, cast_forward_inputs=False))
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    for block in (*model.visual.blocks, *model.model.layers, model.visual):
+    for block in (*model.visual.blocks, *model.model.layers, model.visual, model):
         fully_shard(block, **how)
-    fully_shard(model, **how)
     for entry in ("generate", "logprobs"):                   # FSDP gathers the root's weights for these calls too
         register_fsdp_forward_method(model, entry)
     model.sharded = True
@@ -705,9 +704,8 @@ def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False
     else:
         with torch.device("meta"):
             model = shard(Qwen2_5_VL(config).to(dtype), world.mesh(shards), offload)
-        wanted = {name: p.shape for name, p in model.named_parameters()}
         model.to_empty(device="cpu" if offload else world.device)
-        tensors = load_weights(folder, wanted, dtype) if world.first else {}
+        tensors = load_weights(folder, model, dtype) if world.first else {}
         world.barrier()                                      # a large model takes minutes to read
         set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         model.set_reshard_after_forward(frozen, recurse=False)
@@ -731,44 +729,41 @@ def gathered(model: Qwen2_5_VL):
             module.reshard()
 
 
+def build_config(cls, source: dict):
+    """A VisionConfig or Config from the fields that `source` has. Raises TypeError naming those that are missing."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in source.items()
+                  if k in cls.__dataclass_fields__ and v is not None})
+
+
 def read_config(folder: str | Path) -> Config:
     """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing."""
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
     try:
         raw = dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json") from None
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: not a JSON object") from None
-    nested = {k: v for k, v in raw.get("text_config", {}).items() if v is not None}
-    text = raw | nested                                      # nested values win over flat ones
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    tied = bool(raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))
-    values = text | {"mrope_section": rope.get("mrope_section"), "tie_word_embeddings": tied,
-                     "rope_theta": text.get("rope_theta", rope.get("rope_theta", 1e6))}
-
-    def build(cls, source, **extra):
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()
-                  if k in cls.__dataclass_fields__ and v is not None}
-        try:
-            return cls(**(fields | extra))
-        except TypeError as error:
-            raise ValueError(f"{path}: {str(error).split('() ')[-1]}; is this a Qwen2.5-VL checkpoint?") from None
-
-    return build(Config, values, vision=build(VisionConfig, raw.get("vision_config", {})))
+        nested = {k: v for k, v in raw.get("text_config", {}).items() if v is not None}
+        text = raw | nested                                  # nested values win over flat ones
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        tied = bool(raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))
+        vision = build_config(VisionConfig, raw.get("vision_config", {}))
+        return build_config(Config, {**rope, **text, "tie_word_embeddings": tied, "vision": vision})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}; is this a Qwen2.5-VL checkpoint?") from None
 
 
 def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str = "float32") -> None:
     """Writes config.json in the official flat layout, so that transformers builds the same network from it."""
-    flat = {k: v for k, v in asdict(config).items() if k not in ("vision", "mrope_section")}
-    flat |= {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": dtype,
-             "hidden_act": "silu", "eos_token_id": stop_ids[0], "max_position_embeddings": 128000,
-             "rope_scaling": {"type": "mrope", "mrope_section": config.mrope_section},
-             "vision_config": asdict(config.vision) | {"hidden_act": "silu", "in_chans": 3, "model_type": "qwen2_5_vl"}}
+    flat = asdict(config) | {
+        "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": dtype,
+        "hidden_act": "silu", "eos_token_id": stop_ids[0], "max_position_embeddings": 128000,
+        "rope_scaling": {"type": "mrope", "mrope_section": config.mrope_section}}
+    flat["vision_config"] = flat.pop("vision") | {"hidden_act": "silu", "in_chans": 3, "model_type": "qwen2_5_vl"}
+    del flat["mrope_section"]
     (folder / "config.json").write_text(json.dumps(flat, indent=2) + "\n")
 
 
-def tensor_files(folder: Path, stem: str = "model") -> dict[str, Path]:
+def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
     """Maps each tensor to its file, from the headers of stem*.safetensors. Raises ValueError if one is damaged."""
     where = {}
     for path in sorted(folder.glob(f"{stem}*.safetensors")):
@@ -780,13 +775,13 @@ def tensor_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     return where
 
 
-def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch.dtype = torch.float32, device="cpu"
-                 ) -> dict[str, Tensor]:
-    """Reads exactly the `wanted` tensors, each converted as it is read. Raises ValueError naming what does not fit."""
-    where, tensors = tensor_files(Path(folder)), {}
+def load_weights(folder: str | Path, model: Qwen2_5_VL, dtype: torch.dtype, device="cpu") -> dict[str, Tensor]:
+    """Reads exactly the tensors of `model`, each converted as it is read. ValueError names what does not fit."""
+    wanted, where = {name: p.shape for name, p in model.named_parameters()}, tensor_files(Path(folder), "model")
     for kind, names in (("missing", wanted.keys() - where.keys()), ("unexpected", where.keys() - wanted.keys())):
         if names:
             raise ValueError(f"{folder}: {len(names)} {kind} tensors: {', '.join(sorted(names)[:5])}")
+    tensors = {}
     for name, path in where.items():
         with safe_open(path, "pt") as file:
             x = file.get_tensor(name)
@@ -802,20 +797,17 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
     """Builds the network on the meta device, where weights take no memory, and fills it from a model folder."""
     with torch.device("meta"):
         model = Qwen2_5_VL(read_config(folder))
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    model.load_state_dict(load_weights(folder, wanted, dtype, device), assign=True)
+    model.load_state_dict(load_weights(folder, model, dtype, device), assign=True)
     return model
 
 
 def check_files(checkpoint: Path, optimizer: bool) -> None:
     """Raises OSError or ValueError unless files have the sizes in state.json, and safetensors files a sound header.
     Flipped bits are not noticed. `optimizer`: its files count too."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    for name, size in dict(state).get("files", {}).items():
+    for name, size in dict(json.loads((checkpoint / "state.json").read_text())).get("files", {}).items():
         if (optimizer or not name.startswith("optimizer")) and (checkpoint / name).stat().st_size != size:
             raise ValueError(f"{checkpoint / name} differs in size from what state.json lists")
-    for stem in ("model", "optimizer") if optimizer else ("model",):
-        tensor_files(checkpoint, stem)
+    tensor_files(checkpoint, "" if optimizer else "model")
 
 
 def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:

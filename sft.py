@@ -51,23 +51,23 @@ from rewards import read_jsonl
 class TrainSettings(InputSettings):
     """What SFT and PA-GRPO have in common."""
     preset: str = flag("", "a row of settings, flags win; default: 7b on several GPUs, else tiny", list(CONFIGS))
-    out: str = flag("", "folder of the whole run, default runs/PRESET; each stage has a folder of its own in it")
+    out: str = flag("", "folder of the run, default runs/PRESET; each stage has its own folder in it")
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
     heldout: str = flag("", "record file for held-out evaluation, never trained on")
     lr: float = flag(1e-6, "peak learning rate")
-    warmup: int = flag(0, "steps in which the learning rate rises to its peak; a cosine to 0 follows")
+    warmup: int = flag(0, "steps until the learning rate is at its peak; a cosine to 0 follows")
     weight_decay: float = flag(0.01, "decoupled weight decay of AdamW")
     beta2: float = flag(0.999, "beta2 of AdamW; runs of a few hundred steps need a lower one")
     clip_norm: float = flag(5.0, "gradients are scaled down to this norm")
     micro_batch: int = flag(1, "questions in one pass; changes memory and speed, never gradients")
     save_memory: bool = flag(True, "activation checkpointing: recompute blocks in the backward pass")
-    save_every: int = flag(100, "steps between checkpoints; training waits while one is written, 99.5 GB at 7b")
+    save_every: int = flag(100, "steps between checkpoints, 99.5 GB each at 7b; training waits meanwhile")
     keep: int = flag(2, "newest checkpoints that stay on disk, besides the best one")
-    eval_every: int = flag(0, "steps between held-out evaluations, each with a checkpoint; 0: none during training")
-    resume: bool = flag(True, "resume from the newest checkpoint; --no-resume refuses a folder that holds a run")
-    shards: int = flag(0, "ranks that share one copy of the weights, others hold replicas; 0: those of a machine")
-    patience: float = flag(6.0, "minutes that a rank waits for the others within a step before the run ends")
+    eval_every: int = flag(0, "steps between held-out evaluations, each with a checkpoint; 0: none")
+    resume: bool = flag(True, "resume from the newest checkpoint; --no-resume refuses a folder with a run")
+    shards: int = flag(0, "ranks that share one copy of the weights; 0: those of a machine")
+    patience: float = flag(6.0, "minutes that a rank waits for the others within a step")
     dry_run: bool = flag(False, "print the memory that a step needs on each GPU, and stop")
     seed: int = flag(0, "decides weights of a new model, data order and sampling")
 
@@ -83,10 +83,10 @@ class Settings(TrainSettings):
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs makes")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps is 0")
-    blind: float = flag(0.0, "share of traces trained without media, the observation given; for --judge reference")
-    heldout_count: int = flag(256, "without --heldout: so many records of --data are held out, a tenth at most")
+    blind: float = flag(0.0, "share of traces without media, the observation given; for --judge reference")
+    heldout_count: int = flag(256, "without --heldout: records of --data that are held out, a tenth at most")
 
-    # For `memory`: groups of one, traces of some length, no reference. In PA-GRPO these are flags.
+    # Constants that `memory` expects; in PA-GRPO they are flags.
     group_size, max_response, kl_beta, judge, offload_reference = 1, 768, 0.0, "", False
 
     def __post_init__(self):
@@ -126,9 +126,9 @@ def sft_loss(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabul
 def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: torch.optim.Optimizer, lr: float,
              vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, float]:
     """Loss, gradients and update for one batch. Micro-batches and ranks share one denominator: all response tokens."""
-    own = int(trace_tokens(batch, vocabulary, settings.template)[1].sum()) if batch else 0
-    counts, total = world.all_reduce_sum({"tokens": own, "records": len(batch)}), 0.0
-    tokens = int(counts["tokens"])
+    local_tokens = int(trace_tokens(batch, vocabulary, settings.template)[1].sum()) if batch else 0
+    counts = world.all_reduce_sum({"tokens": local_tokens, "records": len(batch)})
+    tokens, total = int(counts["tokens"]), 0.0
     for part, weight in micro_batches(batch, settings.micro_batch, world, model, vocabulary):
         loss, _ = sft_loss(model, part, vocabulary, settings.template, world.device)
         (loss * weight * world.size / max(1, tokens)).backward()              # FSDP averages over ranks: undo that
@@ -171,8 +171,8 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
 
 def micro_batches(examples: Sequence[Example], size: int, world: World, model: Qwen2_5_VL, vocabulary: Vocabulary
                   ) -> Iterator[tuple[list[Example], float]]:
-    """Cuts a rank's examples into micro-batches. Yields (examples, weight), as often on every rank, since all must take
-    part in each exchange of weights and gradients: where nothing is left, a blank example of weight 0."""
+    """Yields (examples, weight), as often on every rank, since all take part in each exchange of weights and gradients:
+    where nothing is left, a blank example of weight 0."""
     for i in range(world.all_reduce_max(-(-len(examples) // size))):
         part = examples[i * size:(i + 1) * size]
         yield (list(part), 1.0) if part else ([data.blank_example(vocabulary, model.config)], 0.0)
@@ -181,7 +181,7 @@ def micro_batches(examples: Sequence[Example], size: int, world: World, model: Q
 def optimizer_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
     """One clipped update. Returns the gradient norm before clipping; if it is not finite, nothing changes."""
     if any(p.grad is not None for p in model.parameters()):
-        for p in model.parameters():                         # a step without media: sharded towers have zeros, not None
+        for p in model.parameters():                         # without media a sharded tower has zeros, not None
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     norm = clip_grad_norm_(model.parameters(), clip_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -204,15 +204,15 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
-    chance = random.Random(settings.seed)
+    rng = random.Random(settings.seed)
     for i, r in enumerate(records):
-        if chance.random() < settings.blind:
+        if rng.random() < settings.blind:
             records[i] = replace(r, blind=True, given=r.trace["observation"])
     return settings, records, heldout
 
 
 def train(settings: Settings, world: World) -> Path:
-    """Runs SFT, or resumes it. Returns the folder of the last checkpoint; SystemExit if the run stops before it."""
+    """Runs or resumes SFT. Returns the folder of the last checkpoint; SystemExit if the run stops before it."""
     settings, records, heldout = read_traces(settings, world)
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     run = Run(Path(settings.out) / "sft", settings, steps, settings.batch, world)
@@ -260,7 +260,7 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
 
 
 def require_files(settings: TrainSettings) -> TrainSettings:
-    """Resolves --data where it is a pattern. SystemExit, with the commands that fetch it, if something is missing."""
+    """Resolves a pattern in --data. SystemExit, with the commands that fetch it, if something is missing."""
     model = Path(settings.model)
     found = [settings.data] if Path(settings.data).is_file() else sorted(glob.glob(settings.data))
     there = {"model": (model / "config.json").is_file() or any(model.glob(CHECKPOINTS)), "data": len(found) == 1,
@@ -293,7 +293,7 @@ def prepare_toy(settings: TrainSettings, world: World, records: str) -> TrainSet
 
 
 def find_start(settings: TrainSettings, world: World) -> TrainSettings:
-    """The settings with all paths filled in, --model as the checkpoint to start from. In the toy world it makes what is
+    """The settings with all paths filled in, --model as the checkpoint to start from; the toy world makes what is
     missing, SFT included. SystemExit if files are missing or the run in --model is not finished."""
     if not settings.data:
         shared = {f.name: getattr(settings, f.name) for f in fields(InputSettings)}
@@ -370,7 +370,7 @@ class World:
         return init_device_mesh(self.device.type, (self.size // shards, shards), mesh_dim_names=("replicas", "shards"))
 
     def shutdown(self, code: int = 0) -> None:
-        """Ends a program. Several ranks skip Python's own shutdown, in which threads of gloo may abort."""
+        """Ends the program. Several ranks skip Python's own shutdown, in which threads of gloo may abort."""
         if dist.is_initialized() and code == 0:
             dist.destroy_process_group()                     # when all ranks are here
         if self.size > 1:
@@ -381,18 +381,17 @@ class World:
 def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
     """Joins the ranks that torchrun started. They wait `minutes` for each other within a step, and `patience` in
     `on_rank0` and `barrier`. A rank that dies is noticed at once: its connections close."""
-    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    rank, size, local_rank = (int(os.environ.get(name, n)) for name, n in defaults.items())
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
+    rank, size, local_rank, restarts = (int(os.environ.get(name, n)) for name, n in defaults.items())
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     store, slow_group, timeout = dist.HashStore(), None, timedelta(minutes=minutes)
-    if size > 1:                                             # torchrun's store still holds what ended ranks wrote
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(start, next(dist.rendezvous("env://", timeout=timeout))[0])
+    if size > 1:                                             # the prefix hides what ranks before a restart wrote
+        store = dist.PrefixStore(str(restarts), next(dist.rendezvous("env://", timeout=timeout))[0])
     if not dist.is_initialized() and (size > 1 or device.type == "cuda"):
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     if size > 1:
         slow_group = dist.new_group(backend="gloo", timeout=patience)
@@ -401,7 +400,7 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
 
 # ------------------------------------------------------------------------------------------------ a run on disk
 
-# Settings that may change when a run resumes: they decide where and how fast numbers are computed, not which.
+# Settings that may change when a run resumes: they affect placement and speed, not results.
 RESUMABLE = ("preset", "save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume",
              "shards", "patience", "dry_run", "offload_reference")
 MAX_SKIPPED = 5                                              # updates in a row without a finite gradient
@@ -417,25 +416,23 @@ class Run:
         """Finds the last checkpoint. SystemExit if the folder holds a run with other settings. per_step: records."""
         self.folder, self.settings, self.steps, self.per_step, self.world = folder, settings, steps, per_step, world
         self.stop_asked, self.stop_reason, self.skipped = 0.0, "", 0
-        self.configuration = asdict(settings) | {"steps": steps}
-        self.last_checkpoint, state = world.on_rank0(self.find)
-        self.step = state.get("step", 0)
+        self.configuration, self.code = asdict(settings) | {"steps": steps}, code_hashes(settings)
+        self.last_checkpoint = world.on_rank0(self.find)
+        state = read_json(self.last_checkpoint / "state.json") if self.last_checkpoint else {}
+        self.step, before = state.get("step", 0), state.get("code", {})
         self.finished = self.step >= steps
-        before, self.code = state.get("code", {}), code_hashes(settings)
         if changed := [name for name, now in self.code.items() if before.get(name, now) != now]:
             what = "These are the old code's results" if self.finished else "The run goes on with the new code"
             world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}. {what}; another --out begins anew.")
 
-    def find(self) -> tuple[Path | None, dict]:
-        """The newest usable checkpoint and its state.json."""
+    def find(self) -> Path | None:
+        """On rank 0: the newest usable checkpoint."""
         resume = self.settings.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if (self.folder / "metrics.jsonl").exists() and not resume:
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
         data.check_settings(self.folder, self.configuration, data.default_settings(self.settings), RESUMABLE)
         with suppress(FileNotFoundError):
-            checkpoint = newest_checkpoint(self.folder, optimizer=True)
-            return checkpoint, read_json(checkpoint / "state.json")
-        return None, {}
+            return newest_checkpoint(self.folder, optimizer=True)
 
     def examples(self, records: list[Record], vocabulary: Vocabulary, config: Config) -> Examples:
         return Examples(records, self.settings.media, vocabulary, config, self.settings, self.folder / "skipped.log")
@@ -444,8 +441,8 @@ class Run:
         """Yields each step that is left and this rank's examples of it, under a progress bar."""
         left, n, rank, ranks = range(self.step, self.steps), len(examples), self.world.rank, self.world.size
         indices = (data.step_indices(n, self.per_step, step, self.settings.seed)[rank::ranks] for step in left)
-        self.bar = tqdm(zip(left, examples.prefetch(indices)), self.folder.name, self.steps, initial=self.step,
-                        unit="step", disable=rank > 0)
+        steps = zip(left, examples.prefetch(indices))
+        self.bar = tqdm(steps, self.folder.name, self.steps, initial=self.step, unit="step", disable=rank > 0)
         return self.bar
 
     @contextmanager
@@ -470,7 +467,7 @@ class Run:
                     signal.signal(number, handler)
 
     def on_signal(self, number, frame) -> None:
-        """The first signal stops the run after the step, another at once, but for launchers' repetitions within 2 s."""
+        """The first signal stops the run after the step, one that comes 2 s later at once (launchers repeat theirs)."""
         if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt
         if not self.stop_asked and self.world.first:         # print may be running below this handler
@@ -484,8 +481,8 @@ class Run:
     def log(self, metrics: dict, shown: str = "") -> None:
         """Adds the finite values, and the most memory on any GPU, to metrics.jsonl; `shown` goes to the progress bar.
         SystemExit once the gradients of several steps in a row were not finite."""
-        lost = not math.isfinite(metrics["grad_norm"])
-        metrics["skipped_updates"], self.skipped = int(lost), self.skipped + 1 if lost else 0
+        metrics["skipped_updates"] = int(not math.isfinite(metrics["grad_norm"]))
+        self.skipped = (self.skipped + 1) * metrics["skipped_updates"]
         if self.world.device.type == "cuda":                 # reserved memory decides when a GPU is full
             metrics["peak_memory_gb"] = self.world.all_reduce_max(torch.cuda.max_memory_allocated() / GB)
             metrics["reserved_memory_gb"] = self.world.all_reduce_max(torch.cuda.max_memory_reserved() / GB)
@@ -501,21 +498,20 @@ class Run:
     def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state
                     ) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal. `state` goes into
-        state.json; its "score" says how good the checkpoint is. `source` gives configuration and tokenizer files. If
-        writing fails, all ranks raise the error, and the checkpoint before stays."""
+        state.json, a "score" in it ranks checkpoints. `source` gives configuration and tokenizer files."""
         stop, every = self.world.all_reduce_max(self.stop_asked) > 0, self.settings.save_every
         if done > self.step and (stop or done == self.steps or "score" in state or done % every == 0):
-            weights = get_model_state_dict(model, options=ON_RANK0)
-            # Without an update so far there are no moments, and asking for them would make one.
-            found = get_optimizer_state_dict(model, optimizer, options=ON_RANK0) if optimizer.state else {}
+            weights, optimizer_state = get_model_state_dict(model, options=ON_RANK0), {}
+            if optimizer.state:                              # without an update so far, asking for moments makes one
+                optimizer_state = get_optimizer_state_dict(model, optimizer, options=ON_RANK0).get("state", {})
             state |= {"step": done, "steps": self.steps, "records_taken": done * self.per_step, "source": str(source),
                       "settings": self.configuration, "code": self.code}
-            self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, found.get("state", {}), state))
+            self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, optimizer_state, state))
             self.step = done
         if stop:
             raise SystemExit(f"{self.stop_reason}Stopped after step {done} of {self.steps}.")
 
-    def write(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], state: dict) -> Path:
+    def write(self, weights: dict[str, Tensor], moments: dict[str, dict], state: dict) -> Path:
         """On rank 0: writes a checkpoint, then removes all but the newest ones and the best one."""
         target = self.folder / f"step-{state['step']:06d}"
 
@@ -538,19 +534,18 @@ class Run:
         if not self.last_checkpoint:
             return
         self.world.print0(f"{self.folder.name} continues after step {self.step}")
-        names, groups = {p: name for name, p in model.named_parameters()}, []
-        for group in optimizer.param_groups:
-            groups.append(group | {"params": [names[p] for p in group["params"]]})
-        moments = {name: {} for name in names.values()}
         files = set(tensor_files(self.last_checkpoint, "optimizer").values())
+        if not files:                                        # no step so far had an update
+            return
+        moments = {name: {} for name, _ in model.named_parameters()}
         for file in files if self.world.first else ():
             for key, x in load_file(file).items():
                 name, kind = key.split(" ")
                 moments[name][kind] = x
         self.world.barrier()
-        if files:                                            # none: no step so far had an update
-            how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
-            set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=how)
+        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
+        set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=how)
 
 
 def code_hashes(settings: TrainSettings) -> dict[str, str]:
@@ -578,32 +573,29 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
     whole, tower, layer = (parameters_to_vector(part.parameters()).numel()
                            for part in (model, model.visual, model.model.layers[0]))
     layers, d, f, v = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vision
-    width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    root, c, group = whole - tower - layers * layer, 2 if cuda else 4, s.group_size          # root: embedding, head
+    c, root = 2 if cuda else 4, whole - tower - layers * layer                # root: embedding and head
     shards, sharded = s.shards or min(ranks, 8), cuda or ranks > 1
     questions = -(-(s.batch if isinstance(s, Settings) else s.questions) // ranks)
     micro, media = min(s.micro_batch, questions), s.frames // 2 * s.max_pixels // 28 ** 2
-    prompt, response = min(s.max_prompt, media + (400 if s.prompt == "full" else 40)), group * s.max_response
-    reference = (s.kl_beta > 0 or s.judge == "reference") and not s.offload_reference
+    prompt, response = min(s.max_prompt, media + (400 if s.prompt == "full" else 40)), s.group_size * s.max_response
     pixels = questions * 4 * media * 1176 * 4                                 # 4 patches a token, fp32
-    cache = 2 * c * layers * kv_width * questions * (prompt + response)
-    sampling = 0 if group == 1 else pixels + c * whole * sharded + cache + max(
+    kv = 2 * c * config.head_dim * config.num_key_value_heads                 # of one token in one layer
+    sampling = (s.group_size > 1) * (pixels + c * whole * sharded + layers * kv * questions * (prompt + response) + max(
         questions * prompt * (3 * f + 4 * d) * c,                             # prefill, in a layer's MLP
         questions * 4 * media * v.hidden_size * (8 * c + 16),                 # the vision tower
-        questions * group * config.vocab_size * 24)                           # logits, probabilities, sums in fp64
-    row, patches = micro * (prompt + response), 4 * micro * media             # what one pass computes
-    copies = 2 * c * kv_width * micro * group * (prompt + s.max_response)     # K and V for each response
-    block = row * (2 * (4 + 2 * c) * d + 3 * c * width + 4 * c * f) + copies  # what backward needs of a layer, …
-    patch = (2 * (4 + 2 * c) + 5 * c) * v.hidden_size + 4 * c * v.intermediate_size          # … and of a patch
-    activations = (layers * c * d * row + v.depth * patches * c * v.hidden_size + block if s.save_memory else
-                   layers * block + v.depth * patches * patch)
+        questions * s.group_size * config.vocab_size * 24))                   # logits, probabilities, sums in fp64
+    row, patches = micro * (prompt + response), 4 * micro * media             # tokens and patches of a micro-batch
+    block = row * ((8 + 7 * c) * d + 4 * c * f) + kv * micro * s.group_size * (prompt + s.max_response)
+    activations = layers * block + v.depth * patches * ((8 + 9 * c) * v.hidden_size + 4 * c * v.intermediate_size)
+    if s.save_memory:                                                         # inputs of all blocks, the rest of one
+        activations = block + c * (layers * d * row + v.depth * v.hidden_size * patches)
     logits = min(LOGITS_AT_ONCE["cuda" if cuda else "cpu"], micro * response * config.vocab_size)
-    gradients = 4 * whole / shards
-    training = gradients + pixels + activations + max(logits * (12 + c), 3 * c * f * row) + sharded * (
+    training = 4 * whole / shards + pixels + activations + max(logits * (12 + c), 3 * c * f * row) + sharded * (
         c * (root + 3 * layer) + (4 + c) * max(root, layer))                  # gathered blocks, unreduced gradients
-    parts = {"weights": 4 * whole / shards, "moments": 8 * whole / shards, "reference": c * whole / shards * reference}
+    reference = (s.kl_beta > 0 or s.judge == "reference") and not s.offload_reference
+    parts = {"weights": 4 * whole / shards, "moments": 8 * whole / shards, "reference": reference * c * whole / shards}
     peak = sum(parts.values()) + max(sampling, training)
-    return parts | {"sampling": sampling, "gradients": gradients, "training": training, "peak": peak}
+    return parts | {"sampling": sampling, "gradients": parts["weights"], "training": training, "peak": peak}
 
 
 def plan(s: TrainSettings) -> str:
@@ -633,15 +625,13 @@ def explain(error: BaseException, settings: TrainSettings) -> str:
     elif not isinstance(error, (ValueError, OSError)):
         traceback.print_exception(error)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == Path(__file__).parent]
-    where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    return what + hint + where
+    at = [f" (at {Path(f.filename).name}:{f.lineno} in {f.name})" for f in frames]
+    return what + hint + "".join(at[-1:])
 
 
 def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line."""
-    settings = parse_flags(settings_class, presets, argv, about)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    world = World(rank, size, torch.device("cpu"))           # until all have joined
+    settings, world = parse_flags(settings_class, presets, argv, about), World(0, 1, torch.device("cpu"))
     try:
         if settings.dry_run:
             return world.print0(plan(settings))
@@ -650,13 +640,14 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
         train(settings, world)
         world.shutdown()
     except BaseException as error:
-        message, said_by = explain(error, settings), str(rank)
-        if size == 1:
+        message = explain(error, settings)
+        if world.size == 1:
             sys.exit(message)
+        said_by = str(world.rank)
         with suppress(Exception):                            # while there is a store, one rank prints what all say
             said_by = world.store.compare_set(message, "", said_by).decode()
-        if said_by == str(rank):
-            print(f"Rank {rank}: {message}", file=sys.stderr, flush=True)
+        if said_by == str(world.rank):
+            print(f"Rank {world.rank}: {message}", file=sys.stderr, flush=True)
         world.shutdown(1)
 
 
