@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard,
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -681,12 +681,11 @@ def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5
     """FSDP2: each rank keeps a part of every weight; a block's weights are gathered in `compute_dtype` while it runs.
     The root holds embedding, last norm and head. `offload` keeps the parts in host memory (frozen models only)."""
     device = torch.device(mesh.device_type)
-    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(    # inputs are not cast: rotary tables stay fp32
-        compute_dtype(device, model.config), torch.float32, cast_forward_inputs=False))
-    if offload:
-        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    # Inputs are not cast: rotary tables stay fp32.
+    precision = MixedPrecisionPolicy(compute_dtype(device, model.config), torch.float32, cast_forward_inputs=False)
+    placement = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for block in (*model.visual.blocks, *model.model.layers, model.visual, model):
-        fully_shard(block, **how)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=placement)
     for entry in ("generate", "logprobs"):                   # FSDP gathers the root's weights for these calls too
         register_fsdp_forward_method(model, entry)
     model.sharded = True
@@ -754,12 +753,11 @@ def read_config(folder: str | Path) -> Config:
 
 def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str = "float32") -> None:
     """Writes config.json in the official flat layout, so that transformers builds the same network from it."""
-    flat = asdict(config) | {
-        "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": dtype,
-        "hidden_act": "silu", "eos_token_id": stop_ids[0], "max_position_embeddings": 128000,
-        "rope_scaling": {"type": "mrope", "mrope_section": config.mrope_section}}
-    flat["vision_config"] = flat.pop("vision") | {"hidden_act": "silu", "in_chans": 3, "model_type": "qwen2_5_vl"}
-    del flat["mrope_section"]
+    flat = {k: v for k, v in asdict(config).items() if k not in ("vision", "mrope_section")}
+    flat |= {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": dtype,
+             "hidden_act": "silu", "eos_token_id": stop_ids[0], "max_position_embeddings": 128000,
+             "rope_scaling": {"type": "mrope", "mrope_section": config.mrope_section},
+             "vision_config": asdict(config.vision) | {"hidden_act": "silu", "in_chans": 3, "model_type": "qwen2_5_vl"}}
     (folder / "config.json").write_text(json.dumps(flat, indent=2) + "\n")
 
 
@@ -801,30 +799,25 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
     return model
 
 
-def check_files(checkpoint: Path, optimizer: bool) -> None:
-    """Raises OSError or ValueError unless files have the sizes in state.json, and safetensors files a sound header.
-    Flipped bits are not noticed. `optimizer`: its files count too."""
-    for name, size in dict(json.loads((checkpoint / "state.json").read_text())).get("files", {}).items():
-        if (optimizer or not name.startswith("optimizer")) and (checkpoint / name).stat().st_size != size:
-            raise ValueError(f"{checkpoint / name} differs in size from what state.json lists")
-    tensor_files(checkpoint, "" if optimizer else "model")
-
-
 def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
-    """A model folder itself, or a run's newest checkpoint; a damaged one is named, and the one before taken. Raises
-    FileNotFoundError if there is none, OSError or ValueError if `folder` is itself a damaged checkpoint."""
+    """A model folder itself, or a run's newest checkpoint; a damaged one is named, and the one before taken. Damaged: a
+    size differs from state.json, or a safetensors header is wrong; flipped bits are not noticed. `optimizer`: its files
+    count too. Raises FileNotFoundError if nothing is left."""
     folder = Path(folder)
-    if (folder / "config.json").is_file():
-        if (folder / "state.json").is_file():                # models from elsewhere have none
-            check_files(folder, optimizer)
+    is_model = (folder / "config.json").is_file()
+    if is_model and not (folder / "state.json").is_file():   # a model from elsewhere
         return folder
-    for found in sorted(folder.glob(CHECKPOINTS), reverse=True):
+    for found in [folder] if is_model else sorted(folder.glob(CHECKPOINTS), reverse=True):
         try:
-            check_files(found, optimizer)
+            state = dict(json.loads((found / "state.json").read_text()))
+            for name, size in state.get("files", {}).items():
+                if (optimizer or not name.startswith("optimizer")) and (found / name).stat().st_size != size:
+                    raise ValueError(f"{found / name} differs in size from what state.json lists")
+            tensor_files(found, "" if optimizer else "model")
             return found
         except (OSError, ValueError, TypeError, AttributeError) as error:
             print(f"{found} is damaged and not used: {error}", file=sys.stderr, flush=True)
-    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint")
+    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint, or they are damaged")
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int = SHARD_BYTES) -> None:

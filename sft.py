@@ -38,6 +38,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 import data
@@ -111,7 +113,7 @@ def trace_tokens(examples: Sequence[Example], vocabulary: Vocabulary, template: 
     traces = [torch.tensor(vocabulary.encode(data.trace_text(e.record, template)) + vocabulary.stop_ids[:1])
               for e in examples]
     lengths = torch.tensor([[len(t)] for t in traces])
-    return torch.nn.utils.rnn.pad_sequence(traces, batch_first=True)[:, None], lengths
+    return pad_sequence(traces, batch_first=True)[:, None], lengths
 
 
 def sft_loss(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary, template: str, device
@@ -123,7 +125,7 @@ def sft_loss(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabul
     return -logprobs.sum(), int(lengths.sum())
 
 
-def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: torch.optim.Optimizer, lr: float,
+def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: Optimizer, lr: float,
              vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, float]:
     """Loss, gradients and update for one batch. Micro-batches and ranks share one denominator: all response tokens."""
     local_tokens = int(trace_tokens(batch, vocabulary, settings.template)[1].sum()) if batch else 0
@@ -134,9 +136,8 @@ def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: torch.optim.Opt
         (loss * weight * world.size / max(1, tokens)).backward()              # FSDP averages over ranks: undo that
         total += weight * float(loss.detach())
     norm = optimizer_step(model, optimizer, lr, settings.clip_norm)
-    total = world.all_reduce_sum({"loss": total})["loss"]
-    return {"loss": total / tokens if tokens else math.nan, "grad_norm": norm, "tokens": tokens,
-            "skipped": settings.batch - int(counts["records"])}
+    loss = world.all_reduce_sum({"loss": total})["loss"] / tokens if tokens else math.nan
+    return {"loss": loss, "grad_norm": norm, "tokens": tokens, "skipped": settings.batch - int(counts["records"])}
 
 
 @torch.no_grad()
@@ -152,13 +153,12 @@ def heldout_loss(model: Qwen2_5_VL, examples: Examples, settings: Settings, worl
     return sums["loss"] / sums["tokens"] if sums["tokens"] else math.nan
 
 
-def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> torch.optim.AdamW:
+def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> AdamW:
     """AdamW; weight decay on matrices only."""
     groups = [{"params": [], "weight_decay": settings.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for p in model.parameters():
         groups[p.dim() <= 1]["params"].append(p)
-    cuda = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=cuda)
+    return AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=next(model.parameters()).is_cuda)
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
@@ -171,14 +171,13 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
 
 def micro_batches(examples: Sequence[Example], size: int, world: World, model: Qwen2_5_VL, vocabulary: Vocabulary
                   ) -> Iterator[tuple[list[Example], float]]:
-    """Yields (examples, weight), as often on every rank, since all take part in each exchange of weights and gradients:
-    where nothing is left, a blank example of weight 0."""
+    """Yields (examples, weight), as often on every rank, as FSDP needs: at the end a blank example of weight 0."""
     for i in range(world.all_reduce_max(-(-len(examples) // size))):
         part = examples[i * size:(i + 1) * size]
         yield (list(part), 1.0) if part else ([data.blank_example(vocabulary, model.config)], 0.0)
 
 
-def optimizer_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:
+def optimizer_step(model: Qwen2_5_VL, optimizer: Optimizer, lr: float, clip_norm: float) -> float:
     """One clipped update. Returns the gradient norm before clipping; if it is not finite, nothing changes."""
     if any(p.grad is not None for p in model.parameters()):
         for p in model.parameters():                         # without media a sharded tower has zeros, not None
@@ -195,12 +194,11 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: floa
 
 def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record], list[Record]]:
     """The settings with all paths filled in, the training records and the held-out records."""
-    if not settings.data:
-        settings = prepare_toy(settings, world, "cot/traces.jsonl")
-    settings = require_files(settings)
+    settings = find_files(settings, world, "cot/traces.jsonl")
     records = data.read_records(settings.data, traces=True)
-    heldout = data.read_records(settings.heldout, traces=True) if settings.heldout else []
-    if not heldout:
+    if settings.heldout:
+        heldout = data.read_records(settings.heldout, traces=True)
+    else:
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
@@ -259,11 +257,18 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
     return cls(**({"out": f"runs/{preset}", "preset": preset} | presets[preset] | given))
 
 
-def require_files(settings: TrainSettings) -> TrainSettings:
-    """Resolves a pattern in --data. SystemExit, with the commands that fetch it, if something is missing."""
-    model = Path(settings.model)
-    found = [settings.data] if Path(settings.data).is_file() else sorted(glob.glob(settings.data))
-    there = {"model": (model / "config.json").is_file() or any(model.glob(CHECKPOINTS)), "data": len(found) == 1,
+def find_files(settings: TrainSettings, world: World, toy_records: str) -> TrainSettings:
+    """The settings with all paths filled in. Without --data this makes the toy world, its traces and a random model.
+    SystemExit, with the commands that fetch it, if something is missing."""
+    if not settings.data:
+        out = Path(settings.out)
+        world.on_rank0(lambda: make_toy_files(out, settings))
+        return replace(settings, data=str(out / toy_records), media=str(out / "toy"),
+                       heldout=str(out / "toy/heldout.json"), model=settings.model or str(out / "base"))
+    model, files = Path(settings.model), glob.glob(settings.data)
+    if Path(settings.data).is_file():                        # also where its name has brackets
+        files = [settings.data]
+    there = {"model": (model / "config.json").is_file() or any(model.glob(CHECKPOINTS)), "data": len(files) == 1,
              "media": Path(settings.media).is_dir()}
     missing = [f"--{k} {getattr(settings, k)!r}" for k, ok in there.items() if not (ok and getattr(settings, k))]
     if missing:
@@ -274,33 +279,25 @@ def require_files(settings: TrainSettings) -> TrainSettings:
     hf download 1171-jpg/videop2r --repo-type dataset --local-dir data/videop2r
     hf download Video-R1/Video-R1-data --repo-type dataset --local-dir data/Video-R1-data
 The last one has 310 GB; unzip the archives in place, a part of them is fine.""")
-    return replace(settings, data=found[0])
+    return replace(settings, data=files[0])
 
 
-def prepare_toy(settings: TrainSettings, world: World, records: str) -> TrainSettings:
-    """Makes the toy world, its traces and a random model in the run's folder. Returns the settings that name them."""
-    out = Path(settings.out)
-
-    def make() -> None:
-        questions, traces = data.make_toy(out / "toy") / "sft.json", out / "cot/traces.jsonl"
-        if not traces.is_file() or traces.stat().st_mtime < questions.stat().st_mtime:
-            data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(questions)))
-        if not (out / "base/config.json").is_file():
-            data.make_toy_model(out / "base", settings.seed, CONFIGS[settings.preset])
-    world.on_rank0(make)
-    return replace(settings, data=str(out / records), media=str(out / "toy"), heldout=str(out / "toy/heldout.json"),
-                   model=settings.model or str(out / "base"))
+def make_toy_files(out: Path, settings: TrainSettings) -> None:
+    questions, traces = data.make_toy(out / "toy") / "sft.json", out / "cot/traces.jsonl"
+    if not traces.is_file() or traces.stat().st_mtime < questions.stat().st_mtime:
+        data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(questions)))
+    if not (out / "base/config.json").is_file():
+        data.make_toy_model(out / "base", settings.seed, CONFIGS[settings.preset])
 
 
 def find_start(settings: TrainSettings, world: World) -> TrainSettings:
-    """The settings with all paths filled in, --model as the checkpoint to start from; the toy world makes what is
-    missing, SFT included. SystemExit if files are missing or the run in --model is not finished."""
-    if not settings.data:
+    """The settings with all paths filled in, --model as the checkpoint to start from; in the toy world SFT is run if
+    it is missing. SystemExit if files are missing or the run in --model is not finished."""
+    if not (settings.data or settings.model):
         shared = {f.name: getattr(settings, f.name) for f in fields(InputSettings)}
         shared |= dict(preset=settings.preset, out=settings.out, seed=settings.seed)
-        model = settings.model or str(train(Settings(**PRESETS[settings.preset] | shared), world))
-        settings = prepare_toy(replace(settings, model=model), world, "toy/rl.json")
-    settings = require_files(settings)
+        settings = replace(settings, model=str(train(Settings(**PRESETS[settings.preset] | shared), world)))
+    settings = find_files(settings, world, "toy/rl.json")
     start = world.on_rank0(lambda: newest_checkpoint(settings.model))
     if start != Path(settings.model) and (state := read_json(start / "state.json"))["step"] < state["steps"]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
@@ -334,10 +331,8 @@ class World:
         return values
 
     def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(total)
-        return dict(zip(values, total.tolist()))
+        parts = self.gather(values)
+        return {name: float(sum(part[name] for part in parts)) for name in values}
 
     def all_reduce_max(self, value: float) -> float:
         return max(self.gather(value))
@@ -379,8 +374,8 @@ class World:
 
 
 def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) -> World:
-    """Joins the ranks that torchrun started. They wait `minutes` for each other within a step, and `patience` in
-    `on_rank0` and `barrier`. A rank that dies is noticed at once: its connections close."""
+    """Joins the ranks that torchrun started. They wait `minutes` for each other within a step, `patience` in `on_rank0`
+    and `barrier`; one that dies is noticed at once."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
     rank, size, local_rank, restarts = (int(os.environ.get(name, n)) for name, n in defaults.items())
     device, backend = torch.device("cpu"), "gloo"
@@ -423,7 +418,10 @@ class Run:
         self.finished = self.step >= steps
         if changed := [name for name, now in self.code.items() if before.get(name, now) != now]:
             what = "These are the old code's results" if self.finished else "The run goes on with the new code"
-            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}. {what}; another --out begins anew.")
+            names = ", ".join(changed)
+            world.print0(f"{names} changed since {self.last_checkpoint}. {what}; another --out begins anew.")
+        if 0 < self.step < steps:
+            world.print0(f"{folder.name} continues after step {self.step}")
 
     def find(self) -> Path | None:
         """On rank 0: the newest usable checkpoint."""
@@ -447,8 +445,8 @@ class Run:
 
     @contextmanager
     def guard(self):
-        """Around the loop: locks the folder, removes steps that run again from the log, lets Ctrl-C and SIGTERM stop
-        the run after a step, and notes in an error how the run continues."""
+        """Around the loop: locks the folder, cuts the log to the last checkpoint, lets Ctrl-C and SIGTERM stop the run
+        after a step, and adds to an error how the run continues."""
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
             if self.world.first:
                 log = self.folder / "metrics.jsonl"
@@ -459,15 +457,16 @@ class Run:
             except BaseException as error:
                 if self.world.size > 1:                      # torchrun must not stop this rank before it says why
                     handlers = dict.fromkeys(handlers, signal.SIG_IGN)
-                error.hint = f" The last checkpoint is {self.last_checkpoint}; the same command resumes from it." \
-                    if self.last_checkpoint else " There is no checkpoint yet; the same command starts again."
+                error.hint = " There is no checkpoint yet; the same command starts again."
+                if self.last_checkpoint:
+                    error.hint = f" The last checkpoint is {self.last_checkpoint}; the same command resumes from it."
                 raise
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
 
     def on_signal(self, number, frame) -> None:
-        """The first signal stops the run after the step, one that comes 2 s later at once (launchers repeat theirs)."""
+        """The first signal stops the run after the step, another at once. Launchers repeat theirs within 2 s."""
         if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt
         if not self.stop_asked and self.world.first:         # print may be running below this handler
@@ -479,8 +478,8 @@ class Run:
         self.stop_asked, self.stop_reason = time.monotonic(), f"{reason}. "
 
     def log(self, metrics: dict, shown: str = "") -> None:
-        """Adds the finite values, and the most memory on any GPU, to metrics.jsonl; `shown` goes to the progress bar.
-        SystemExit once the gradients of several steps in a row were not finite."""
+        """Adds finite values, and the peak memory of all GPUs, to metrics.jsonl; `shown` goes to the progress bar.
+        SystemExit after MAX_SKIPPED steps without finite gradients."""
         metrics["skipped_updates"] = int(not math.isfinite(metrics["grad_norm"]))
         self.skipped = (self.skipped + 1) * metrics["skipped_updates"]
         if self.world.device.type == "cuda":                 # reserved memory decides when a GPU is full
@@ -495,8 +494,7 @@ class Run:
             raise SystemExit(f"The gradients of {MAX_SKIPPED} steps in a row were NaN or infinite, up to step "
                              f"{row['step']}: try a lower --lr in another --out.")
 
-    def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, source: Path, **state
-                    ) -> None:
+    def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: Optimizer, source: Path, **state) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal. `state` goes into
         state.json, a "score" in it ranks checkpoints. `source` gives configuration and tokenizer files."""
         stop, every = self.world.all_reduce_max(self.stop_asked) > 0, self.settings.save_every
@@ -504,8 +502,8 @@ class Run:
             weights, optimizer_state = get_model_state_dict(model, options=ON_RANK0), {}
             if optimizer.state:                              # without an update so far, asking for moments makes one
                 optimizer_state = get_optimizer_state_dict(model, optimizer, options=ON_RANK0).get("state", {})
-            state |= {"step": done, "steps": self.steps, "records_taken": done * self.per_step, "source": str(source),
-                      "settings": self.configuration, "code": self.code}
+            state |= {"step": done, "steps": self.steps, "source": str(source), "settings": self.configuration,
+                      "code": self.code}
             self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, optimizer_state, state))
             self.step = done
         if stop:
@@ -529,12 +527,9 @@ class Run:
             shutil.rmtree(leftover)
         return target
 
-    def restore(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: Qwen2_5_VL, optimizer: Optimizer) -> None:
         """Loads the moments of the last checkpoint, from which the model was built."""
-        if not self.last_checkpoint:
-            return
-        self.world.print0(f"{self.folder.name} continues after step {self.step}")
-        files = set(tensor_files(self.last_checkpoint, "optimizer").values())
+        files = set(tensor_files(self.last_checkpoint, "optimizer").values()) if self.last_checkpoint else ()
         if not files:                                        # no step so far had an update
             return
         moments = {name: {} for name, _ in model.named_parameters()}
@@ -566,8 +561,8 @@ def read_json(file: Path) -> dict:
 # ------------------------------------------------------------------------------------ memory, start and errors
 
 def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> dict[str, float]:
-    """Estimates the bytes of one step on each rank, by part, and their peak. A rank samples for all its questions at
-    once, then trains on one micro-batch after the other. c: bytes of a gathered weight or an activation."""
+    """Estimates a step's bytes on each rank, by part, and their peak. A rank samples for all its questions at once,
+    then trains on one micro-batch after the other. c: bytes of a gathered weight or an activation."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config)
     whole, tower, layer = (parameters_to_vector(part.parameters()).numel()
@@ -631,7 +626,8 @@ def explain(error: BaseException, settings: TrainSettings) -> str:
 
 def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequence[str] | None, about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line."""
-    settings, world = parse_flags(settings_class, presets, argv, about), World(0, 1, torch.device("cpu"))
+    settings = parse_flags(settings_class, presets, argv, about)
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
     try:
         if settings.dry_run:
             return world.print0(plan(settings))
@@ -640,10 +636,9 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
         train(settings, world)
         world.shutdown()
     except BaseException as error:
-        message = explain(error, settings)
+        message, said_by = explain(error, settings), str(world.rank)
         if world.size == 1:
             sys.exit(message)
-        said_by = str(world.rank)
         with suppress(Exception):                            # while there is a store, one rank prints what all say
             said_by = world.store.compare_set(message, "", said_by).decode()
         if said_by == str(world.rank):

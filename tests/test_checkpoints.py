@@ -83,7 +83,6 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-
 # ------------------------------------------------------------------------------------------------ configuration
 
 def published(hidden, layers, heads, kv_heads, mlp, vocab, tied) -> dict:
@@ -131,7 +130,6 @@ def test_transformers_reads_every_setting_that_we_write(tmp_path):
     assert read_config(tmp_path) == unusual
 
 
-
 @pytest.mark.parametrize("root, nested, tied", [({}, {}, False), ({}, {"tie_word_embeddings": True}, True),
                                                 ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, True)])
 def test_tied_embeddings_are_recognised_at_the_root_and_nested(root, nested, tied, tmp_path):
@@ -170,7 +168,6 @@ def test_shards_hold_what_a_single_file_holds(config, tmp_path):
     write(config, tmp_path / "b")
     assert not (tmp_path / "b" / INDEX).exists()
     assert_same(load_model(tmp_path / "b").state_dict(), tensors)
-
 
 
 def test_numbers_keep_their_type_on_disk_and_take_the_wanted_one_in_memory(tmp_path):
@@ -222,10 +219,8 @@ def test_configuration_and_tokenizer_travel_along_and_nothing_else(tmp_path):
     assert_same(load_model(tmp_path / "a").state_dict(), tensors)
 
 
-
 def interrupt(folder):
     raise KeyboardInterrupt
-
 
 
 def test_an_interrupted_write_leaves_the_old_folder_as_it_was(tmp_path):
@@ -235,8 +230,6 @@ def test_an_interrupted_write_leaves_the_old_folder_as_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save_model({name: x + 1 for name, x in tensors.items()}, folder, source=folder, write_extra=interrupt)
     assert contents(folder) == before
-
-
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

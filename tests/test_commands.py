@@ -68,7 +68,6 @@ def test_an_old_torch_is_named_before_anything_breaks(script, monkeypatch):
         runpy.run_path(str(ROOT / script))
 
 
-
 def test_check_counts_types_and_lost_media(toy, tmp_path, capsys):
     rows = json.loads((toy / "sft.json").read_text())[:10]
     rows[3]["path"] = "./nowhere.avi"
@@ -89,7 +88,6 @@ def test_a_question_about_a_clip_is_answered(toy, base, capsys):
                      "--question", "Which colour is first?", "--options", "red", "blue", "--max-response", "8"])
     said = capsys.readouterr().out
     assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "cut off after 8 tokens" in said
-
 
 
 def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base, tmp_path, capsys):

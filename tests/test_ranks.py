@@ -41,7 +41,6 @@ def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-
 @pytest.mark.parametrize("script, stage, flags", [
     ("sft.py", "sft", ("--steps", 2, "--batch", 5)),         # 5 traces: one rank has three, the other two
     ("pagrpo.py", "pagrpo", ("--steps", 2, "--questions", 3, "--group-size", 2, "--max-response", 12))])

@@ -120,7 +120,6 @@ def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained,
     assert same_end(trained / "sft", tmp_path / "old/sft")
 
 
-
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path, monkeypatch):
     """Steps 2 and 4 are saved, 4 is damaged: while 3 is written 2 may go, but 3 must stay."""
     sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=2))
@@ -163,8 +162,6 @@ def test_the_last_ones_and_the_best_are_kept(toy, base, tmp_path, monkeypatch):
     assert [row.get("heldout_loss") for row in metrics(tmp_path / "sft")][1::2] == [5.0, 1.0, 4.0, 3.0, 2.5]
 
 
-
-
 # ------------------------------------------------------------------------------------------------ faults
 
 
@@ -184,7 +181,6 @@ def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_p
     assert newest_checkpoint(tmp_path / "sft").name == "step-000009"
 
 
-
 def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, capsys):
     rows = json.loads((toy / "rl.json").read_text())[:20]
     for i in data.step_indices(20, 2, 1, seed=0):             # what step 2 will ask for
@@ -195,7 +191,6 @@ def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, c
     assert [row["skipped"] for row in metrics(tmp_path / "pagrpo")] == [0, 2, 0]
     a, b = (load_file(tmp_path / f"pagrpo/step-00000{n}/model.safetensors") for n in (1, 2))
     assert all(torch.equal(a[k], b[k]) for k in a)
-
 
 
 @pytest.mark.parametrize("flag, value", [("--keep", 0), ("--patience", 0), ("--eval-every", -1), ("--lr", "nan"),

@@ -75,7 +75,6 @@ def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, fla
     assert same_end(tmp_path / "whole" / stage, tmp_path / "cut" / stage), "bit for bit"
 
 
-
 def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path, monkeypatch):
     built, build = [], model.build_model
     monkeypatch.setattr(model, "build_model",

@@ -48,7 +48,6 @@ def test_other_words_in_the_prompt_of_another_example_change_nothing(traces, voc
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-
 def gradients_of_a_step(model, examples, vocabulary, micro):
     model.zero_grad()
     total = int(trace_tokens(examples, vocabulary, "p2r")[1].sum())
