@@ -52,7 +52,7 @@ from rewards import read_jsonl
 @dataclass(frozen=True)
 class TrainSettings(InputSettings):
     """What SFT and PA-GRPO have in common."""
-    preset: str = flag("", "a row of settings, flags win; default: 7b on several GPUs, else tiny", list(CONFIGS))
+    preset: str = flag("", "a set of settings, flags override it; default: 7b on several GPUs, else tiny", list(CONFIGS))
     out: str = flag("", "folder of the run, default runs/PRESET; each stage has its own folder in it")
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
@@ -223,7 +223,7 @@ def train(settings: Settings, world: World) -> Path:
     model = build_model(run.last_checkpoint or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(model, settings)
     run.restore(model, optimizer)
-    examples, held = (run.examples(some, vocabulary, model.config) for some in (records, heldout))
+    examples, held = (run.examples(rows, vocabulary, model.config) for rows in (records, heldout))
     with run.guard():
         for step, batch in run.batches(examples):
             began, lr, score = time.perf_counter(), learning_rate(step, steps, settings), {}
@@ -470,7 +470,7 @@ class Run:
         if self.stop_asked and time.monotonic() > self.stop_asked + 2:
             raise KeyboardInterrupt
         if not self.stop_asked and self.world.first:         # print may be running below this handler
-            os.write(1, b"\nStopping after this step, with a checkpoint (once more: at once).\n")
+            os.write(1, b"\nStopping after this step, with a checkpoint. Again: stops at once.\n")
         self.stop_asked = self.stop_asked or time.monotonic()
 
     def stop(self, reason: str) -> None:
