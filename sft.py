@@ -265,9 +265,8 @@ def find_files(settings: TrainSettings, world: World, toy_records: str) -> Train
         world.on_rank0(lambda: make_toy_files(out, settings))
         return replace(settings, data=str(out / toy_records), media=str(out / "toy"),
                        heldout=str(out / "toy/heldout.json"), model=settings.model or str(out / "base"))
-    model, files = Path(settings.model), glob.glob(settings.data)
-    if Path(settings.data).is_file():                        # also where its name has brackets
-        files = [settings.data]
+    model = Path(settings.model)
+    files = [settings.data] if Path(settings.data).is_file() else glob.glob(settings.data)
     there = {"model": (model / "config.json").is_file() or any(model.glob(CHECKPOINTS)), "data": len(files) == 1,
              "media": Path(settings.media).is_dir()}
     missing = [f"--{k} {getattr(settings, k)!r}" for k, ok in there.items() if not (ok and getattr(settings, k))]
@@ -530,7 +529,7 @@ class Run:
     def restore(self, model: Qwen2_5_VL, optimizer: Optimizer) -> None:
         """Loads the moments of the last checkpoint, from which the model was built."""
         files = set(tensor_files(self.last_checkpoint, "optimizer").values()) if self.last_checkpoint else ()
-        if not files:                                        # no step so far had an update
+        if not files:                                        # no checkpoint, or no update before it
             return
         moments = {name: {} for name, _ in model.named_parameters()}
         for file in files if self.world.first else ():

@@ -164,7 +164,6 @@ def test_the_last_ones_and_the_best_are_kept(toy, base, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ faults
 
-
 def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_path):
     """A real limit of the operating system: no file may grow beyond two thirds of an optimizer's size."""
     resource = pytest.importorskip("resource")
