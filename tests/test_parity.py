@@ -65,21 +65,6 @@ def test_windows_are_cut_at_the_edges_of_the_odd_grids(both):
     assert order.tolist() != list(range(len(order))), "patches are really gathered by windows"
 
 
-def test_tokens_of_another_prompt_or_of_padding_change_nothing(both):
-    model, _ = both
-    batch = CASES["ragged batch"]
-    together = make_prompts(batch, model.config, seed=3)
-    real, at = real_tokens(together), 0
-    with torch.no_grad():
-        logits = model(together)
-        for row, pieces in enumerate(batch):
-            alone = make_prompts([pieces], model.config, seed=0)
-            alone.ids = together.ids[row:row + 1, :alone.ids.shape[1]]
-            if alone.pixels is not None:
-                alone.pixels, at = together.pixels[at:at + len(alone.pixels)], at + len(alone.pixels)
-            assert (model(alone)[0] - logits[row][real[row]]).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [16, 8, 4, 2, 16]], ids=["equal blocks", "ragged blocks"])
 def test_block_attention_is_plain_attention_inside_each_block(lengths):
     generator = torch.Generator().manual_seed(0)

@@ -112,13 +112,6 @@ class TestSegmentIds:
             count = perception_tokens([text[a:b] for a, b in zip(cuts, cuts[1:])])
             assert cuts[count - 1] < end <= cuts[count]
 
-    @pytest.mark.parametrize("text", [GOOD, O + O + T, "<observation> 猫 </observation> und </observation>" + T])
-    def test_text_and_tokens_agree_where_perception_ends(self, text):
-        count = perception_tokens([bytes([b]) for b in text.encode()])
-        perception = text.encode()[:count].decode()
-        assert parse(text).contents["observation"] == parse(perception).contents["observation"]
-        assert formats(perception + T + A) == (True, True)
-
 
 def reward_parts_of(text=GOOD, sufficient=True, finished=True, tokens=(128, 319), answer="B", segments=None):
     """R_acc, R_form, R_len of P and R for a multiple choice whose answer is B, with the paper's windows."""
