@@ -37,7 +37,7 @@ def waits(monkeypatch):
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_a_server_gets_its_own_key_and_nothing_else_from_the_environment(key, monkeypatch):
-    """Keys and headers for OpenAI's own servers stand in OPENAI_…: none of them is for this one."""
+    """Keys and headers for OpenAI's own servers are in OPENAI_…: none of them is for this one."""
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
         monkeypatch.setenv("OPENAI_" + name, "users-own")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://users-own/v1")
@@ -96,9 +96,9 @@ def test_replies_are_in_the_order_of_the_questions_and_no_more_are_asked_at_once
     assert server.most_under_way == 4
 
 
-@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b'{"choices": [' + b" " * 900, drip=0.02)], ids=["", "drip"])
+@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b"{" + b" " * 900, drip=0.02)], ids=["", "drip"])
 def test_a_batch_has_a_deadline(fault):
-    """Other ranks wait, so a failing server is given up, even one that sends a byte at a time and reaches no timeout."""
+    """Other ranks wait, so a failing server is given up, even one that sends a byte at a time, within the timeout."""
     with serving(lambda n, request: fault if n else "quick") as server:
         client, began = ChatClient(server.url, "m", concurrency=1, patience=0.3), time.monotonic()
         replies = client.ask_all([chat("1"), chat("2"), chat("3")])
@@ -125,8 +125,8 @@ def test_a_program_that_ends_does_not_wait_for_a_slow_server():
 # ------------------------------------------------------------------------------------------------ faults
 
 def test_what_may_pass_is_tried_again_and_a_server_that_asks_for_time_gets_it(waits):
-    faults = [Fault(500), Fault(503, body=b"overloaded"), Fault(408), Fault(drop=True), Fault(429, {"Retry-After": "40"}),
-              Fault(headers={"Content-Length": "900"}, body=b'{"choices"')]
+    faults = [Fault(500), Fault(503, body=b"overloaded"), Fault(408), Fault(drop=True),
+              Fault(429, {"Retry-After": "40"}), Fault(headers={"Content-Length": "900"}, body=b'{"choices"')]
     with serving(lambda n, request: faults[n] if n < 6 else "at last") as server:
         client = ChatClient(server.url, "m", timeout=1.0, retries=6)
         assert client.ask(chat("?")).text == "at last"

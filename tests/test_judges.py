@@ -49,13 +49,13 @@ def attack(name):
 # ------------------------------------------------------------------------------------------------ the attacks
 
 def repeat(chats):
-    """The weakest language model: it repeats the observation, and its own last word is whatever the observation held."""
+    """The weakest language model: it repeats the observation, and its reply ends as the observation does."""
     return [Reply("I read: " + json.loads(c[0]["content"].split("JSON string: ")[1].split("\n")[0])) for c in chats]
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_attack_is_accepted(name):
-    """The exact rule says No, a model that repeats what it reads says No or nothing, and a bare answer asks neither."""
+    """Neither the exact rule nor a model that repeats what it reads accepts it; a bare answer is refused before."""
     for refuse_leaks in (True, False):
         assert Judge(rule_judge, refuse_leaks)([attack(name)])[0].sufficient is False
         assert not Judge(language_judge(repeat), refuse_leaks)([attack(name)])[0].sufficient
@@ -216,14 +216,15 @@ def test_a_broken_key_is_refused_without_being_shown(monkeypatch):
 
 def rl(started, toy, out, *flags):
     pagrpo.main(["--preset", "tiny", "--steps", "2", "--questions", "4", "--group-size", "3", "--max-response", "24",
-                 "--out", str(out), "--model", str(started), "--data", str(toy / "rl.json"), "--media", str(toy), *flags])
+                 "--out", str(out), "--model", str(started), "--data", str(toy / "rl.json"), "--media", str(toy),
+                 *flags])
     return [json.loads(line) for line in (out / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_with_a_server_counts_its_verdicts_and_prints_them(started, toy, tmp_path, capsys):
-    def says(n, request):
+    def reply(n, request):
         return [Fault(500), "I cannot tell.", "Enough. <judgement>Yes</judgement>", "<judgement>No</judgement>"][n % 4]
-    with serving(says) as server:
+    with serving(reply) as server:
         rows = rl(started, toy, tmp_path, "--judge", server.url, "--judge-model", "m", "--retries", "0",
                   "--max-unknown", "0.99", "--no-refuse-leaks", "--transcript-every", "1")
     asked = sum(row["judge/requests"] for row in rows)

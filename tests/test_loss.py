@@ -109,7 +109,8 @@ class TestLoss:
     @pytest.mark.parametrize("logprobs", [[-1.0] * 3, [-1e30] * 3])
     def test_kl_is_never_negative_and_clamped_before_exp(self, logprobs):
         group, reference = [response(3, 1)], torch.tensor([[[-200.0, -0.5, -1.0]]])
-        _, grad, kl, _ = loss_of([group], [[[0, 0]]], logprobs=torch.tensor([[logprobs]]), reference=reference, beta=1.0)
+        new = torch.tensor([[logprobs]])
+        _, grad, kl, _ = loss_of([group], [[[0, 0]]], logprobs=new, reference=reference, beta=1.0)
         assert bool((kl >= 0).all()) and bool(torch.isfinite(kl).all()) and bool(torch.isfinite(grad).all())
 
     def test_the_ratio_is_clipped_above_for_good_and_below_for_bad_tokens(self):
