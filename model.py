@@ -666,7 +666,10 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
 
 # ================================ a first reader may stop here ================================
 
-# ------------------------------------------------------------------------------------------------ sharding
+SMALLEST_IN_BF16 = 512                                       # hidden_size
+SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file
+CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
+
 
 def compute_dtype(device: torch.device, config: Config) -> torch.dtype:
     """bfloat16 on a GPU that computes in it, else float32. Toy-sized models are float32 everywhere."""
@@ -674,19 +677,12 @@ def compute_dtype(device: torch.device, config: Config) -> torch.dtype:
     return torch.bfloat16 if supported and config.hidden_size >= SMALLEST_IN_BF16 else torch.float32
 
 
-SMALLEST_IN_BF16 = 512                                       # hidden_size
-
-
 def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5_VL:
-    """FSDP2: each rank keeps a part of every weight, and a block's weights are gathered while the block runs.
-
-    Each block is a group, the rest of the vision tower another; the root holds embedding, last norm and head. Weights
-    keep their dtype and are gathered in `compute_dtype`. `offload` keeps the parts in host memory (frozen models only).
-    """
+    """FSDP2: each rank keeps a part of every weight; a block's weights are gathered in `compute_dtype` while it runs.
+    The root holds embedding, last norm and head. `offload` keeps the parts in host memory (frozen models only)."""
     device = torch.device(mesh.device_type)
-    dtype = compute_dtype(device, model.config)
-    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(  # inputs are not cast: rotary tables stay fp32
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
+    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(    # inputs are not cast: rotary tables stay fp32
+        compute_dtype(device, model.config), torch.float32, cast_forward_inputs=False))
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in (*model.visual.blocks, *model.model.layers, model.visual):
@@ -700,11 +696,8 @@ def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5
 
 def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False, shards: int = 0,
                 frozen: bool = False, offload: bool = False) -> Qwen2_5_VL:
-    """Loads a model folder for training, or `frozen`; sharded where there are several ranks or a GPU.
-
-    vocabulary: a data.Vocabulary, world: a sft.World. A sharded model is built on the meta device, read by rank 0 alone
-    and broadcast part by part. A model that learns has fp32 weights; a frozen one is stored in `compute_dtype`.
-    """
+    """Loads a model folder for training (fp32), or `frozen` (in `compute_dtype`); sharded where there are several
+    ranks or a GPU: rank 0 reads it and broadcasts the parts. vocabulary: a data.Vocabulary, world: a sft.World."""
     config = read_config(folder)
     dtype = compute_dtype(world.device, config) if frozen else torch.float32
     if world.size == 1 and world.device.type == "cpu":
@@ -724,9 +717,9 @@ def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False
 
 @contextmanager
 def gathered(model: Qwen2_5_VL):
-    """`with gathered(model):` every rank holds all weights, so that ranks may sample different numbers of tokens."""
+    """Inside, every rank holds all weights, so that ranks may sample different numbers of tokens."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    trains = any(p.requires_grad for p in model.parameters())
+    frozen = not any(p.requires_grad for p in model.parameters())
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -734,23 +727,17 @@ def gathered(model: Qwen2_5_VL):
         yield
     finally:
         for module in modules:                               # as build_model set it: in training the root stays whole
-            module.set_reshard_after_forward(module is not model or not trains, recurse=False)
+            module.set_reshard_after_forward(frozen or module is not model, recurse=False)
             module.reshard()
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file
-CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
 
 
 def read_config(folder: str | Path) -> Config:
     """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
     try:
         raw = dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json") from None
     except (ValueError, TypeError):
         raise ValueError(f"{path} is damaged: not a JSON object") from None
     nested = {k: v for k, v in raw.get("text_config", {}).items() if v is not None}
@@ -799,8 +786,7 @@ def load_weights(folder: str | Path, wanted: dict[str, torch.Size], dtype: torch
     where, tensors = tensor_files(Path(folder)), {}
     for kind, names in (("missing", wanted.keys() - where.keys()), ("unexpected", where.keys() - wanted.keys())):
         if names:
-            listed = ", ".join(sorted(names)[:5]) + (" …" if len(names) > 5 else "")
-            raise ValueError(f"{folder}: {len(names)} {kind} tensors: {listed}")
+            raise ValueError(f"{folder}: {len(names)} {kind} tensors: {', '.join(sorted(names)[:5])}")
     for name, path in where.items():
         with safe_open(path, "pt") as file:
             x = file.get_tensor(name)
@@ -823,19 +809,18 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
 
 def check_files(checkpoint: Path, optimizer: bool) -> None:
     """Raises OSError or ValueError unless files have the sizes in state.json, and safetensors files a sound header.
-    Flipped bits are not noticed. Earlier versions listed no sizes. `optimizer`: its files count too."""
+    Flipped bits are not noticed. `optimizer`: its files count too."""
     state = json.loads((checkpoint / "state.json").read_text())
     for name, size in dict(state).get("files", {}).items():
         if (optimizer or not name.startswith("optimizer")) and (checkpoint / name).stat().st_size != size:
-            raise ValueError(f"{checkpoint / name} has not the size that it was written with")
+            raise ValueError(f"{checkpoint / name} differs in size from what state.json lists")
     for stem in ("model", "optimizer") if optimizer else ("model",):
         tensor_files(checkpoint, stem)
 
 
 def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
-    """A model folder itself, or the newest checkpoint of a run's folder. A damaged one is named, and the next older one
-    taken. Raises FileNotFoundError if there is none, OSError or ValueError if `folder` is itself a damaged checkpoint.
-    """
+    """A model folder itself, or a run's newest checkpoint; a damaged one is named, and the one before taken. Raises
+    FileNotFoundError if there is none, OSError or ValueError if `folder` is itself a damaged checkpoint."""
     folder = Path(folder)
     if (folder / "config.json").is_file():
         if (folder / "state.json").is_file():                # models from elsewhere have none
@@ -853,8 +838,7 @@ def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
 def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes stem.safetensors, or several files and an index where there are more than `shard_bytes`."""
     try:
-        save_torch_state_dict(tensors, folder, filename_pattern=stem + "{suffix}.safetensors",
-                              max_shard_size=shard_bytes)
+        save_torch_state_dict(tensors, folder, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_bytes)
     except SafetensorError as error:                         # how the Rust library reports a full disk
         raise OSError(f"{folder} cannot be written: {error}") from None
 
@@ -864,9 +848,8 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
     """Writes a model folder: tensors, the configuration and tokenizer files of `source`, and what `write_extra` adds.
     It is there whole or not at all: written as FOLDER.writing, flushed to the disk, renamed. May raise OSError."""
     folder = Path(folder)
-    aside, old = (folder.with_name(folder.name + end) for end in (".writing", ".old"))
+    aside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         for file in Path(source).iterdir() if source else ():
@@ -881,7 +864,5 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
     except OSError:                                          # most often a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if folder.exists():
-        os.replace(folder, old)
+    shutil.rmtree(folder, ignore_errors=True)                # a damaged one of the same name
     os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)

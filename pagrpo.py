@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -365,15 +365,10 @@ def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
     policy = model.build_model(run.last_checkpoint or settings.model, vocabulary, world, settings.save_memory,
                                settings.shards)
     optimizer = sft.make_optimizer(policy, settings)
-    if run.step:
-        run.restore(policy, optimizer)
-    questions, heldout = (open_examples(file, settings, run, vocabulary) for file in (settings.data, settings.heldout))
+    run.restore(policy, optimizer)
+    questions, heldout = (run.examples(data.read_records(file) if file else [], vocabulary, policy.config)
+                          for file in (settings.data, settings.heldout))
     return policy, reference, optimizer, judge, questions, heldout, run, settings, world
-
-
-def open_examples(file: str, settings: Settings, run: sft.Run, vocabulary: data.Vocabulary) -> Examples:
-    return Examples(data.read_records(file) if file else [], settings.media, vocabulary,
-                         model.read_config(settings.model), settings, run.folder / "skipped.log")
 
 
 def load_judge(settings: Settings, run: sft.Run, vocabulary: data.Vocabulary, world: World
@@ -425,9 +420,10 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
         world.print0("The media of none of this step's questions can be read; nothing was learned.")
     return {**mean_over_ranks(spread, world, deviation=True), **mean_over_ranks(shares, world),
             "logprob_gap_max": world.all_reduce_max(max(values["logprob_gap"], default=0.0)),
-            "loss": sums["loss"] / max(1, sums["responses"]), **sft.grad_norm_metrics(values["grad_norm"]),
+            "loss": sums["loss"] / max(1, sums["responses"]),
+            "grad_norm": sum(values["grad_norm"]) / len(values["grad_norm"]),
             "questions": int(sums["questions"]), "skipped": settings.questions - int(sums["questions"]),
-            "tokens": int(sums["tokens"]), **sft.memory_metrics(world)}
+            "tokens": int(sums["tokens"])}
 
 
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False) -> dict[str, float]:
@@ -539,7 +535,7 @@ def results_table(results: dict[str, dict[str, dict]]) -> str:
 def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) -> str:
     """The held-out table: the model before SFT (toy world), after SFT, and this run's."""
     vocabulary = data.Vocabulary(settings.model)
-    held = open_examples(settings.heldout, settings, run, vocabulary)
+    held = run.examples(data.read_records(settings.heldout), vocabulary, model.read_config(settings.model))
     _, judge = load_judge(settings, run, vocabulary, world)
     models = {"base": Path(settings.out) / "base"} if toy else {}
     models |= {"SFT": Path(settings.model), run.folder.name: run.last_checkpoint}
@@ -557,19 +553,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
 
 def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
     """Finds the files (in the toy world it makes them, SFT included) and the state of the run. SystemExit if not."""
-    if not settings.data:
-        same = {f.name: getattr(settings, f.name) for f in fields(data.InputSettings)}
-        tiny = sft.Settings(**(sft.PRESETS["tiny"] | same | dict(
-            preset=settings.preset, out=settings.out, seed=settings.seed)))
-        start = settings.model or str(sft.train(tiny, world))
-        made = sft.prepare_toy(settings, world) | dict(data=f"{settings.out}/toy/rl.json", model=start)
-        settings = replace(settings, **made)
-    settings = sft.require_files(settings)
-    start = world.on_rank0(lambda: model.newest_checkpoint(settings.model))
-    if start != Path(settings.model) and (state := sft.read_json(start / "state.json"))["step"] < state["steps"]:
-        raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of {state['steps']} steps. "
-                         f"Finish it first, or start from this one with --model {start}")
-    settings = replace(settings, model=str(start))           # saved with the run: the reference stays this checkpoint
+    settings = sft.find_start(settings, world)
     if settings.judge == "rule" and not data.is_toy(data.read_records(settings.data)):
         raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:

@@ -162,7 +162,7 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     first.terminate()
     first.wait()
     subprocess.run(words, check=True)
-    settings, _ = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
+    settings = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
     told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):

@@ -40,7 +40,7 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
         policy = build_model(model, vocabulary, world, shards=shards)
         frozen = build_model(reference, vocabulary, world, shards=shards, frozen=True, offload=shards > 0)
         take_steps(policy, frozen, vocabulary, settings, toy, out / str(shards), world)
-    world.leave()
+    world.shutdown()
 
 
 def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world) -> None:
@@ -67,7 +67,6 @@ def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world
         values = pagrpo.update(policy, optimizer, batches, advantages, 0.0, settings, world)
         metrics = pagrpo.step_metrics(groups, parts, totals, values, settings, world)
         tokens = {group[0].example.record.problem_id: [r.tokens for r in group] for group in groups}
-        metrics = {k: v for k, v in metrics.items() if "memory" not in k}
         (out / f"{name}.{world.rank}.json").write_text(json.dumps({"tokens": tokens, "metrics": metrics}))
 
 

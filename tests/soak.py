@@ -1,7 +1,6 @@
 """Everything that may happen to a run, in numbers that a test suite has no time for: `python tests/soak.py`.
 
     kills         SIGKILL at random moments; the run must end bit for bit as one that was never killed
-    rank          one of two ranks is killed; the run must end everywhere, and torchrun must go on from the checkpoint
     records       damaged record files must be refused by name, or be read as if nothing had happened
     videos        damaged video files likewise
 
@@ -10,7 +9,6 @@ Promise: no crash without a message, no hang, no silent acceptance. Exits with 1
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -88,42 +86,9 @@ def kills(count: int, rng: random.Random, world: Path) -> Counter:
     return done
 
 
-def rank(count: int, rng: random.Random, world: Path) -> Counter:
-    """Kills one of two ranks: first for good, then with a restart by torchrun."""
-    from test_ranks import ranks_of
-    done = Counter()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*torchrun, str(ROOT / "pagrpo.py"), *flags_of(world / "two", world, steps=24)])
-    for i in range(count):
-        out = world / f"rank{i}"
-        for restarts in (0, 1):
-            process = subprocess.Popen([*torchrun, f"--max-restarts={restarts}", str(ROOT / "pagrpo.py"),
-                                        *flags_of(out, world, steps=24)], stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, text=True, env=ENV)
-            at = steps_logged(out / "pagrpo") + rng.randint(2, 6)
-            while steps_logged(out / "pagrpo") < at and process.poll() is None:
-                time.sleep(0.02)
-            os.kill(ranks_of(process)[rng.randrange(2)], signal.SIGKILL)
-            began = time.monotonic()
-            said = process.communicate(timeout=120)[0]
-            if not restarts:
-                took = time.monotonic() - began
-                if took > 60 or process.returncode == 0:
-                    raise Broken(f"after a rank's death it took {took:.0f} s to end with {process.returncode}")
-                if "lost the connection to another rank" not in said:
-                    raise Broken(f"the other rank said nothing:\n{said[-3000:]}")
-                done["ranks killed: the run ended everywhere within 10 s" if took < 10 else
-                     "ranks killed: the run ended everywhere within a minute"] += 1
-            elif process.returncode:
-                raise Broken(f"torchrun did not go on:\n{said[-3000:]}")
-        equal(world / "two/pagrpo", out / "pagrpo")
-        done["ranks killed: torchrun went on, and it ended bit for bit"] += 1
-    return done
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"kills": 20, "rank": 3, "records": 500, "videos": 200}
+    sizes = {"kills": 20, "records": 500, "videos": 200}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"how many [{size}]; 0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
@@ -138,20 +103,16 @@ def main() -> None:
             broken = broken or lost > 0
             print(f"{name}: {lost} promises broken, in {time.monotonic() - began:.0f} s\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        world = Path(folder)
+        world, began, done = Path(folder), time.monotonic(), {}
         make_toy(world / "toy", {"sft": 20, "rl": 30, "heldout": 20})
         make_toy_model(world / "base", seed=0)
-        for name in ("rank", "kills"):
-            if (count := getattr(args, name)) < 1:
-                continue
-            began = time.monotonic()
-            try:
-                done = globals()[name](count, random.Random(f"{args.seed}/{name}"), world)
-            except Broken as error:
-                broken, done = True, {f"BROKEN: {error}": 1}
-            print(f"{name}, in {time.monotonic() - began:.0f} s", flush=True)
-            for what, n in done.items():
-                print(f"  {n:>5}  {what}", flush=True)
+        try:
+            done = kills(args.kills, random.Random(args.seed), world) if args.kills else {}
+        except Broken as error:
+            broken, done = True, {f"BROKEN: {error}": 1}
+        print(f"kills, in {time.monotonic() - began:.0f} s")
+        for what, n in done.items():
+            print(f"  {n:>5}  {what}", flush=True)
     sys.exit("A promise is broken." if broken else None)
 
 

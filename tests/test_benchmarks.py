@@ -12,7 +12,7 @@ import pytest
 
 import data
 import eval as evaluation
-from eval import BENCHES, Job, read_bench, variant_record
+from eval import BENCHES, asked_record, grade, read_bench
 
 
 @pytest.fixture
@@ -150,11 +150,11 @@ def videomme(root: Path, clip) -> None:
 EXPECTED = {"vsibench": (vsibench, 4, 1, ["INCOMPLETE: 1 of 4 (25.0%)", "no such file", "30.1", "36.8",
                                           "mean of multiple choice and MRA (paper)", "mean of eight tasks (official)"]),
             "videommmu": (videommmu, 5, 2, ["cannot be decoded", "Perception", "Adaptation", "Medicine"]),
-            "mmvu": (mmvu, 2, 1, ["Computer Science", "without Art", "20.0"]),
+            "mmvu": (mmvu, 2, 1, ["Computer Science", "20.0"]),
             "vcrbench": (vcrbench, 2, 0, ["Video Plot Analysis", "over 300 s", "50.0"]),
-            "mvbench": (mvbench, 8, 2, ["3 of 4 tasks (without fine_grained_pose)", "33.3"]),
+            "mvbench": (mvbench, 8, 2, ["33.3"]),
             "tempcompass": (tempcompass, 5, 1, ["closed formats, pooled", "yes_no", "mean of formats", "50.0"]),
-            "videomme": (videomme, 3, 1, ["short", "without subtitles", "without long", "25.0"])}
+            "videomme": (videomme, 3, 1, ["short", "without subtitles", "25.0"])}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -167,7 +167,7 @@ def test_a_miniature_is_read_answered_and_counted(name, clip, base, tmp_path, ca
     evaluation.main(command)
     out = capsys.readouterr().out
     for words in (*said, f"{questions} questions in", f"NOT the benchmark's {BENCHES[name].expected} questions",
-                  f"{questions - lost} questions scored", f"media missing or broken: {lost}", "2 frames a second, at most 32,"):
+                  f"{questions - lost} questions scored", f"not asked: {lost}.", "2 frames a second, at most 32,"):
         assert words in out
     rows = [json.loads(line) for line in (tmp_path / "out" / name / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == questions == len({r["id"] for r in rows}) and sum("missing" in r for r in rows) == lost
@@ -204,7 +204,7 @@ def read(name, build, clip, tmp_path):
 
 
 def record_of(question, direct=False, clips=False):
-    return variant_record(Job("", None, None, None, Namespace(direct=direct, clips=clips), None), question)
+    return asked_record(question, Namespace(direct=direct, clips=clips))
 
 
 def prompt(question, direct=False) -> str:
@@ -248,13 +248,13 @@ def test_questions_keep_the_sentences_that_belong_to_them(clip, tmp_path):
     adaptation = items["Adaptation/validation_Math_15"]
     assert "following open-ended question. The image for this question is at the end" in prompt(adaptation, direct=True)
     assert adaptation.metric == "open"
-    assert evaluation.grade(adaptation, "<answer>x is 3.43</answer>", None, True)[1] == 1
+    assert grade(adaptation, "<answer>x is 3.43</answer>")[1] == 1
     assert items["Adaptation/validation_Basic_Medical_Science_2"].groups["discipline"] == "Medicine"
     items, _, _ = read("vsibench", vsibench, clip, tmp_path)
     assert prompt(items["0"], direct=True).startswith("These are frames of a video.\nHow many")
     assert prompt(items["0"], direct=True).endswith("using a single word or phrase.")
-    assert evaluation.grade(items["0"], "<answer>5</answer>", None, True) == ("5", 0.6)
-    assert evaluation.grade(items["1"], "It is on the right.", None, True) == ("B", 1.0)
+    assert grade(items["0"], "<answer>5</answer>") == ("5", 0.6)
+    assert grade(items["1"], "It is on the right.") == ("B", 1.0)
 
 
 @pytest.mark.parametrize("clips", [True, False])
@@ -290,7 +290,7 @@ def test_a_question_with_one_candidate_counts_and_blanks_do_not(clip, tmp_path):
     write_json(tmp_path / "json/counterfactual_inference.json", [row, row | dict(candidates=["a", "The sphere. "])])
     one, two = [q for q in read_bench("mvbench", tmp_path)[0] if q.groups["task"] == "counterfactual_inference"]
     assert (one.record.reference, two.record.reference) == ("A", "B") and two.record.options == ("a", "The sphere.")
-    assert evaluation.grade(one, "<answer>A</answer>", None, True) == ("A", 1.0)
+    assert grade(one, "<answer>A</answer>") == ("A", 1.0)
 
 
 def test_annotations_are_the_same_in_every_form(clip, tmp_path):
@@ -329,13 +329,6 @@ def test_a_missing_model_and_missing_data_are_one_error(name, count, tmp_path, m
     told = str(ended.value)
     assert "hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir models/Qwen2.5-VL-3B-Instruct" in told
     assert told.count("--repo-type dataset") == count and "hf download yale-nlp/MMVU" in told
-
-
-def test_parquet_without_pyarrow_says_what_to_install(clip, tmp_path, monkeypatch):
-    videomme(tmp_path, clip)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(SystemExit, match="pip install pyarrow"):
-        read_bench("videomme", tmp_path)
 
 
 @pytest.mark.parametrize("damage, complaint", [
@@ -383,10 +376,3 @@ def test_one_broken_benchmark_does_not_stop_the_others(clip, base, tmp_path, mon
                          "784", "--max-response", "4"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
     assert table[0][-2:] == ["mmvu*", "mean"] and table[-1] == ["VideoP2R", "(paper)", "65.4", "65.4"]
-
-
-def test_a_question_that_stands_there_twice_counts_twice(clip, tmp_path):
-    mmvu(tmp_path, clip)
-    rows = json.loads((tmp_path / "validation.json").read_text())
-    write_json(tmp_path / "validation.json", [rows[0], rows[0]])
-    assert [i.record.problem_id for i in read_bench("mmvu", tmp_path)[0]] == ["validation_1"] * 2

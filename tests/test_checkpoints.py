@@ -1,7 +1,6 @@
 """Promise: a checkpoint folder is read strictly, written whole or not at all, and exchanged with transformers both ways
 without conversion."""
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -49,42 +48,30 @@ def official_tensors(network) -> dict[str, torch.Tensor]:
 
 # ------------------------------------------------------------------------------------------------ strict reading
 
-def test_a_missing_tensor_is_named(tmp_path):
+NORM, LORA = "model.norm.weight", "visual.blocks.0.lora.weight"
+TENSORS = {
+    r"1 missing tensors: model\.norm\.weight": lambda tensors: tensors.pop(NORM),
+    r"1 unexpected tensors: visual\.blocks\.0\.lora": lambda tensors: tensors.update({LORA: torch.ones(2)}),
+    r"norm\.weight has shape \(64,\), not \(128,\)": lambda tensors: tensors.update({NORM: torch.ones(64)}),
+    r"norm\.weight contains NaN": lambda tensors: tensors.update({NORM: torch.full((128,), float("nan"))}),
+}
+
+
+@pytest.mark.parametrize("message", TENSORS)
+def test_a_tensor_that_does_not_fit_is_named(message, tmp_path):
     write(TIED, tmp_path / "a")
-    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match=r"1 missing tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+    rewrite(tmp_path / "a" / SINGLE, TENSORS[message])
+    with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "a")
 
 
-def test_a_tensor_too_many_is_named(tmp_path):
+@pytest.mark.parametrize("changes, message", [
+    (dict(tie_word_embeddings=False), r"1 missing tensors: lm_head\.weight"),
+    (dict(num_hidden_layers=5), r"12 missing tensors: model\.layers\.4\.")])
+def test_weights_and_configuration_must_agree(changes, message, tmp_path):
     write(TIED, tmp_path / "a")
-    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({"visual.blocks.0.lora.weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match=r"1 unexpected tensors: visual\.blocks\.0\.lora\.weight"):
-        load_model(tmp_path / "a")
-
-
-def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
-    write(TIED, tmp_path / "a")
-    rewrite(tmp_path / "a" / SINGLE, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(64,\), not \(128,\)"):
-        load_model(tmp_path / "a")
-
-
-def test_weights_and_configuration_must_agree_on_a_head_of_its_own(tmp_path):
-    write(TIED, tmp_path / "tied")
-    rewrite(tmp_path / "tied" / "config.json", lambda raw: raw.update(tie_word_embeddings=False))
-    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight"):
-        load_model(tmp_path / "tied")
-    write(UNTIED, tmp_path / "untied")
-    rewrite(tmp_path / "untied" / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
-    with pytest.raises(ValueError, match=r"unexpected tensors: lm_head\.weight"):
-        load_model(tmp_path / "untied")
-
-
-def test_long_lists_of_names_are_cut(tmp_path):
-    write(TIED, tmp_path / "a")
-    rewrite(tmp_path / "a" / "config.json", lambda raw: raw.update(num_hidden_layers=5))
-    with pytest.raises(ValueError, match=r"12 missing tensors: model\.layers\.4\..* …$"):
+    rewrite(tmp_path / "a" / "config.json", lambda raw: raw.update(changes))
+    with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "a")
 
 
@@ -95,12 +82,6 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="80 missing tensors: "):
         load_model(tmp_path)
 
-
-def test_the_tensors_of_a_file_that_is_not_there_are_missing(tmp_path):
-    write(TIED, tmp_path / "a", shard_bytes=2 ** 20)
-    sorted((tmp_path / "a").glob("*.safetensors"))[1].unlink()
-    with pytest.raises(ValueError, match="missing tensors: .*weight"):
-        load_model(tmp_path / "a")
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -150,12 +131,6 @@ def test_transformers_reads_every_setting_that_we_write(tmp_path):
     assert read_config(tmp_path) == unusual
 
 
-def test_a_null_in_the_nested_part_hides_no_value_at_the_root(tmp_path):
-    """transformers 4.53 wrote the token ids twice: at the root, and as null under text_config."""
-    nested = {"image_token_id": None, "video_token_id": None, "vocab_size": 151936, "hidden_size": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["3b"] | {"text_config": nested}))
-    assert read_config(tmp_path) == CONFIGS["3b"]
-
 
 @pytest.mark.parametrize("root, nested, tied", [({}, {}, False), ({}, {"tie_word_embeddings": True}, True),
                                                 ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, True)])
@@ -196,11 +171,6 @@ def test_shards_hold_what_a_single_file_holds(config, tmp_path):
     assert not (tmp_path / "b" / INDEX).exists()
     assert_same(load_model(tmp_path / "b").state_dict(), tensors)
 
-
-def test_a_tensor_larger_than_a_shard_gets_one_to_itself(tmp_path):
-    tensors = write(TIED, tmp_path / "a", shard_bytes=1)
-    assert len(list((tmp_path / "a").glob("*.safetensors"))) == len(tensors)
-    assert_same(load_model(tmp_path / "a").state_dict(), tensors)
 
 
 def test_numbers_keep_their_type_on_disk_and_take_the_wanted_one_in_memory(tmp_path):
@@ -252,26 +222,10 @@ def test_configuration_and_tokenizer_travel_along_and_nothing_else(tmp_path):
     assert_same(load_model(tmp_path / "a").state_dict(), tensors)
 
 
-def test_extra_files_appear_together_with_the_weights(tmp_path):
-    folder, seen = tmp_path / "runs" / "a", []
-
-    def write_extra(aside):
-        seen.append(folder.exists())
-        (aside / "state.json").write_text("{}")
-
-    save_model({"x": torch.ones(2)}, folder, write_extra=write_extra)
-    assert seen == [False] and set(contents(folder)) == {SINGLE, "state.json"}
-    assert [f.name for f in folder.parent.iterdir()] == ["a"], "nothing is left aside"
-
 
 def interrupt(folder):
     raise KeyboardInterrupt
 
-
-def test_an_interrupted_first_write_leaves_no_folder_under_the_name(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        save_model({"x": torch.ones(2)}, tmp_path / "a", write_extra=interrupt)
-    assert not (tmp_path / "a").exists()
 
 
 def test_an_interrupted_write_leaves_the_old_folder_as_it_was(tmp_path):
@@ -283,54 +237,13 @@ def test_an_interrupted_write_leaves_the_old_folder_as_it_was(tmp_path):
     assert contents(folder) == before
 
 
-def test_the_next_write_clears_away_what_an_interrupted_one_left(tmp_path):
-    folder = tmp_path / "a"
-    tensors = write(TIED, folder)
-    with pytest.raises(KeyboardInterrupt):
-        save_model(tensors, folder, source=folder, write_extra=interrupt, shard_bytes=2 ** 20)
-    later = {name: x + 1 for name, x in tensors.items()}
-    save_model(later, folder, source=folder)
-    assert set(contents(folder)) == {"config.json", SINGLE}
-    assert [f.name for f in tmp_path.iterdir()] == ["a"]
-    assert_same(load_model(folder).state_dict(), later)
 
 
-def test_a_folder_can_move(tmp_path):
-    tensors = write(UNTIED, tmp_path / "a", shard_bytes=2 ** 20)
-    shutil.move(tmp_path / "a", tmp_path / "b")
-    assert_same(load_model(tmp_path / "b").state_dict(), tensors)
-
-
-# ------------------------------------------------------------------------------------------------ official sizes
-
-#        vision tower   embedding    one layer    all
-TOTALS = {"3b": (668_684_288, 311_164_928, 77_076_992, 3_754_622_976),
-          "7b": (676_550_144, 544_997_376, 233_057_792, 8_292_166_656)}
-
-
-def on_meta(size):
-    with torch.device("meta"):
-        return Qwen2_5_VL(CONFIGS[size])
-
-
-def count(part) -> int:
-    return sum(p.numel() for p in part.parameters())
-
-
-@pytest.mark.parametrize("size", TOTALS)
-def test_official_rows_have_the_official_number_of_parameters(size):
-    model, (vision, embedding, layer, total) = on_meta(size), TOTALS[size]
-    c, decoder = model.config, model.model
-    assert count(model.visual) == vision and count(decoder.embed_tokens) == embedding
-    assert count(decoder.layers[0]) == layer
-    heads = 0 if c.tie_word_embeddings else embedding
-    assert vision + embedding + c.num_hidden_layers * layer + c.hidden_size + heads == total == count(model)
-
-
-@pytest.mark.parametrize("size", TOTALS)
+@pytest.mark.parametrize("size", PUBLISHED)
 def test_official_rows_have_the_names_and_shapes_of_transformers(size, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[size]))
     with torch.device("meta"):
         network = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(tmp_path))
+        ours = Qwen2_5_VL(CONFIGS[size])
     expected = {name: p.shape for name, p in official_tensors(network).items()}
-    assert {name: p.shape for name, p in on_meta(size).named_parameters()} == expected
+    assert {name: p.shape for name, p in ours.named_parameters()} == expected

@@ -55,7 +55,7 @@ def test_a_wrong_flag_is_named(module, flags, complaint, capsys):
 def test_missing_weights_and_data_are_one_error_with_the_commands_that_fetch_them(script, expected, tmp_path):
     ended = subprocess.run([sys.executable, str(ROOT / script), "--preset", "7b"], cwd=tmp_path,
                            capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b (chosen by flag)")
+    assert ended.returncode == 1 and ended.stdout.startswith("Preset 7b; others: tiny, 3b")
     assert all(command in ended.stderr for command in expected) and "Traceback" not in ended.stderr
 
 
@@ -67,12 +67,6 @@ def test_an_old_torch_is_named_before_anything_breaks(script, monkeypatch):
     with pytest.raises(SystemExit, match="torch 2.11 or later is needed, this is 2.10.1"):
         runpy.run_path(str(ROOT / script))
 
-
-def test_a_broken_record_file_ends_in_one_line(toy, base, tmp_path):
-    (tmp_path / "bad.json").write_text('[{"problem": "?"}]')
-    with pytest.raises(SystemExit, match=r"bad.json, record 1: lacks problem_type, solution, path, data_type"):
-        sft.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base),
-                  "--data", str(tmp_path / "bad.json"), "--media", str(toy)])
 
 
 def test_check_counts_types_and_lost_media(toy, tmp_path, capsys):
@@ -96,12 +90,6 @@ def test_a_question_about_a_clip_is_answered(toy, base, capsys):
     said = capsys.readouterr().out
     assert "3 grid steps of 1.00 s, 28×28 pixels" in said and "cut off after 8 tokens" in said
 
-
-def test_a_clip_that_is_none_is_named(base, tmp_path):
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    with pytest.raises(SystemExit, match="empty.mp4: cannot be decoded"):
-        evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(tmp_path / "empty.mp4"),
-                         "--question", "?"])
 
 
 def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base, tmp_path, capsys):

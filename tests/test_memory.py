@@ -8,7 +8,6 @@ import sft
 from counting import Counting
 from data import Vocabulary, build_example, read_records
 from model import CONFIGS, Qwen2_5_VL, init_weights, qwen
-from rewards import Judge, rule_judge
 from sft import TINY, World, memory
 
 WIDE = qwen(256, 4, 4, 2, 1024, 2048, True, sections=(8, 12, 12), ids=(6, 7), vision=dict(
@@ -22,16 +21,18 @@ def counted(settings, toy, base, config) -> float:
     examples = [build_example(r, toy, vocabulary, config, settings) for r in read_records(toy / "rl.json")]
     with Counting() as count:
         policy, reference = (vocabulary.mask_special_tokens(init_weights(Qwen2_5_VL(config), seed)) for seed in (0, 1))
+        reference = reference if settings.kl_beta else None
         policy.save_memory = settings.save_memory
-        reference.requires_grad_(False)
+        if reference:
+            reference.requires_grad_(False)
         optimizer = sft.make_optimizer(policy, settings)
-        if not sft.needs_reference(settings):
-            reference = None
         for step in range(2):
-            groups, parts, _ = pagrpo.act(step, examples[:settings.questions], policy, reference, vocabulary,
-                                          Judge(rule_judge, True), None, settings, world)
-            pagrpo.learn(groups, parts, policy, optimizer, 1e-6, settings, world)
-            del groups, parts
+            groups = pagrpo.rollout(policy, examples[:settings.questions], vocabulary, settings, f"step {step}",
+                                    settings.group_size, 1.0)
+            batches = pagrpo.make_batches(groups, policy, reference, vocabulary, settings, world)
+            advantages = torch.ones(len(groups), settings.group_size, 2)
+            pagrpo.update(policy, optimizer, batches, advantages, 1e-6, settings, world)
+            del groups, batches
     return count.peak
 
 
@@ -80,7 +81,7 @@ def test_dry_run_prints_the_table_and_makes_nothing(tmp_path, capsys):
 def test_out_of_memory_ends_in_a_line_with_the_flags_that_help(error, toy, base, tmp_path, monkeypatch):
     def full(*args):
         raise error
-    monkeypatch.setattr(pagrpo, "optimizer_step", full)
+    monkeypatch.setattr(sft, "optimizer_step", full)
     with pytest.raises(SystemExit) as ended:
         pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data", str(toy / "rl.json"),
                      "--media", str(toy), "--steps", "2", "--group-size", "2"])

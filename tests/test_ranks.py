@@ -15,11 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft import newest_checkpoint
+from model import newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
-
-
 BARE = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -42,20 +40,6 @@ def rl(out, toy, model, **changes) -> list[str]:
 def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
-
-def test_a_rank_without_a_question_keeps_in_step_and_changes_nothing(toy, started, tmp_path):
-    """One question a step, judged by the reference: the second rank has none and must neither hang nor change anything.
-    """
-    common = ["--preset", "tiny", "--model", started, "--data", toy / "rl.json", "--media", toy, "--questions", 1,
-              "--group-size", 2, "--max-response", 20, "--steps", 2, "--judge", "reference"]
-    launch(1, "pagrpo.py", "--out", tmp_path / "1", *common)
-    launch(2, "pagrpo.py", "--out", tmp_path / "2", *common)
-    one, two = (logged(tmp_path / ranks / "pagrpo") for ranks in "12")
-    for a, b in zip(one, two, strict=True):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["tokens"] == b["tokens"]
-        assert a["judge/claims"] == b["judge/claims"] > 0, "the other rank has something to judge"
-    a, b = (load_file(newest_checkpoint(tmp_path / ranks / "pagrpo") / "optimizer.safetensors") for ranks in "12")
-    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
 
 @pytest.mark.parametrize("script, stage, flags", [
@@ -138,9 +122,11 @@ def begin(ranks: int, flags: list[str], *how: str) -> subprocess.Popen:
 def ranks_of(run: subprocess.Popen) -> list[int]:
     """Process ids of a torchrun's ranks, by rank."""
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    number = lambda pid: int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())[1])
-    mine = [int(pid) for pid in children if b"pagrpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return sorted(mine, key=number)
+    mine = {}
+    for pid in children:
+        if b"pagrpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            mine[int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())[1])] = int(pid)
+    return [mine[rank] for rank in sorted(mine)]
 
 
 def after_step(run: subprocess.Popen, folder: Path, step: int) -> None:

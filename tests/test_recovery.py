@@ -8,17 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+import data
 import pagrpo
 import sft
-from model import load_model, newest_checkpoint
+from model import newest_checkpoint
 from test_resume import before_update, metrics, rl_flags, same_end, sft_flags
 
 ROOT = Path(__file__).parent.parent
@@ -73,10 +73,10 @@ def garble(file: Path) -> None:
 
 
 DAMAGE = {
-    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 999_999), "model.safetensors has not the size"),
-    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors has not the"),
+    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 999_999), "model.safetensors differs in size"),
+    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors differs in size"),
     "a header": (lambda f: garble(f / "model.safetensors"), "model.safetensors is damaged"),
-    "emptied": (lambda f: os.truncate(f / "config.json", 0), "config.json has not the size"),
+    "emptied": (lambda f: os.truncate(f / "config.json", 0), "config.json differs in size"),
     "a file lost": (lambda f: (f / "tokenizer.json").unlink(), "No such file .*tokenizer.json"),
     "moments lost": (lambda f: (f / "optimizer.safetensors").unlink(), "No such file .*optimizer.safetensors"),
     "no state": (lambda f: (f / "state.json").unlink(), "No such file .*state.json"),
@@ -120,18 +120,12 @@ def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained,
     assert same_end(trained / "sft", tmp_path / "old/sft")
 
 
-def test_a_renamed_checkpoint_is_not_believed(trained, toy, base, tmp_path):
-    shutil.copytree(trained, tmp_path / "a")
-    (tmp_path / "a/sft/step-000006").rename(tmp_path / "a/sft/step-000300")
-    with pytest.raises(SystemExit, match="step-000300 holds step 6"):
-        sft.main(sft_flags(tmp_path / "a", toy, base, steps=6))
-
 
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path, monkeypatch):
     """Steps 2 and 4 are saved, 4 is damaged: while 3 is written 2 may go, but 3 must stay."""
     sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=2))
     (tmp_path / "sft/step-000004/state.json").write_text("{")
-    before_update(monkeypatch, sft, lambda *_: signal.raise_signal(signal.SIGTERM))
+    before_update(monkeypatch, lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match="Stopped after step 3 of 4. The last checkpoint is .*step-000003"):
         sft.main(sft_flags(tmp_path, toy, base, steps=4, save_every=2, keep=1))
     assert newest_checkpoint(tmp_path / "sft").name == "step-000003"
@@ -162,52 +156,16 @@ def test_rl_does_not_start_from_an_unfinished_run_by_accident(trained, toy, base
 # ------------------------------------------------------------------------------------------------ what is kept
 
 def test_the_last_ones_and_the_best_are_kept(toy, base, tmp_path, monkeypatch):
-    losses = iter([9.0, 5.0, 1.0, 4.0, 3.0, 2.5, 2.0])       # before, after steps 2, 4, 6, 8, 10, at the end
+    losses = iter([5.0, 1.0, 4.0, 3.0, 2.5])                 # after steps 2, 4, 6, 8, 10
     monkeypatch.setattr(sft, "heldout_loss", lambda *_: next(losses))
     sft.main(sft_flags(tmp_path, toy, base, steps=10, save_every=1, keep=2, eval_every=2))
     assert names(tmp_path / "sft") == ["step-000004", "step-000009", "step-000010"]
-    assert sft.best_of(list((tmp_path / "sft").glob("step*"))).name == "step-000004"
     assert [row.get("heldout_loss") for row in metrics(tmp_path / "sft")][1::2] == [5.0, 1.0, 4.0, 3.0, 2.5]
 
 
-def test_rl_is_measured_by_held_out_answers(toy, base, tmp_path):
-    pagrpo.main(rl_flags(tmp_path, toy, base, steps=4, eval_every=2, save_every=99))
-    rows = metrics(tmp_path / "pagrpo")
-    assert ["heldout/answer" in row for row in rows] == [False, True, False, True]
-    state = json.loads((newest_checkpoint(tmp_path / "pagrpo") / "state.json").read_text())
-    assert state["score"] == rows[-1]["heldout/answer"] and state["source"] == str(base) and state["step"] == 4
-
-
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(toy, base, tmp_path, monkeypatch):
-    """The writer waits until the next step is done: were training to wait for the writer, neither would end."""
-    save_model, log, went_on = sft.save_model, sft.Run.log, threading.Event()
-
-    def slow(*args, **kwargs):
-        assert went_on.wait(timeout=20), "training stood still"
-        save_model(*args, **kwargs)
-
-    def logged(run, row, *rest):
-        log(run, row, *rest)
-        if row["step"] == 4:
-            went_on.set()
-    sft.main(sft_flags(tmp_path / "plain", toy, base, steps=5, save_every=3))
-    monkeypatch.setattr(sft, "save_model", slow)
-    monkeypatch.setattr(sft.Run, "log", logged)
-    sft.main(sft_flags(tmp_path / "meanwhile", toy, base, steps=5, save_every=3))
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (load_file(tmp_path / run / "sft/step-000003" / file) for run in ("plain", "meanwhile"))
-        assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ------------------------------------------------------------------------------------------------ faults
-
-def test_a_writer_that_fails_for_any_reason_ends_the_run(toy, base, tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
-        raise MemoryError("no room for a copy")
-    monkeypatch.setattr(sft, "save_model", broken)
-    with pytest.raises(SystemExit, match="step-000003 could not be written: no room for a copy.* no checkpoint yet"):
-        sft.main(sft_flags(tmp_path, toy, base, steps=30))
-    assert len(metrics(tmp_path / "sft")) <= 6
 
 
 def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_path):
@@ -219,42 +177,29 @@ def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))
     command = [sys.executable, str(ROOT / "sft.py"), *sft_flags(tmp_path, toy, base, steps=9, save_every=2)]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=60, env=ENV)
-    assert result.returncode == 1 and "step-000002 could not be written" in result.stderr, result.stderr
+    assert result.returncode == 1 and "step-000002.writing cannot be written" in result.stderr, result.stderr
     assert "There is no checkpoint yet" in result.stderr and "Traceback" not in result.stderr
     assert not names(tmp_path / "sft"), "nothing half-written is left"
     subprocess.run(command, check=True, capture_output=True, timeout=60, env=ENV)
     assert newest_checkpoint(tmp_path / "sft").name == "step-000009"
 
 
-def test_a_folder_that_cannot_be_written_is_named(toy, base, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="Error: .*file"):
-        sft.main(sft_flags(tmp_path / "file", toy, base, steps=1))
-
 
 def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, capsys):
     rows = json.loads((toy / "rl.json").read_text())[:20]
-    for i in sft.step_indices(20, 2, 1, seed=0):             # what step 2 will ask for
+    for i in data.step_indices(20, 2, 1, seed=0):             # what step 2 will ask for
         rows[i]["path"] = "not/there.avi"
     (tmp_path / "rl.json").write_text(json.dumps(rows))
     pagrpo.main(rl_flags(tmp_path, toy, base, data=tmp_path / "rl.json", steps=3, heldout="", save_every=1, keep=3))
-    assert "Step 2: the media of none of its questions can be read; nothing was learned." in capsys.readouterr().out
+    assert "The media of none of this step's questions can be read" in capsys.readouterr().out
     assert [row["skipped"] for row in metrics(tmp_path / "pagrpo")] == [0, 2, 0]
     a, b = (load_file(tmp_path / f"pagrpo/step-00000{n}/model.safetensors") for n in (1, 2))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_weights_that_are_no_numbers_are_refused_by_name(base, tmp_path):
-    shutil.copytree(base, tmp_path / "bad")
-    tensors = load_file(tmp_path / "bad/model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, tmp_path / "bad/model.safetensors")
-    with pytest.raises(ValueError, match="model.norm.weight contains NaN or infinite values"):
-        load_model(tmp_path / "bad")
-
 
 @pytest.mark.parametrize("flag, value", [("--keep", 0), ("--patience", 0), ("--eval-every", -1), ("--lr", "nan"),
-                                         ("--clip-norm", 0), ("--shards", -1), ("--beta2", 1.5)])
+                                         ("--clip-norm", 0), ("--shards", -1)])
 def test_senseless_settings_are_refused(flag, value, toy, base, tmp_path):
     with pytest.raises(SystemExit, match=f"{flag} must be "):
         sft.main([*sft_flags(tmp_path, toy, base), flag, str(value)])
