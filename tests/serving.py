@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that speaks OpenAI's chat protocol, with faults on order. For tests and benches."""
+"""A real HTTP server on loopback for OpenAI's chat protocol that can fail in many ways. For tests and benches."""
 import json
 import threading
 from contextlib import contextmanager
@@ -63,7 +63,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(play, delay: float = 0.0):
-    """`play(number, request)` says what happens to the request with this number (from 0): a text is a completion."""
+    """`play(number, request)` returns the answer to the request with this number (from 0): a text is a completion."""
     server = Server(("127.0.0.1", 0), Handler)
     server.play, server.delay, server.lock = play, delay, threading.Lock()
     server.requests, server.headers, server.under_way, server.most_under_way = [], [], 0, 0

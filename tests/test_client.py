@@ -37,7 +37,7 @@ def waits(monkeypatch):
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_a_server_gets_its_own_key_and_nothing_else_from_the_environment(key, monkeypatch):
-    """Keys and headers for OpenAI's own servers stand in OPENAI_…: none of them is for this one."""
+    """Keys and headers for OpenAI's own servers are in OPENAI_…: none of them is for this one."""
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
         monkeypatch.setenv("OPENAI_" + name, "users-own")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://users-own/v1")
@@ -96,9 +96,9 @@ def test_replies_are_in_the_order_of_the_questions_and_no_more_are_asked_at_once
     assert server.most_under_way == 4
 
 
-@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b'{"choices": [' + b" " * 900, drip=0.02)], ids=["", "drip"])
+@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b"{" + b" " * 900, drip=0.02)], ids=["", "drip"])
 def test_a_batch_has_a_deadline(fault):
-    """Other ranks wait, so a failing server is given up, even one that sends a byte at a time and reaches no timeout."""
+    """Other ranks wait, so a failing server is given up, even one that sends a byte at a time, within the timeout."""
     with serving(lambda n, request: fault if n else "quick") as server:
         client, began = ChatClient(server.url, "m", concurrency=1, patience=0.3), time.monotonic()
         replies = client.ask_all([chat("1"), chat("2"), chat("3")])
@@ -110,30 +110,27 @@ def test_a_program_that_ends_does_not_wait_for_a_slow_server():
     program = """if True:
         import sys, time
         from rewards import ChatClient, Claim, Judge, language_judge
-        claim = Claim("What is it?", (), "free-form", "a cat", "there is a small grey animal on a mat")
         client = ChatClient(sys.argv[1], "m")
+        claim = Claim("What is it?", (), "free-form", "a cat", "there is a small grey animal on a mat")
         Judge(language_judge(client.ask_all), background=True).start([claim])
         while not client.counts["requests"]:
             time.sleep(0.01)
-        print("asked", time.time())
     """
     with serving(lambda n, request: "late", delay=60) as server:
-        root = Path(__file__).parents[1]
-        ended = subprocess.run([sys.executable, "-c", program, server.url], cwd=root, capture_output=True, text=True)
+        ended = subprocess.run([sys.executable, "-c", program, server.url], cwd=Path(__file__).parents[1],
+                               capture_output=True, text=True, timeout=50)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
-    assert time.time() - float(ended.stdout.split()[1]) < 10
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
-@pytest.mark.parametrize("fault", [
-    Fault(500), Fault(503, body=b"overloaded"), Fault(429), Fault(408), Fault(drop=True),
-    Fault(headers={"Content-Length": "900"}, body=b'{"choices"')], ids=lambda f: f"{f.status} {f.body[:12]} {f.drop}")
-def test_what_may_pass_is_tried_again(fault, waits):
-    with serving(lambda n, request: fault if n < 2 else "at last") as server:
-        client = ChatClient(server.url, "m", timeout=1.0, retries=3)
+def test_what_may_pass_is_tried_again_and_a_server_that_asks_for_time_gets_it(waits):
+    faults = [Fault(500), Fault(503, body=b"overloaded"), Fault(408), Fault(drop=True),
+              Fault(429, {"Retry-After": "40"}), Fault(headers={"Content-Length": "900"}, body=b'{"choices"')]
+    with serving(lambda n, request: faults[n] if n < 6 else "at last") as server:
+        client = ChatClient(server.url, "m", timeout=1.0, retries=6)
         assert client.ask(chat("?")).text == "at last"
-    assert client.counts == {"requests": 1, "retries": 2} and len(server.requests) == 3
+    assert client.counts == {"requests": 1, "retries": 6} and len(server.requests) == 7 and waits[4] == 40
 
 
 def test_an_outage_of_two_minutes_is_survived(waits, monkeypatch):
@@ -145,12 +142,6 @@ def test_an_outage_of_two_minutes_is_survived(waits, monkeypatch):
         waits[:] = [-1000]                                                   # now it does not come back
         monkeypatch.setattr(openai._base_client, "random", lambda: 0.0)      # as long as they can be
         assert client.ask(chat("?")).error == "HTTP 503 down" and sum(waits[1:]) < client.patience
-
-
-def test_a_server_that_asks_for_time_gets_it(waits):
-    with serving(lambda n, request: "ok" if n else Fault(429, {"Retry-After": "40"})) as server:
-        assert ChatClient(server.url, "m").ask(chat("?")).text == "ok"
-    assert waits == [40]
 
 
 def test_slow_answers_are_waited_for_and_too_slow_ones_asked_for_again(waits):
