@@ -5,8 +5,8 @@
     python data.py cot                                traces for the toy world; for other questions: --data FILE
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
-Records are those of the VideoP2R release: problem, options, solution, path, data_type, problem_type, and for SFT the
-trace in observation and process. A record whose media cannot be read is skipped and named; no other clip is substituted.
+Records are those of the VideoP2R release. One whose media cannot be read is skipped and named; no other clip is
+substituted.
 """
 import argparse
 import ast
@@ -54,10 +54,10 @@ def flag(default, help: str, choices: list[str] | None = None):
 @dataclass(frozen=True)
 class InputSettings:
     """How media and prompts become model inputs. SFT, RL and evaluation must agree on them."""
-    frames: int = flag(16, "maximum number of frames taken from a video (even), always with its first and last")
-    fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows; 0: always --frames")
-    min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this many pixels")
-    max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this many pixels")
+    frames: int = flag(16, "maximum number of frames of a video, the first and the last among them")
+    fps: float = flag(2.0, "frames per second of video, as far as --frames allows; 0: always --frames")
+    min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this size")
+    max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this size")
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
     prompt: str = flag("full", "full: with the template; short: without it, as SFT teaches it; direct: question and "
@@ -102,8 +102,8 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """Which frames are taken: evenly spread, with the first and the last. Their number is `settings.fps` a second,
-    rounded down to an even one as in qwen_vl_utils, within 4 … `settings.frames`. A single frame is taken twice."""
+    """Evenly spread, with the first and the last: `settings.fps` a second, within 4 … `settings.frames`, rounded down
+    to an even number as in qwen_vl_utils. A single frame is taken twice."""
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
     wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
     return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
@@ -111,13 +111,13 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per temporal patch, of a video file or a folder of frames.
-    `bounds`: the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError."""
+    """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or of a folder with `rate` frames a
+    second. `bounds`: start and end in seconds. Raises MediaError."""
     import decord                                            # not at the top: torch must be imported before it
     try:
         if folder := path.is_dir():
             files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-            files.sort(key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
+            files.sort(key=lambda f: (len(f.name), f.name))  # 2.png comes before 10.png
             total, fps = len(files), rate or settings.fps or 2.0
         else:                                                # fault_tol: a frame that cannot be decoded is an error
             reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
@@ -145,7 +145,7 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            if image.has_transparency_data:                                   # on white, as the official utility does
+            if image.has_transparency_data:                  # on white, as the official utility does
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -153,15 +153,13 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """Frames (N, height, width, 3) uint8 in the size that the model sees."""
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
     return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames (N, height, width, 3) → patches (S, 3·2·14·14), resized, normalized and in the order that the vision tower
-    expects, and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours; a
-    patch holds colour, then two frames, then rows and columns of pixels."""
+    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the vision tower's order, and
+    their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
@@ -198,8 +196,7 @@ class Record:
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace. Raises ValueError
-    with the file and the record's number."""
+    """Reads a JSON list or JSON lines, gzip or plain. `traces`: each record must have one. Raises ValueError."""
     where = f"{file}"
     try:
         raw = Path(file).read_bytes()
@@ -235,7 +232,7 @@ def to_record(row: dict, traces: bool) -> Record:
     if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"options are no list of texts: {options!r:.80}")
     if row["problem_type"] == "multiple choice" and len(options) == 1:
-        raise ValueError("a multiple choice with one option")
+        raise ValueError("a multiple choice has one option")
     reference = extract_tag("answer", str(solution)) if "answer>" in str(solution) else str(solution).strip()
     if type(solution) not in (str, int, float) or solution != solution or not reference:      # Python's JSON has NaN
         raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
@@ -254,12 +251,11 @@ def to_row(r: Record) -> dict:
 
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError, also for a
-    path that leads out of the media folder."""
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
     try:
         path = (root / r.path).resolve()
         inside, there = path.is_relative_to(root.resolve()), path.is_file() or path.is_dir()  # no pipe, no device
-    except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
+    except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
     if not (inside and there):
         raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
@@ -271,7 +267,7 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
 # ------------------------------------------------------------------------------------------------ prompts
 
 THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before "
-               "you settle on it.")                          # in the process-agnostic template, without observations
+               "you settle on it.")                          # without an observation before it
 TYPE_LINES = {
     "multiple choice": "Answer with the letter of the correct option.",
     "numerical": "Answer with one exact number.",
@@ -312,34 +308,30 @@ def trace_text(record: Record, template: str) -> str:
 
 def chat(medium: list[int], text: str, v: "Vocabulary", settings: InputSettings) -> list[int]:
     """Token ids of Qwen's chat layout up to the response. The short prompt leaves out the system line."""
-    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
-    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
-    return [*system * (settings.prompt != "short"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
-            *newline, *start, *v.encode("assistant\n")]
+    start, end = [v.id["<|im_start|>"]], [v.id["<|im_end|>"], *v.encode("\n")]
+    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end] if settings.prompt != "short" else []
+    return [*system, *start, *v.encode("user\n"), *medium, *v.encode(text), *end, *start, *v.encode("assistant\n")]
 
 
 def byte_characters() -> dict[int, str]:
     """Byte-level BPE writes each byte as one character: itself if it is printable, else one from 256 on."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 class Vocabulary:
-    """A tokenizer with the bytes of each token, the stop tokens, and the tokens that may never be sampled."""
+    """A checkpoint's tokenizer with the bytes of each token, stop tokens, and tokens that are never sampled."""
 
     def __init__(self, folder: str | Path):
-        """Reads tokenizer.json of a checkpoint folder. Raises FileNotFoundError without one."""
         if not (Path(folder) / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
-        from transformers import PreTrainedTokenizerFast     # slow to import, and only needed here
+        from transformers import PreTrainedTokenizerFast     # slow to import
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-        added = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
+        self.id, self.bytes = self.tokenizer.get_added_vocab(), []            # special tokens; bytes of all
         to_byte = {char: byte for byte, char in byte_characters().items()}
-        self.bytes = []
-        for i, piece in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
-            self.bytes.append(added[i].encode() if i in added else bytes(to_byte[char] for char in piece))
-        self.id = {text: i for i, text in added.items()}
+        for piece in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))):
+            self.bytes.append(piece.encode() if piece in self.id else bytes(to_byte[char] for char in piece))
         self.stop_ids = [self.id["<|im_end|>"], self.id["<|endoftext|>"]]
         self.placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
 
@@ -348,12 +340,12 @@ class Vocabulary:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled tokens, from their bytes, without the stop token at the end."""
+        """The text of sampled tokens, without the stop token at the end."""
         ids = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     def mask_special_tokens(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
-        """Takes placeholders and the padded end of the vocabulary out of the model's distribution, on every path."""
+        """Takes placeholders and the padded end of the vocabulary out of the model's distribution."""
         padding = range(len(self.bytes), model.config.vocab_size)
         model.masked_token_ids = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
         return model
@@ -374,17 +366,16 @@ class Example(NamedTuple):
 
 @lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
 def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
-    """Patches, grid and seconds per temporal patch of a record's medium. Raises MediaError."""
     frames, seconds, max_pixels = read_media(medium, root, settings)
     return *patchify(frames, min(settings.min_pixels, max_pixels), max_pixels), seconds
 
 
 def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings: InputSettings) -> Example:
-    """Reads the medium and lays out the prompt, with an observation that is given. Raises MediaError."""
+    """A record with its medium and its prompt, and the observation that is given. Raises MediaError."""
     pixels, grids, times, medium = None, [], [], []
     if not r.blind:
-        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # independent of the question
-        pixels, grid, seconds = media_patches(key, root, settings)
+        clip = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)  # of any question
+        pixels, grid, seconds = media_patches(clip, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
@@ -394,7 +385,7 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
 
 
 def blank_example(v: Vocabulary, config: Config) -> Example:
-    """A black picture without a question, for a rank without questions: all ranks must run the same passes."""
+    """A picture without a question, for a rank without questions: all ranks must run the same passes."""
     ids = torch.tensor([v.id["<|vision_start|>"], config.image_token_id, v.id["<|vision_end|>"]])
     grid, pixels = (1, MERGE, MERGE), torch.zeros(MERGE ** 2, 3 * TEMPORAL_PATCH * PATCH ** 2)
     record = Record("", "", (), "numerical", "0", "", "image")
@@ -406,12 +397,11 @@ def answer_score(r: Record, answer: str | None) -> float:
 
 
 def why_invalid(r: Record) -> str:
-    """Why a record cannot teach: its own solution would not score 1, or its trace breaks the template. "" if it can."""
+    """Why nothing can be learned from a record; "" if it can."""
     if r.reference and answer_score(r, r.reference) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
-    if r.trace.keys() < set(TRACE_TAGS) or r.given is not None or all(parse(trace_text(r, "p2r")).formats):
-        return ""
-    return "trace: it breaks the template"
+    whole = len(r.trace) == len(TRACE_TAGS) and r.given is None
+    return "trace: it breaks the template" if whole and not all(parse(trace_text(r, "p2r")).formats) else ""
 
 
 class Examples:
@@ -434,14 +424,14 @@ class Examples:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
         r, example = self.records[i], None
-        reason = why_invalid(r) if self.teaching else ""
+        reason, limit = why_invalid(r) if self.teaching else "", self.settings.max_prompt
         try:
             if not reason:
                 example = build_example(r, self.root, self.vocabulary, self.config, self.settings)
         except MediaError as error:
             reason = f"media: {error}"
-        if example and len(example.ids) > self.settings.max_prompt:
-            example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
+        if example and len(example.ids) > limit:
+            example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {limit}"
         size = example.pixels.nbytes if example and example.pixels is not None else 0
         with self.lock:
             self.asked.add(i)
@@ -455,16 +445,16 @@ class Examples:
         return example
 
     def check_losses(self) -> None:
-        """Raises ValueError if media of more than `max_unreadable` of at least 20 records could not be read."""
+        """Raises ValueError above the share `max_unreadable` of at least 20 records."""
         with self.lock:
             lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
         if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
             raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
-                             f"{self.records[lost[0]].path} ({self.skipped[lost[0]]}). Is this the right media folder? "
-                             f"To train on what is there: `python data.py check FILE --media DIR --keep PART.jsonl`.")
+                             f"{self.records[lost[0]].path} ({self.skipped[lost[0]]}). Is it the right media folder? "
+                             f"To train on what is there: python data.py check FILE --media DIR --keep PART.jsonl")
 
     def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
-        """Yields the readable examples of each step's indices, while threads read those of the next two steps."""
+        """Yields the examples of each step's indices, while threads read those of the next two steps."""
         waiting, pool = [], ThreadPoolExecutor(max(1, self.settings.workers))
         try:
             for indices in [*steps, (), ()]:
@@ -483,7 +473,7 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
-    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler."""
+    """The records of a step: epoch after epoch, each shuffled anew. No sampler has to be saved."""
     places = range(step * size, (step + 1) * size)
     return [epoch_order(count, place // count, seed)[place % count] for place in places]
 
@@ -546,7 +536,7 @@ def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
-    """A question about three letters, with its answer and a correct trace. Returns the record and what is shown."""
+    """A question about three letters, with its answer and a correct trace; and the letters shown."""
     problem_type = TOY_MIX[number % len(TOY_MIX)]
     texts = [text for kind, text in TOY_QUESTIONS.values() if kind == problem_type]
     text = texts[number // len(TOY_MIX) % len(texts)]
@@ -570,7 +560,7 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
 
 
 def toy_clip(seed: int, split: str, number: int) -> bytes:
-    """The clip of a record, from a seed of their own: no held-out clip is ever a training clip."""
+    """The clip of a record. Each record has a seed of its own: no held-out clip is a training clip."""
     rng = random.Random(f"{seed}/{split}/{number}")
     _, shown = toy_record(rng, number, split)
     noise = np.random.default_rng(rng.getrandbits(64))
@@ -606,8 +596,8 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
         record = to_record(toy_record(rng, number, "words")[0], True)
         texts += [instruction(record, InputSettings(prompt="short")), trace_text(record, "p2r")]
     words = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text) if len(piece) > 1}
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                "<|image_pad|>", "<|video_pad|>"]
+    specials = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad",
+                                           "image_pad", "video_pad")]
     pieces = specials + sorted(byte_characters().values()) + sorted(words)
     # ignore_merges: a piece of the vocabulary is one token, any other is split into its bytes.
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
@@ -626,22 +616,21 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
 # ================================ a first reader may stop here ================================
 
 HTTP = ("http://", "https://")
-THRESHOLD = 0.6                                              # the lowest score of a correct answer in the pipeline (paper)
+THRESHOLD = 0.6                                              # lowest score of a correct answer in the pipeline (paper)
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
-    judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers "
-                      "blind), a folder with a language model, or an address http(s)://…/v1")
+    """The judge of observations, and how long a server is tried."""
+    judge: str = flag("rule", "rule (toy world), reference (the KL reference), a model's folder, or http(s)://…/v1")
     judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in `cot`: a folder")
-    judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
+    judge_device: str = flag("", "device of a judge from a folder, such as cuda:1; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
     refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without a judge")
     concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
-    timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
+    timeout: float = flag(60.0, "seconds without data after which a request is tried again")
     retries: int = flag(24, "retries of a failed request, 0.5 to 8 s apart: 24 outlast an outage of two minutes")
-    max_unknown: float = flag(0.2, "largest share of missing verdicts, or of missing traces; above it the run stops")
+    max_unknown: float = flag(0.2, "largest share of missing verdicts or traces; above it the run stops")
 
     def __post_init__(self):
         check_minimum(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
@@ -685,9 +674,8 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
-    """Judges by answering: the model reads question and observation without the media, and writes think and answer
-    greedily. The observation suffices if the answer's score reaches THRESHOLD. The paper asks a language model. Here
-    weak reasoning counts against the observation, and one that states the answer passes unless it is a leak."""
+    """Judges by answering: the model reads question and observation, without the media, and writes think and answer.
+    The observation suffices if the answer's score reaches THRESHOLD: weak reasoning counts against it."""
     verdicts = []
     for i in range(0, len(claims), batch):
         examples = []
@@ -711,7 +699,7 @@ def respond(model: Qwen2_5_VL, vocabulary: Vocabulary, examples: Sequence[Exampl
 
 
 def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
-    """The newest checkpoint in a folder: its vocabulary, the model, and the model's device."""
+    """Vocabulary, model and device of the newest checkpoint in a folder."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -730,58 +718,53 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     """The teacher that --teacher names: the toy teacher, a server, or a checkpoint."""
     if s.teacher == "toy":
         return lambda records: [toy_draft(r, s) for r in records]
-    prepare, write = (http_teacher if s.teacher.startswith(HTTP) else local_teacher)(s)
+    http = s.teacher.startswith(HTTP)
+    if http:
+        client = chat_client(s, "teacher", patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
+                             temperature=s.temperature, seed=s.seed)
+    else:
+        vocabulary, model, device = load_local(s.teacher)
 
     def teach(records: list[Record]) -> list[Draft]:
         inputs, drafts = {}, {}
         for r in records:
             try:
-                inputs[r] = prepare(r)
+                inputs[r] = (chat_with_frames(r, s) if http else
+                             build_example(r, Path(s.media), vocabulary, model.config, s))
             except MediaError as error:
                 drafts[r] = Draft(None, f"media: {error}")
-        if inputs:
-            drafts |= zip(inputs, write([*inputs.values()]))
-        return [drafts[r] for r in records]
+        if http:
+            drafts |= zip(inputs, client.ask_all([*inputs.values()]))
+        elif inputs:
+            uniforms = torch.stack([question_uniforms(s.seed, "teacher", r, 1, s.max_response) for r in inputs])
+            texts = respond(model, vocabulary, [*inputs.values()], uniforms, s.temperature, device)
+            drafts |= zip(inputs, map(Draft, texts))
+        return [Draft(*drafts[r]) for r in records]
     return teach
 
 
-def http_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
-    """A server that speaks OpenAI's chat protocol and reads images: it gets the frames in the size set here."""
-    client = chat_client(s, "teacher", patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
-                         temperature=s.temperature, seed=s.seed)
-
-    def prepare(r: Record) -> list[dict]:
-        (frames, _, limit), content = read_media(r, Path(s.media), s), []
-        for frame in resize(frames, min(s.min_pixels, limit), limit):
-            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
-    return prepare, lambda chats: [Draft(*reply) for reply in client.ask_all(chats)]
-
-
-def local_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
-    """A checkpoint of this project or of Qwen2.5-VL."""
-    vocabulary, model, device = load_local(s.teacher)
-
-    def write(examples: list[Example]) -> list[Draft]:
-        uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response) for e in examples])
-        return [Draft(text) for text in respond(model, vocabulary, examples, uniforms, s.temperature, device)]
-    return lambda r: build_example(r, Path(s.media), vocabulary, model.config, s), write
+def chat_with_frames(r: Record, s: InputSettings) -> list[dict]:
+    """A question for a server that reads images: the frames, in the size set here, then the instruction."""
+    (frames, _, limit), content = read_media(r, Path(s.media), s), []
+    for frame in resize(frames, min(s.min_pixels, limit), limit):
+        Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
 
 
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
-    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Each
-    changes the answer, except for a share `luck` of those in perception: there the reasoning follows from what was
-    shown, not from what was noted down. Only step 3 can catch those."""
+    """The toy teacher's trace: the letters in the record's observation, with mistakes at known rates. Each changes the
+    answer, except for a share `luck` of those in perception: its reasoning follows the letters that were shown, so that
+    only step 3 can catch it."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
-    noted, mistakes = r.trace.get("observation", ""), []
-    seen = reasoned = shown = [item.partition(" ")[2] for item in noted.split(", ")]          # "1 red O, 2 blue X, …"
-    if rewards.toy_observation(toy, shown) != noted or len(shown) != TOY_EVENTS:
-        raise ValueError(f"{r.path}: the toy teacher finds no letters in the record's observation {noted!r:.60}")
+    observation, mistakes = r.trace.get("observation", ""), []
+    seen = reasoned = shown = [item.partition(" ")[2] for item in observation.split(", ")]    # "1 red O, 2 blue X, …"
+    if rewards.toy_observation(toy, shown) != observation or len(shown) != TOY_EVENTS:
+        raise ValueError(f"{r.path}: the toy teacher finds no letters in the observation {observation!r:.60}")
     if rng.random() < s.perception_mistakes:
         mistakes.append("perception")
-        seen = misread(toy, shown, r, 1 - 1e-9, rng)
+        seen = misread(toy, shown, r, 1, rng)
         reasoned = shown if rng.random() < s.luck else seen
     if rng.random() < s.reasoning_mistakes:
         mistakes.append("reasoning")
@@ -815,13 +798,13 @@ class CotSettings(InputSettings, JudgeSettings):
     media: str = flag("", "folder to which the records' paths are relative [the folder of --data]")
     out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
-    teacher: str = flag("toy", "who writes traces: toy (toy world), a checkpoint folder, or an address http(s)://…/v1")
+    teacher: str = flag("toy", "who writes traces: toy (toy world), a checkpoint folder, or http(s)://…/v1")
     teacher_model: str = flag("", "name of an http teacher's model (key: TEACHER_API_KEY)")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
     max_response: int = flag(1024, "maximum number of tokens in a trace")
-    batch: int = flag(16, "records that a local teacher, or the reference as judge, works on at once")
+    batch: int = flag(16, "records that a local teacher or judge works on at once")
     seed: int = flag(0, "decides a teacher's sampling, and the toy teacher's mistakes")
-    perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that note down other letters")
+    perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that observe other letters")
     luck: float = flag(0.5, "share of these whose answer is right all the same")
     reasoning_mistakes: float = flag(0.1, "share of its traces that reason to a wrong answer")
     template_mistakes: float = flag(0.02, "share of its traces that are cut off")
@@ -861,32 +844,31 @@ def cot(s: CotSettings) -> Path:
         # Step 2, verify: the template, and the answer's score.
         why, rows, claims = dict.fromkeys(errors, "not generated"), {}, {}
         for key, r in records.items():
-            output = drafts.get(key, {}).get("output")
+            output = drafts[key]["output"] if key in drafts else None
             contents, formats = parse(output or "")
             score = answer_score(r, contents["answer"])
             row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
             rows[key] = row | {"output": output, "reward": score, "select": False}
-            if key in drafts and all(formats) and score >= THRESHOLD:
+            if all(formats) and score >= THRESHOLD:
                 claims[key] = claim_about(r, contents["observation"])
-            elif key in drafts:
-                why[key] = "answer wrong" if all(formats) else "template broken"
+            else:
+                why.setdefault(key, "answer wrong" if all(formats) else "template broken")
 
         # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
         names = {key: short_hash(claim) for key, claim in claims.items()}
-        verdicts, unjudged = run_resumable(dict(zip(names.values(), claims.values())), make_cot_judge, s.judge, judged,
-                                           "3 observation sufficiency", s)
+        verdicts, unjudged = run_resumable({names[key]: claim for key, claim in claims.items()}, make_cot_judge, s.judge,
+                                           judged, "3 observation sufficiency", s)
         for key, name in names.items():
-            rows[key]["select"] = name in verdicts and verdicts[name]["sufficient"]
             if name in unjudged:
                 why[key], errors[key] = "not judged", unjudged[name]
-            elif not rows[key]["select"]:
+            elif not verdicts[name]["sufficient"]:
                 why[key] = "observation insufficient"
 
-        kept = [row for row in rows.values() if row["select"]]
+        kept = [row | {"select": True} for key, row in rows.items() if key not in why]
         write_rows(folder / "traces.jsonl", kept)
         write_rows(folder / "dropped.jsonl", [row | {"reason": why[key], "error": errors.get(key, "")}
                                               for key, row in rows.items() if key in why])
-        print(*funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), sep="\n")
+        print(*funnel(len(records), why, {key: draft["mistakes"] for key, draft in drafts.items()}), sep="\n")
         print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT", flush=True)
         for error, _ in Counter(errors.values()).most_common(1):
             print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
@@ -895,10 +877,9 @@ def cot(s: CotSettings) -> Path:
 
 def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
                   file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
-    """Works on the items that `file` has no result for, and appends each result to it at once. A worker takes a list
-    of items (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no
-    result. Returns key → result, and key → error. Raises ValueError once 20 items, and more than `s.max_unknown` of
-    those tried, have failed."""
+    """Works on the items without a result in `file`, and appends each result at once. A worker takes a list of items
+    (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no result.
+    Returns key → result, and key → error. Raises ValueError if too many items fail."""
     journal, failed = Journal(file), {}
     done = {row["key"]: row for row in journal.rows if row.get("key") in items}
     todo = [key for key in items if key not in done]
@@ -954,16 +935,11 @@ def make_cot_judge(s: CotSettings) -> Judge:
                                                                 device))
 
 
-def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
-    """Records that passed each step, by medium and problem type, and why the others were dropped; where the teacher's
-    mistakes are known, also precision and recall of the steps that should catch them."""
-    kinds = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
-    table = [["", *STEPS, "kept"]]
-    for kind in [*sorted(set(kinds.values())), "all"]:
-        fails = np.array([DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])])
-        passed = [str((fails > i).sum()) for i in range(len(STEPS))]
-        table.append([kind, *passed, f"{(fails == len(STEPS)).mean():.1%}"])
-    lines, reasons = ["Records that passed each step:", *format_table(table)], Counter(why.values())
+def funnel(count: int, why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
+    """How many of `count` records passed each step, and why the others were dropped; where the teacher's mistakes are
+    known, also precision and recall of the steps that should catch them."""
+    passed = [count - sum(DROPPED[reason] <= i for reason in why.values()) for i in range(len(STEPS))]
+    lines, reasons = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / count:.1%}"]]), Counter(why.values())
     lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reason in reasons]
     met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
     for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
@@ -1010,36 +986,31 @@ def default_settings(settings) -> dict:
 
 
 def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[str]) -> None:
-    """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings."""
-    file, before, now = folder / "settings.json", None, json.loads(json.dumps(settings))
-    if file.is_file():
-        try:
-            before = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError):
-            raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
-        refuse_changes(folder, before, now, defaults, free)
-    if before != now:                                        # a finished run may lie on a read-only disk
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=2) + "\n")
-
-
-def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: Sequence[str]) -> None:
-    """SystemExit with the difference between earlier settings and those of now. A setting that `before` lacks counts
-    as its default. Those in FREE and `free`, and the address of a server, may change."""
-    before, changed = json.loads(json.dumps(defaults)) | before, []
-    for name, value in now.items():
+    """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings. One that is
+    missing there counts as its default; those in FREE and `free`, and a server's address, may change."""
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))
+    try:
+        saved = dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError):
+        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
+    before, changed = json.loads(json.dumps(defaults)) | saved, []
+    for name, value in now.items() if saved else ():
         moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
         if before.get(name) != value and not moved and name not in (*FREE, *free):
             changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
     if changed:
-        raise SystemExit(f"{where} holds work with other settings:\n{''.join(changed)}Use the old settings to continue "
+        raise SystemExit(f"{folder} holds work with other settings:\n{''.join(changed)}Use the old settings to continue "
                          f"it, another --out to begin anew, or remove the folder.")
+    if saved != now:                                         # a finished run may lie on a read-only disk
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(now, indent=2) + "\n")
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes a file aside and renames it: the whole text or nothing is there."""
-    file.with_name(file.name + ".writing").write_text(text)
-    os.replace(file.with_name(file.name + ".writing"), file)
+    """The whole text is there afterwards or, after a kill, the old one."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text(text)
+    os.replace(aside, file)
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
@@ -1057,15 +1028,15 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 @contextmanager
 def lock_folder(folder: Path):
-    """SystemExit while another process works in the folder: it would do the same work twice."""
+    """SystemExit while another process works in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
-            import fcntl
+            import fcntl                                     # Windows has none: no lock there
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"Another process works in {folder}.") from None
-        except ImportError:                                  # Windows has no fcntl: no lock there
+        except ImportError:
             pass
         yield
 
@@ -1074,12 +1045,6 @@ def lock_folder(folder: Path):
 
 def check(file: str, media: str, keep: str | None, settings: InputSettings) -> bool:
     """Reads records and their media, and prints which ones a run would skip. Returns False if a run would stop."""
-    records = read_records(file)
-    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
-    print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
-    for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
-        print(f"  {n:8}  {kind}")
-
     def fault(r: Record) -> str:
         try:
             read_media(r, Path(media), settings)
@@ -1087,6 +1052,10 @@ def check(file: str, media: str, keep: str | None, settings: InputSettings) -> b
         except MediaError as error:
             return f"media: {error}"
 
+    records = read_records(file)
+    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
+    kinds = sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items())
+    print(f"{file}: {len(records)} records, {traces} with a trace for SFT", *(f"{n:10}  {kind}" for kind, n in kinds), sep="\n")
     with ThreadPoolExecutor(settings.workers) as pool:
         faults = list(tqdm(pool.map(fault, records), "reading media", len(records), unit="record"))
     skipped = [f"\n  {r.path}: {reason}" for r, reason in zip(records, faults) if reason]
