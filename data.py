@@ -5,8 +5,7 @@
     python data.py cot                                traces for the toy world; for other questions: --data FILE
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
-Records are those of the VideoP2R release. One whose media cannot be read is skipped and named; no other clip is
-substituted.
+A record whose media cannot be read is skipped and named; no other clip is substituted.
 """
 import argparse
 import ast
@@ -20,7 +19,6 @@ import os
 import random
 import re
 import struct
-import sys
 import threading
 import zlib
 from collections import Counter
@@ -32,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
-# Before torch: model.py checks versions and sets what torch reads when it is loaded.
+# Before torch, which reads what model.py sets.
 from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
                    newest_checkpoint, save_model, write_config)
 import numpy as np
@@ -47,30 +45,26 @@ from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS
 
 
 def flag(default, help: str, choices: list[str] | None = None):
-    """A setting with the text that --help shows."""
+    """A setting, and its text in --help."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How media and prompts become model inputs. SFT, RL and evaluation must agree on them."""
+    """How media and prompts become model inputs: the same in SFT, RL and evaluation."""
     frames: int = flag(16, "maximum number of frames of a video, the first and the last among them")
     fps: float = flag(2.0, "frames per second of video, as far as --frames allows; 0: always --frames")
     min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this size")
     max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this size")
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
-    prompt: str = flag("full", "full: with the template; short: without it, as SFT teaches it; direct: question and "
-                       "options alone", ["full", "short", "direct"])
+    prompt: str = flag("full", "full: with template; short: without; direct: bare question", ["full", "short", "direct"])
     template: str = flag("p2r", "tags; p2r: observation, think, answer; think: think, answer", ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
 
     def __post_init__(self):
         check_minimum(self, frames=2, fps=0, min_pixels=0, max_pixels=28 * 28, image_max_pixels=28 * 28, max_prompt=1)
-
-
-TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)
 
 
 # ------------------------------------------------------------------------------------------------ media
@@ -102,8 +96,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """Evenly spread, with the first and the last: `settings.fps` a second, within 4 … `settings.frames`, rounded down
-    to an even number as in qwen_vl_utils. A single frame is taken twice."""
+    """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes them."""
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
     wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
     return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
@@ -111,13 +104,13 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or of a folder with `rate` frames a
+    """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or a folder with `rate` frames a
     second. `bounds`: start and end in seconds. Raises MediaError."""
     import decord                                            # not at the top: torch must be imported before it
     try:
         if folder := path.is_dir():
             files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-            files.sort(key=lambda f: (len(f.name), f.name))  # 2.png comes before 10.png
+            files.sort(key=lambda f: (len(f.name), f.name))  # 2.png before 10.png
             total, fps = len(files), rate or settings.fps or 2.0
         else:                                                # fault_tol: a frame that cannot be decoded is an error
             reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
@@ -158,8 +151,8 @@ def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the vision tower's order, and
-    their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours."""
+    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the vision tower's order,
+    and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
@@ -216,7 +209,7 @@ def to_record(row: dict, traces: bool) -> Record:
     """Checks a row of a record file. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
-    json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate: no tokenizer takes it
+    json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate
     needed = ["problem", "problem_type", "solution", "path", "data_type", *(TRACE_FIELDS.values() if traces else [])]
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
@@ -244,7 +237,6 @@ def to_record(row: dict, traces: bool) -> Record:
 
 
 def to_row(r: Record) -> dict:
-    """A record as the release writes it."""
     return dict(problem_id=r.problem_id, problem=r.question, options=list(r.options), problem_type=r.problem_type,
                 solution=f"<answer>{r.reference}</answer>", answer=r.reference, path=r.path, data_type=r.data_type,
                 data_source=r.data_source) | {name: r.trace.get(tag, "") for tag, name in TRACE_FIELDS.items()}
@@ -269,12 +261,9 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
 THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before "
                "you settle on it.")                          # without an observation before it
 TYPE_LINES = {
-    "multiple choice": "Answer with the letter of the correct option.",
-    "numerical": "Answer with one exact number.",
-    "OCR": "Answer with the text that is written there.",
-    "free-form": "Answer with one short sentence.",
-    "regression": "Answer with one number, as close as you can.",
-}
+    "multiple choice": "Answer with the letter of the correct option.", "numerical": "Answer with one exact number.",
+    "OCR": "Answer with the text that is written there.", "free-form": "Answer with one short sentence.",
+    "regression": "Answer with one number, as close as you can."}
 
 
 def template_tags(template: str) -> list[rewards.Tag]:
@@ -304,13 +293,6 @@ def trace_text(record: Record, template: str) -> str:
     texts = record.trace | {"answer": record.reference}
     tags = [tag.name for tag in template_tags(template) if record.given is None or tag.name != "observation"]
     return "\n".join(f"<{name}> {texts[name]} </{name}>" for name in tags)
-
-
-def chat(medium: list[int], text: str, v: "Vocabulary", settings: InputSettings) -> list[int]:
-    """Token ids of Qwen's chat layout up to the response. The short prompt leaves out the system line."""
-    start, end = [v.id["<|im_start|>"]], [v.id["<|im_end|>"], *v.encode("\n")]
-    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end] if settings.prompt != "short" else []
-    return [*system, *start, *v.encode("user\n"), *medium, *v.encode(text), *end, *start, *v.encode("assistant\n")]
 
 
 def byte_characters() -> dict[int, str]:
@@ -371,7 +353,7 @@ def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[
 
 
 def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings: InputSettings) -> Example:
-    """A record with its medium and its prompt, and the observation that is given. Raises MediaError."""
+    """Reads the medium and lays out the prompt, Qwen's chat up to the response. Raises MediaError."""
     pixels, grids, times, medium = None, [], [], []
     if not r.blind:
         clip = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)  # of any question
@@ -379,8 +361,11 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
         grids, times = [grid], [seconds]
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
-    prefix = [] if r.given is None else v.encode(f"<observation> {r.given} </observation>\n")
-    ids = torch.tensor(chat(medium, instruction(r, settings), v, settings) + prefix)
+    start, end = [v.id["<|im_start|>"]], [v.id["<|im_end|>"], *v.encode("\n")]
+    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end] if settings.prompt != "short" else []
+    user = [*start, *v.encode("user\n"), *medium, *v.encode(instruction(r, settings)), *end]
+    given = [] if r.given is None else v.encode(f"<observation> {r.given} </observation>\n")
+    ids = torch.tensor([*system, *user, *start, *v.encode("assistant\n"), *given])
     return Example(r, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]), *(times or [0.0]))
 
 
@@ -405,17 +390,16 @@ def why_invalid(r: Record) -> str:
 
 
 class Examples:
-    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`.
-    `teaching`: skip invalid records; an evaluation asks every question."""
+    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`; with
+    `teaching` also one that `why_invalid` names."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
                  settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE,
                  teaching: bool = True):
         self.records, self.root, self.vocabulary, self.config = records, Path(root), vocabulary, config
         self.settings, self.log, self.max_unreadable, self.teaching = settings, log, max_unreadable, teaching
-        self.asked, self.skipped = set(), {}                 # indices; index → reason
-        self.cache, self.room = {}, settings.cache_gb * 2 ** 30               # index → example; bytes left
-        self.lock = threading.Lock()
+        self.asked, self.skipped, self.cache = set(), {}, {}                  # indices; index → reason, → example
+        self.lock, self.room = threading.Lock(), settings.cache_gb * 2 ** 30  # room: bytes left in the cache
 
     def __len__(self) -> int:
         return len(self.records)
@@ -423,15 +407,15 @@ class Examples:
     def __getitem__(self, i: int) -> Example | None:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
-        r, example = self.records[i], None
-        reason, limit = why_invalid(r) if self.teaching else "", self.settings.max_prompt
+        r, example, limit = self.records[i], None, self.settings.max_prompt
+        reason = why_invalid(r) if self.teaching else ""
         try:
             if not reason:
                 example = build_example(r, self.root, self.vocabulary, self.config, self.settings)
+                if len(example.ids) > limit:
+                    example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {limit}"
         except MediaError as error:
             reason = f"media: {error}"
-        if example and len(example.ids) > limit:
-            example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {limit}"
         size = example.pixels.nbytes if example and example.pixels is not None else 0
         with self.lock:
             self.asked.add(i)
@@ -439,19 +423,10 @@ class Examples:
                 self.cache[i], self.room = example, self.room - size
             elif reason:
                 self.skipped[i] = reason
-                if self.log:
-                    with self.log.open("a") as file:
-                        file.write(f"{r.path}\t{reason}\n")
+            if reason and self.log:
+                with self.log.open("a") as file:
+                    file.write(f"{r.path}\t{reason}\n")
         return example
-
-    def check_losses(self) -> None:
-        """Raises ValueError above the share `max_unreadable` of at least 20 records."""
-        with self.lock:
-            lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
-        if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
-            raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
-                             f"{self.records[lost[0]].path} ({self.skipped[lost[0]]}). Is it the right media folder? "
-                             f"To train on what is there: python data.py check FILE --media DIR --keep PART.jsonl")
 
     def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
         """Yields the examples of each step's indices, while threads read those of the next two steps."""
@@ -459,10 +434,16 @@ class Examples:
         try:
             for indices in [*steps, (), ()]:
                 waiting.append([pool.submit(self.__getitem__, i) for i in indices])
-                if len(waiting) > 2:
-                    examples = [future.result() for future in waiting.pop(0)]
-                    self.check_losses()
-                    yield [example for example in examples if example]
+                if len(waiting) < 3:
+                    continue
+                examples = [future.result() for future in waiting.pop(0)]
+                lost = [i for i, reason in list(self.skipped.items()) if reason.startswith("media")]
+                if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
+                    raise ValueError(
+                        f"{len(lost)} of {len(self.asked)} media cannot be read, such as {self.records[lost[0]].path} "
+                        f"({self.skipped[lost[0]]}). Is {self.root} the right media folder? To train on what is there: "
+                        f"python data.py check FILE --media DIR --keep PART.jsonl")
+                yield [example for example in examples if example]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -498,6 +479,7 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 # ------------------------------------------------------------------------------------------------ the toy world
 
+TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)            # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
 TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}       # clips
 TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]       # half is multiple choice
@@ -505,7 +487,7 @@ PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "y
 
 
 def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
-    """One frame (56, 56, 3) uint8: a letter somewhere near the middle, larger or smaller, brighter or darker, noisy."""
+    """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with noise."""
     y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
     r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
     ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
@@ -517,7 +499,7 @@ def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
-    """Frames (N, h, w, 3) as PNG pictures in an AVI file: lossless, and decord reads it back exactly."""
+    """Frames (N, h, w, 3) as PNG pictures in an AVI file: lossless."""
     def chunk(tag: bytes, body: bytes) -> bytes:
         return tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
 
@@ -542,7 +524,7 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
     text = texts[number // len(TOY_MIX) % len(texts)]
     everything = [f"{colour} {letter}" for colour in COLOURS for letter in LETTERS]
     answer = None
-    while answer is None:                                    # for some draws a question has no answer: draw again
+    while answer is None:                                    # some draws have no answer
         shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
         asked, options = rng.choice(shown).split()[0], []
         if problem_type == "multiple choice":
@@ -568,7 +550,7 @@ def toy_clip(seed: int, split: str, number: int) -> bytes:
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
-    """Writes the toy world, clips and `<split>.json`, unless it is there as the code would write it now."""
+    """Writes clips and `<split>.json`, unless they are there as the code would write them now."""
     for split, count in splits.items():
         file, clips = Path(folder) / f"{split}.json", Path(folder) / split
         rows = [toy_record(random.Random(f"{seed}/{split}/{n}"), n, split)[0] for n in range(count)]
@@ -585,7 +567,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
 
 
 def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny"]) -> None:
-    """Writes a random tiny Qwen2.5-VL, and a byte-level tokenizer in which the toy world's words are single tokens."""
+    """Writes a random tiny Qwen2.5-VL, and a byte-level tokenizer with a token for each word of the toy world."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     cut = pre_tokenizers.Sequence([
@@ -596,20 +578,19 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
         record = to_record(toy_record(rng, number, "words")[0], True)
         texts += [instruction(record, InputSettings(prompt="short")), trace_text(record, "p2r")]
     words = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text) if len(piece) > 1}
-    specials = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad",
-                                           "image_pad", "video_pad")]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                "<|image_pad|>", "<|video_pad|>"]
     pieces = specials + sorted(byte_characters().values()) + sorted(words)
+    assert len(pieces) <= config.vocab_size
     # ignore_merges: a piece of the vocabulary is one token, any other is split into its bytes.
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    assert len(pieces) <= config.vocab_size
 
     def write_extra(where: Path) -> None:
         tokenizer.save_pretrained(str(where))
         write_config(config, where, stop_ids=[2, 0])
-
     save_model(dict(init_weights(Qwen2_5_VL(config), seed).named_parameters()), folder, write_extra=write_extra)
 
 
@@ -650,17 +631,17 @@ class JudgeSettings:
 
 
 def chat_client(s: JudgeSettings, name: str, **options) -> rewards.ChatClient:
-    """The server that --judge or --teacher names, with the key that JUDGE_API_KEY or TEACHER_API_KEY holds."""
+    """The server that --judge or --teacher names, with its key from JUDGE_API_KEY or TEACHER_API_KEY."""
     key = os.environ.get(f"{name.upper()}_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):            # such a key fits no header; do not show it
         raise ValueError(f"{name.upper()}_API_KEY holds characters that no key can have")
-    model = getattr(s, f"{name}_model")
-    return rewards.ChatClient(getattr(s, name), model, key, s.concurrency, s.timeout, s.retries, **options)
+    url, model = getattr(s, name), getattr(s, f"{name}_model")
+    return rewards.ChatClient(url, model, key, s.concurrency, s.timeout, s.retries, **options)
 
 
 def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
-    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference."""
+    """The judge that --judge names. cache: file for a server's replies. reference: what --judge reference calls."""
     if s.judge.startswith(HTTP):
         keep = rewards.JUDGEMENT.search
         client = chat_client(s, "judge", cache=cache, keep=keep, max_tokens=s.judge_tokens, temperature=0)
@@ -678,14 +659,12 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
     The observation suffices if the answer's score reaches THRESHOLD: weak reasoning counts against it."""
     verdicts = []
     for i in range(0, len(claims), batch):
-        examples = []
-        for c in claims[i:i + batch]:
-            record = Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
-                            given=c.observation)
-            examples.append(build_example(record, Path(), vocabulary, model.config, settings))
-        uniforms = torch.zeros(len(examples), 1, tokens)
-        for e, text in zip(examples, respond(model, vocabulary, examples, uniforms, 0.0, device)):
-            score = answer_score(e.record, parse(text).contents["answer"])
+        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
+                          given=c.observation) for c in claims[i:i + batch]]
+        examples = [build_example(r, Path(), vocabulary, model.config, settings) for r in records]
+        texts = respond(model, vocabulary, examples, torch.zeros(len(examples), 1, tokens), 0.0, device)
+        for r, text in zip(records, texts):
+            score = answer_score(r, parse(text).contents["answer"])
             explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
             verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
@@ -693,7 +672,7 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
 
 def respond(model: Qwen2_5_VL, vocabulary: Vocabulary, examples: Sequence[Example], uniforms: Tensor,
             temperature: float, device) -> list[str]:
-    """One response to each example, sampled with uniforms (B, 1, T)."""
+    """A response to each example, sampled with uniforms (B, 1, T)."""
     out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature)
     return [vocabulary.decode(ids[:n]) for ids, n in zip(out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist())]
 
@@ -708,7 +687,7 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
 
 
 class Draft(NamedTuple):
-    """A teacher's trace for a record. Without output the next run of the pipeline tries again."""
+    """A teacher's trace for a record."""
     output: str | None
     error: str = ""                                          # why there is no output
     mistakes: tuple[str, ...] = ()                           # that the toy teacher made on purpose
@@ -718,7 +697,7 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     """The teacher that --teacher names: the toy teacher, a server, or a checkpoint."""
     if s.teacher == "toy":
         return lambda records: [toy_draft(r, s) for r in records]
-    http = s.teacher.startswith(HTTP)
+    root, http = Path(s.media), s.teacher.startswith(HTTP)
     if http:
         client = chat_client(s, "teacher", patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
                              temperature=s.temperature, seed=s.seed)
@@ -729,8 +708,7 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
         inputs, drafts = {}, {}
         for r in records:
             try:
-                inputs[r] = (chat_with_frames(r, s) if http else
-                             build_example(r, Path(s.media), vocabulary, model.config, s))
+                inputs[r] = frames_chat(r, s) if http else build_example(r, root, vocabulary, model.config, s)
             except MediaError as error:
                 drafts[r] = Draft(None, f"media: {error}")
         if http:
@@ -743,8 +721,8 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     return teach
 
 
-def chat_with_frames(r: Record, s: InputSettings) -> list[dict]:
-    """A question for a server that reads images: the frames, in the size set here, then the instruction."""
+def frames_chat(r: Record, s: "CotSettings") -> list[dict]:
+    """A question for a server that reads images: the frames in the size set here, then the instruction."""
     (frames, _, limit), content = read_media(r, Path(s.media), s), []
     for frame in resize(frames, min(s.min_pixels, limit), limit):
         Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
@@ -754,9 +732,8 @@ def chat_with_frames(r: Record, s: InputSettings) -> list[dict]:
 
 
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
-    """The toy teacher's trace: the letters in the record's observation, with mistakes at known rates. Each changes the
-    answer, except for a share `luck` of those in perception: its reasoning follows the letters that were shown, so that
-    only step 3 can catch it."""
+    """The toy teacher's trace, with mistakes at known rates. Each changes the answer, but a share `luck` of those in
+    perception does not: there the reasoning follows what was shown, and only step 3 can catch it."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
     observation, mistakes = r.trace.get("observation", ""), []
     seen = reasoned = shown = [item.partition(" ")[2] for item in observation.split(", ")]    # "1 red O, 2 blue X, …"
@@ -827,11 +804,11 @@ def cot(s: CotSettings) -> Path:
     """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
 
     1-generated.jsonl and 3-judged.jsonl in --out grow by a line for each finished record; traces.jsonl (kept) and
-    dropped.jsonl (with reasons) are written at the end. Killed and started again, it does what is missing.
+    dropped.jsonl (with reasons) come at the end. Started again after a kill, it does what is missing.
     """
     s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
     with lock_folder(folder):
-        records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}          # equal records are one
+        records = {short_hash(to_row(r)): r for r in read_records(s.data)[:s.limit or None]}  # equal records are one
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
             raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
         made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"
@@ -839,28 +816,30 @@ def cot(s: CotSettings) -> Path:
         check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
 
         # Step 1, generate: a teacher writes a trace for every record.
-        drafts, errors = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
+        drafts = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
 
         # Step 2, verify: the template, and the answer's score.
-        why, rows, claims = dict.fromkeys(errors, "not generated"), {}, {}
+        why, rows, claims, errors = {}, {}, {}, {}
         for key, r in records.items():
-            output = drafts[key]["output"] if key in drafts else None
+            output = drafts[key]["output"]
             contents, formats = parse(output or "")
             score = answer_score(r, contents["answer"])
             row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
             rows[key] = row | {"output": output, "reward": score, "select": False}
-            if all(formats) and score >= THRESHOLD:
+            if error := drafts[key]["error"]:
+                why[key], errors[key] = "not generated", error
+            elif all(formats) and score >= THRESHOLD:
                 claims[key] = claim_about(r, contents["observation"])
             else:
-                why.setdefault(key, "answer wrong" if all(formats) else "template broken")
+                why[key] = "answer wrong" if all(formats) else "template broken"
 
         # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
         names = {key: short_hash(claim) for key, claim in claims.items()}
-        verdicts, unjudged = run_resumable({names[key]: claim for key, claim in claims.items()}, make_cot_judge, s.judge,
-                                           judged, "3 observation sufficiency", s)
+        claims = dict(zip(names.values(), claims.values()))
+        verdicts = run_resumable(claims, make_cot_judge, s.judge, judged, "3 observation sufficiency", s)
         for key, name in names.items():
-            if name in unjudged:
-                why[key], errors[key] = "not judged", unjudged[name]
+            if error := verdicts[name]["error"]:
+                why[key], errors[key] = "not judged", error
             elif not verdicts[name]["sufficient"]:
                 why[key] = "observation insufficient"
 
@@ -876,47 +855,40 @@ def cot(s: CotSettings) -> Path:
 
 
 def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
-                  file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
-    """Works on the items without a result in `file`, and appends each result at once. A worker takes a list of items
-    (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no result.
-    Returns key → result, and key → error. Raises ValueError if too many items fail."""
-    journal, failed = Journal(file), {}
-    done = {row["key"]: row for row in journal.rows if row.get("key") in items}
-    todo = [key for key in items if key not in done]
+                  file: Path, what: str, s: CotSettings) -> dict[str, dict]:
+    """Results of items by key, from `file` or a worker, which takes a list of them (one, in many threads, if `who` is a
+    server) and returns named tuples. One without `error` is written to `file` at once. ValueError if many fail."""
+    journal, errors = Journal(file), []
+    results = {row["key"]: row for row in journal.rows if row.get("key") in items}
+    todo, before = [key for key in items if key not in results], len(results)
     if not todo:
-        return done, failed
+        return results
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
 
     def finish(keys: list[str]) -> None:                     # in a thread: Ctrl-C waits for it and loses nothing
         for key, result in zip(keys, work([items[key] for key in keys]), strict=True):
+            results[key] = {"key": key} | result._asdict()
             if result.error:
-                failed[key] = result.error
+                errors.append(result.error)
             else:
-                done[key] = {"key": key} | result._asdict()
-                journal.add(done[key])
+                journal.add(results[key])
 
-    pool, before = ThreadPoolExecutor(threads), len(done)
+    pool = ThreadPoolExecutor(threads)
     futures = [pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]
     try:
-        for future in tqdm(as_completed(futures), what, len(futures), unit="record" if size == 1 else "batch"):
+        for future in tqdm(as_completed(futures), what, len(futures)):
             future.result()
-            if len(failed) >= 20 and len(failed) > s.max_unknown * (len(failed) + len(done) - before):
-                reason = Counter([*failed.values()]).most_common(1)[0][0]
-                raise ValueError(f"{what}: {len(failed)} records failed, most often for {reason}. {len(done)} are done "
-                                 f"and kept; the same command goes on from there.")
+            if len(errors) >= 20 and len(errors) > s.max_unknown * (len(results) - before):
+                error, kept = Counter(errors).most_common(1)[0][0], len(results) - len(errors)
+                raise ValueError(f"{what}: {len(errors)} records failed, most often for {error}. {kept} are done and "
+                                 f"kept; the same command goes on from there.")
     finally:
         pool.shutdown(cancel_futures=True)
-    return done, failed
+    return results
 
 
 def short_hash(something) -> str:
     return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
-
-
-def record_key(r: Record) -> str:
-    """Names a question by its content, so that finished work is found again whatever else a file holds."""
-    trace = [r.trace] if r.trace else []
-    return short_hash([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace])
 
 
 def is_toy(records: Iterable[Record]) -> bool:
@@ -936,11 +908,10 @@ def make_cot_judge(s: CotSettings) -> Judge:
 
 
 def funnel(count: int, why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
-    """How many of `count` records passed each step, and why the others were dropped; where the teacher's mistakes are
-    known, also precision and recall of the steps that should catch them."""
+    """How many records passed each step, why others were dropped, and how the toy teacher's mistakes were caught."""
     passed = [count - sum(DROPPED[reason] <= i for reason in why.values()) for i in range(len(STEPS))]
-    lines, reasons = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / count:.1%}"]]), Counter(why.values())
-    lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reason in reasons]
+    lines = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / count:.1%}"]])
+    lines += [f"Dropped, {reason}: {[*why.values()].count(reason)}" for reason in DROPPED if reason in why.values()]
     met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
     for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
         dropped = [made for key, made in met.items() if why.get(key) in reasons]
@@ -951,10 +922,7 @@ def funnel(count: int, why: dict[str, str], mistakes: dict[str, Sequence[str]]) 
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ settings and flags
-
-FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
-
+# ------------------------------------------------------------------------------------------------ flags and commands
 
 def check_minimum(settings, **minimum: float) -> None:
     for name, value in minimum.items():
@@ -962,8 +930,8 @@ def check_minimum(settings, **minimum: float) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
-    """Adds a flag for each setting of a dataclass (or those in `names`), None if not given; --help shows its values."""
+def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Iterable[str] = ()) -> None:
+    """A flag for each setting of a dataclass (or those in `names`), None if not given."""
     for f in [f for f in fields(cls) if not names or f.name in names]:
         values = [f"default {f.default}"] * (f.default != "")
         values += [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
@@ -977,7 +945,6 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
 
 
 def given_flags(args: argparse.Namespace) -> dict:
-    """The settings that were given, as a dataclass takes them."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
 
 
@@ -987,20 +954,18 @@ def default_settings(settings) -> dict:
 
 def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[str]) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings. One that is
-    missing there counts as its default; those in FREE and `free`, and a server's address, may change."""
+    missing there counts as its default; those in `free`, and what cannot change results, may differ."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
-    try:
-        saved = dict(json.loads(file.read_text())) if file.is_file() else {}
-    except (ValueError, TypeError):
-        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
+    free = {"out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown", *free}
+    saved = json.loads(file.read_text()) if file.is_file() else {}
     before, changed = json.loads(json.dumps(defaults)) | saved, []
     for name, value in now.items() if saved else ():
         moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
-        if before.get(name) != value and not moved and name not in (*FREE, *free):
+        if before.get(name) != value and not moved and name not in free:
             changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
     if changed:
-        raise SystemExit(f"{folder} holds work with other settings:\n{''.join(changed)}Use the old settings to continue "
-                         f"it, another --out to begin anew, or remove the folder.")
+        raise SystemExit(f"{folder} holds work with other settings:\n{''.join(changed)}Use the old settings to "
+                         f"continue it, another --out to begin anew, or remove the folder.")
     if saved != now:                                         # a finished run may lie on a read-only disk
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(now, indent=2) + "\n")
@@ -1018,7 +983,7 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table with a rule below its head; the first column to the left, the others to the right."""
+    """The lines of a table with a rule below its head, the first column to the left, the others to the right."""
     widths, lines = [max(map(len, column)) for column in zip(*rows)], []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
@@ -1041,10 +1006,8 @@ def lock_folder(folder: Path):
         yield
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
 def check(file: str, media: str, keep: str | None, settings: InputSettings) -> bool:
-    """Reads records and their media, and prints which ones a run would skip. Returns False if a run would stop."""
+    """Prints which records a run would skip. Returns False if it would stop."""
     def fault(r: Record) -> str:
         try:
             read_media(r, Path(media), settings)
@@ -1053,18 +1016,18 @@ def check(file: str, media: str, keep: str | None, settings: InputSettings) -> b
             return f"media: {error}"
 
     records = read_records(file)
-    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
-    kinds = sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items())
-    print(f"{file}: {len(records)} records, {traces} with a trace for SFT", *(f"{n:10}  {kind}" for kind, n in kinds), sep="\n")
+    kinds = Counter(f"{r.data_type}, {r.problem_type}" for r in records)
+    print(f"{file}: {len(records)} records, {sum(len(r.trace) > 1 for r in records)} with a trace for SFT",
+          *(f"{n:10}  {kind}" for kind, n in sorted(kinds.items())), sep="\n")
     with ThreadPoolExecutor(settings.workers) as pool:
-        faults = list(tqdm(pool.map(fault, records), "reading media", len(records), unit="record"))
+        faults = list(tqdm(pool.map(fault, records), "reading media", len(records)))
     skipped = [f"\n  {r.path}: {reason}" for r, reason in zip(records, faults) if reason]
     print(f"A run would skip {len(skipped)}:", *skipped[:20], sep="")
     if keep:
         write_rows(Path(keep), [to_row(r) for r, reason in zip(records, faults) if not reason])
-    stops = sum(reason.startswith("media") for reason in faults) > MAX_UNREADABLE * len(records)
-    print("A run would stop: too many media are missing" if stops else "A run would start")
-    return not stops
+    starts = sum(reason.startswith("media") for reason in faults) <= MAX_UNREADABLE * len(records)
+    print("A run would start" if starts else "A run would stop: too many media are missing")
+    return starts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1075,15 +1038,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     toy.add_argument("--out", default="runs/tiny/toy", help="folder [runs/tiny/toy]")
     for split, count in TOY_SPLITS.items():
         toy.add_argument(f"--{split}", type=int, default=count, help=f"clips for {split} [{count}]")
-    checker = commands.add_parser("check", help="say what is wrong with a record file and its media")
-    checker.add_argument("file", help="gzip JSON, JSON or JSON lines")
+    checker = commands.add_parser("check", help="say which records a run would skip")
+    checker.add_argument("file", help="JSON list or JSON lines, gzip or plain")
     checker.add_argument("--media", required=True, help="folder to which the records' paths are relative")
     checker.add_argument("--keep", help="write the records that a run would use to this file")
     add_flags(checker, InputSettings, names=("frames", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", allow_abbrev=False,
                                 description=cot.__doc__, formatter_class=layout)
-    unused = ("workers", "cache_gb", "max_prompt", "template")
-    add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in unused])
+    unused = {"workers", "cache_gb", "max_prompt", "template"}
+    add_flags(maker, CotSettings, names={f.name for f in fields(CotSettings)} - unused)
     given = given_flags(parser.parse_args(argv))
     command = given.pop("command")
     try:
@@ -1091,7 +1054,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(make_toy(given.pop("out"), given))
         elif command == "check":
             own = [given.pop(name, None) for name in ("file", "media", "keep")]
-            sys.exit(not check(*own, InputSettings(**given)))
+            raise SystemExit(not check(*own, InputSettings(**given)))
         else:
             if "data" not in given:                          # the toy world, beside --out
                 small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT
@@ -1099,11 +1062,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 CotSettings(**given)                         # refuses wrong flags before the world is made
                 given["data"] = str(make_toy(Path(given["out"]).parent / "toy") / "sft.json")
             if not cot(CotSettings(**{"out": "runs/cot"} | given)).stat().st_size:
-                sys.exit("No trace was kept.")
+                raise SystemExit("No trace was kept.")
     except (ValueError, OSError) as error:                   # also a full disk
-        sys.exit(f"{error}")
+        raise SystemExit(f"{error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
+        raise SystemExit("Interrupted. Finished work is kept; the same command goes on from there.")
 
 
 if __name__ == "__main__":
