@@ -58,7 +58,7 @@ class InputSettings:
     max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this size")
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
-    prompt: str = flag("full", "full: with template; short: without; direct: bare question", ["full", "short", "direct"])
+    prompt: str = flag("full", "full: template; short: no template; direct: bare question", ["full", "short", "direct"])
     template: str = flag("p2r", "tags; p2r: observation, think, answer; think: think, answer", ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
@@ -1017,8 +1017,9 @@ def check(file: str, media: str, keep: str | None, settings: InputSettings) -> b
 
     records = read_records(file)
     kinds = Counter(f"{r.data_type}, {r.problem_type}" for r in records)
-    print(f"{file}: {len(records)} records, {sum(len(r.trace) > 1 for r in records)} with a trace for SFT",
-          *(f"{n:10}  {kind}" for kind, n in sorted(kinds.items())), sep="\n")
+    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
+    print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
+    print(*(f"{n:10}  {kind}" for kind, n in sorted(kinds.items())), sep="\n")
     with ThreadPoolExecutor(settings.workers) as pool:
         faults = list(tqdm(pool.map(fault, records), "reading media", len(records)))
     skipped = [f"\n  {r.path}: {reason}" for r, reason in zip(records, faults) if reason]
