@@ -315,7 +315,6 @@ class Vocabulary:
         for piece in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))):
             self.bytes.append(piece.encode() if piece in self.id else bytes(to_byte[char] for char in piece))
         self.stop_ids = [self.id["<|im_end|>"], self.id["<|endoftext|>"]]
-        self.placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written in the text are encoded as ordinary text."""
@@ -328,8 +327,8 @@ class Vocabulary:
 
     def mask_special_tokens(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
         """Takes placeholders and the padded end of the vocabulary out of the model's distribution."""
-        padding = range(len(self.bytes), model.config.vocab_size)
-        model.masked_token_ids = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
+        placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
+        model.masked_token_ids = torch.tensor([*placeholders, *range(len(self.bytes), model.config.vocab_size)])
         return model
 
 
@@ -854,8 +853,8 @@ def cot(s: CotSettings) -> Path:
     return folder / "traces.jsonl"
 
 
-def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
-                  file: Path, what: str, s: CotSettings) -> dict[str, dict]:
+def run_resumable(items: dict[str, Any], make_worker: Callable, who: str, file: Path, what: str, s: CotSettings
+                  ) -> dict[str, dict]:
     """Results of items by key, from `file` or a worker, which takes a list of them (one, in many threads, if `who` is a
     server) and returns named tuples. One without `error` is written to `file` at once. ValueError if many fail."""
     journal, errors = Journal(file), []
