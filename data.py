@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
-                   newest_checkpoint, save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
+                   save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image
@@ -218,7 +218,7 @@ def to_record(row: dict, traces: bool) -> Record:
     for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", ("image", "video"))):
         if row[name] not in known:
             raise ValueError(f"unknown {name} {row[name]!r}; known are {', '.join(known)}")
-    options, solution = row.get("options") or [], row["solution"]
+    options, solution, answer = row.get("options") or [], row["solution"], str(row["solution"]).strip()
     if isinstance(options, str):                             # the RL file of the release holds every value as a string
         with suppress(ValueError, SyntaxError):
             options = ast.literal_eval(options)
@@ -226,7 +226,7 @@ def to_record(row: dict, traces: bool) -> Record:
         raise ValueError(f"options are no list of texts: {options!r:.80}")
     if row["problem_type"] == "multiple choice" and len(options) == 1:
         raise ValueError("a multiple choice has one option")
-    reference = extract_tag("answer", str(solution)) if "answer>" in str(solution) else str(solution).strip()
+    reference = extract_tag("answer", answer) if "answer>" in answer else answer
     if type(solution) not in (str, int, float) or solution != solution or not reference:      # Python's JSON has NaN
         raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
     trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
@@ -818,37 +818,38 @@ def cot(s: CotSettings) -> Path:
         drafts = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
 
         # Step 2, verify: the template, and the answer's score.
-        why, rows, claims, errors = {}, {}, {}, {}
+        rows, claims = {}, {}
         for key, r in records.items():
-            output = drafts[key]["output"]
+            output, error, reason = drafts[key]["output"], drafts[key]["error"], ""
             contents, formats = parse(output or "")
             score = answer_score(r, contents["answer"])
-            row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
-            rows[key] = row | {"output": output, "reward": score, "select": False}
-            if error := drafts[key]["error"]:
-                why[key], errors[key] = "not generated", error
-            elif all(formats) and score >= THRESHOLD:
-                claims[key] = claim_about(r, contents["observation"])
+            if error:
+                reason = "not generated"
+            elif not all(formats):
+                reason = "template broken"
+            elif score < THRESHOLD:
+                reason = "answer wrong"
             else:
-                why[key] = "answer wrong" if all(formats) else "template broken"
+                claims[key] = claim_about(r, contents["observation"])
+            row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
+            rows[key] = row | dict(output=output, reward=score, select=not reason, reason=reason, error=error)
 
         # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
         names = {key: short_hash(claim) for key, claim in claims.items()}
         claims = dict(zip(names.values(), claims.values()))
         verdicts = run_resumable(claims, make_cot_judge, s.judge, judged, "3 observation sufficiency", s)
         for key, name in names.items():
-            if error := verdicts[name]["error"]:
-                why[key], errors[key] = "not judged", error
-            elif not verdicts[name]["sufficient"]:
-                why[key] = "observation insufficient"
+            if not verdicts[name]["sufficient"]:
+                error = verdicts[name]["error"]
+                reason = "not judged" if error else "observation insufficient"
+                rows[key] |= dict(select=False, reason=reason, error=error)
 
-        kept = [row | {"select": True} for key, row in rows.items() if key not in why]
-        write_rows(folder / "traces.jsonl", kept)
-        write_rows(folder / "dropped.jsonl", [row | {"reason": why[key], "error": errors.get(key, "")}
-                                              for key, row in rows.items() if key in why])
-        print(*funnel(len(records), why, {key: draft["mistakes"] for key, draft in drafts.items()}), sep="\n")
-        print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT", flush=True)
-        for error, _ in Counter(errors.values()).most_common(1):
+        for name, select in (("traces", True), ("dropped", False)):
+            write_rows(folder / f"{name}.jsonl", [row for row in rows.values() if row["select"] == select])
+        print(*funnel([(row["reason"], drafts[key]["mistakes"]) for key, row in rows.items()]), sep="\n")
+        print(f"{folder / 'traces.jsonl'}: {sum(row['select'] for row in rows.values())} traces for SFT", flush=True)
+        errors = [row["error"] for row in rows.values() if row["error"]]
+        for error, _ in Counter(errors).most_common(1):
             print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
     return folder / "traces.jsonl"
 
@@ -906,18 +907,20 @@ def make_cot_judge(s: CotSettings) -> Judge:
                                                                 device))
 
 
-def funnel(count: int, why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
-    """How many records passed each step, why others were dropped, and how the toy teacher's mistakes were caught."""
-    passed = [count - sum(DROPPED[reason] <= i for reason in why.values()) for i in range(len(STEPS))]
-    lines = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / count:.1%}"]])
-    lines += [f"Dropped, {reason}: {[*why.values()].count(reason)}" for reason in DROPPED if reason in why.values()]
-    met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
-    for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
-        dropped = [made for key, made in met.items() if why.get(key) in reasons]
-        caught, wanted = sum(target in made for made in dropped), sum(target in made for made in met.values())
+def funnel(outcomes: list[tuple[str, Sequence[str]]]) -> list[str]:
+    """How many records passed each step, why others were dropped, and how the toy teacher's mistakes were caught.
+    outcomes: for each record why it was dropped, "" if it was not, and the mistakes in its trace."""
+    reasons = Counter(reason for reason, _ in outcomes)
+    passed = [len(outcomes) - sum(reasons[x] for x in DROPPED if DROPPED[x] <= i) for i in range(len(STEPS))]
+    lines = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / len(outcomes):.1%}"]])
+    lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reasons[reason]]
+    met = [(reason, made) for reason, made in outcomes if reason != "not judged"]
+    for step, target, own in CAUGHT if any(made for _, made in outcomes) else ():
+        dropped = [made for reason, made in met if reason in own]
+        caught, wanted = sum(target in made for made in dropped), sum(target in made for _, made in met)
         lines.append(f"step {step} against mistakes in {target}: precision {sum(map(bool, dropped))} of "
                      f"{len(dropped)}, recall {caught} of {wanted}")
-        met = {key: made for key, made in met.items() if why.get(key) not in reasons}
+        met = [(reason, made) for reason, made in met if reason not in own]
     return lines
 
 
