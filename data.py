@@ -389,12 +389,11 @@ def why_invalid(r: Record) -> str:
 
 
 class Examples:
-    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`; with
-    `teaching` also one that `why_invalid` names."""
+    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
                  settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE,
-                 teaching: bool = True):
+                 teaching: bool = True):                     # False: also those that `why_invalid` names
         self.records, self.root, self.vocabulary, self.config = records, Path(root), vocabulary, config
         self.settings, self.log, self.max_unreadable, self.teaching = settings, log, max_unreadable, teaching
         self.asked, self.skipped, self.cache = set(), {}, {}                  # indices; index → reason, → example
@@ -438,10 +437,9 @@ class Examples:
                 examples = [future.result() for future in waiting.pop(0)]
                 lost = [i for i, reason in list(self.skipped.items()) if reason.startswith("media")]
                 if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
-                    raise ValueError(
-                        f"{len(lost)} of {len(self.asked)} media cannot be read, such as {self.records[lost[0]].path} "
-                        f"({self.skipped[lost[0]]}). Is {self.root} the right media folder? To train on what is there: "
-                        f"python data.py check FILE --media DIR --keep PART.jsonl")
+                    example = f"{self.records[lost[0]].path} ({self.skipped[lost[0]]})"
+                    raise ValueError(f"{len(lost)} of {len(self.asked)} media cannot be read, such as {example}. Is "
+                                     f"{self.root} the right media folder? `data.py check --keep` keeps the rest.")
                 yield [example for example in examples if example]
         finally:
             pool.shutdown(cancel_futures=True)
@@ -621,8 +619,8 @@ class JudgeSettings:
         value = getattr(self, name)
         if not value.startswith(HTTP):
             if value not in built_in and not Path(value).is_dir():
-                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
-                                 f"address http(s)://…/v1")
+                known = ", ".join(built_in)
+                raise SystemExit(f"--{name} {value}: neither {known}, a folder that is there, nor an address")
         elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):            # it may hold a key: do not show it
             raise SystemExit(f"--{name}: an address is like https://host:port/v1; keys come from the environment")
         elif not (getattr(self, name + "_model") and find_spec("openai")):
@@ -703,11 +701,21 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     else:
         vocabulary, model, device = load_local(s.teacher)
 
+    def prepare(r: Record) -> Example | list[dict]:
+        if not http:
+            return build_example(r, root, vocabulary, model.config, s)
+        (frames, _, limit), content = read_media(r, root, s), []
+        for frame in resize(frames, min(s.min_pixels, limit), limit):
+            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
+
     def teach(records: list[Record]) -> list[Draft]:
         inputs, drafts = {}, {}
         for r in records:
             try:
-                inputs[r] = frames_chat(r, s) if http else build_example(r, root, vocabulary, model.config, s)
+                inputs[r] = prepare(r)
             except MediaError as error:
                 drafts[r] = Draft(None, f"media: {error}")
         if http:
@@ -718,16 +726,6 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
             drafts |= zip(inputs, map(Draft, texts))
         return [Draft(*drafts[r]) for r in records]
     return teach
-
-
-def frames_chat(r: Record, s: "CotSettings") -> list[dict]:
-    """A question for a server that reads images: the frames in the size set here, then the instruction."""
-    (frames, _, limit), content = read_media(r, Path(s.media), s), []
-    for frame in resize(frames, min(s.min_pixels, limit), limit):
-        Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        content.append({"type": "image_url", "image_url": {"url": url}})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
 
 
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
@@ -908,8 +906,7 @@ def make_cot_judge(s: CotSettings) -> Judge:
 
 
 def funnel(outcomes: list[tuple[str, Sequence[str]]]) -> list[str]:
-    """How many records passed each step, why others were dropped, and how the toy teacher's mistakes were caught.
-    outcomes: for each record why it was dropped, "" if it was not, and the mistakes in its trace."""
+    """How many records passed each step. outcomes: why each was dropped, or "", and the mistakes in its trace."""
     reasons = Counter(reason for reason, _ in outcomes)
     passed = [len(outcomes) - sum(reasons[x] for x in DROPPED if DROPPED[x] <= i) for i in range(len(STEPS))]
     lines = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / len(outcomes):.1%}"]])
@@ -966,15 +963,14 @@ def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[
         if before.get(name) != value and not moved and name not in free:
             changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
     if changed:
-        raise SystemExit(f"{folder} holds work with other settings:\n{''.join(changed)}Use the old settings to "
-                         f"continue it, another --out to begin anew, or remove the folder.")
+        raise SystemExit(f"{folder} holds work with other settings:\n{''.join(changed)}Use those or another --out.")
     if saved != now:                                         # a finished run may lie on a read-only disk
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(now, indent=2) + "\n")
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """The whole text is there afterwards or, after a kill, the old one."""
+    """After a kill the old text or the whole new one is there."""
     aside = file.with_name(file.name + ".writing")
     aside.write_text(text)
     os.replace(aside, file)
