@@ -5,8 +5,7 @@
     python data.py cot                                traces for the toy world; for other questions: --data FILE
         --media DIR --teacher https://…/v1 --teacher-model NAME --judge https://…/v1 --judge-model NAME
 
-Records are those of the VideoP2R release: problem, options, solution, path, data_type, problem_type, and for SFT the
-trace in observation and process. A record whose media cannot be read is skipped and named; no other clip is substituted.
+A record whose media cannot be read is skipped and named; no other clip is substituted.
 """
 import argparse
 import ast
@@ -20,7 +19,6 @@ import os
 import random
 import re
 import struct
-import sys
 import threading
 import zlib
 from collections import Counter
@@ -32,9 +30,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
-# Before torch: model.py checks versions and sets what torch reads when it is loaded.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions,
-                   newest_checkpoint, save_model, write_config)
+# Before torch, which reads what model.py sets.
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
+                   save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image
@@ -47,30 +45,26 @@ from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS
 
 
 def flag(default, help: str, choices: list[str] | None = None):
-    """A setting with the text that --help shows."""
+    """A setting, and its text in --help."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How media and prompts become model inputs. SFT, RL and evaluation must agree on them."""
-    frames: int = flag(16, "maximum number of frames taken from a video (even), always with its first and last")
-    fps: float = flag(2.0, "frames taken per second of video, as far as --frames allows; 0: always --frames")
-    min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this many pixels")
-    max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this many pixels")
+    """How media and prompts become model inputs: the same in SFT, RL and evaluation."""
+    frames: int = flag(16, "maximum number of frames of a video, the first and the last among them")
+    fps: float = flag(2.0, "frames per second of video, as far as --frames allows; 0: always --frames")
+    min_pixels: int = flag(128 * 28 * 28, "smaller frames are scaled up to about this size")
+    max_pixels: int = flag(128 * 28 * 28, "larger frames are scaled down to at most this size")
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
-    prompt: str = flag("full", "full: with the template; short: without it, as SFT teaches it; direct: question and "
-                       "options alone", ["full", "short", "direct"])
+    prompt: str = flag("full", "full: template; short: no template; direct: bare question", ["full", "short", "direct"])
     template: str = flag("p2r", "tags; p2r: observation, think, answer; think: think, answer", ["p2r", "think"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
 
     def __post_init__(self):
         check_minimum(self, frames=2, fps=0, min_pixels=0, max_pixels=28 * 28, image_max_pixels=28 * 28, max_prompt=1)
-
-
-TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)
 
 
 # ------------------------------------------------------------------------------------------------ media
@@ -102,8 +96,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """Which frames are taken: evenly spread, with the first and the last. Their number is `settings.fps` a second,
-    rounded down to an even one as in qwen_vl_utils, within 4 … `settings.frames`. A single frame is taken twice."""
+    """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes them."""
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
     wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
     return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
@@ -111,13 +104,13 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per temporal patch, of a video file or a folder of frames.
-    `bounds`: the part between two times in seconds. `rate`: frames a second in a folder. Raises MediaError."""
+    """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or a folder with `rate` frames a
+    second. `bounds`: start and end in seconds. Raises MediaError."""
     import decord                                            # not at the top: torch must be imported before it
     try:
         if folder := path.is_dir():
             files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-            files.sort(key=lambda f: (len(f.name), f.name))                   # 2.png comes before 10.png
+            files.sort(key=lambda f: (len(f.name), f.name))  # 2.png before 10.png
             total, fps = len(files), rate or settings.fps or 2.0
         else:                                                # fault_tol: a frame that cannot be decoded is an error
             reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
@@ -145,7 +138,7 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            if image.has_transparency_data:                                   # on white, as the official utility does
+            if image.has_transparency_data:                  # on white, as the official utility does
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -153,15 +146,13 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """Frames (N, height, width, 3) uint8 in the size that the model sees."""
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
     return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames (N, height, width, 3) → patches (S, 3·2·14·14), resized, normalized and in the order that the vision tower
-    expects, and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours; a
-    patch holds colour, then two frames, then rows and columns of pixels."""
+    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the vision tower's order,
+    and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
     x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
@@ -198,8 +189,7 @@ class Record:
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a JSON list or JSON lines, gzip or plain. `traces`: every record must have its trace. Raises ValueError
-    with the file and the record's number."""
+    """Reads a JSON list or JSON lines, gzip or plain. `traces`: each record must have one. Raises ValueError."""
     where = f"{file}"
     try:
         raw = Path(file).read_bytes()
@@ -219,7 +209,7 @@ def to_record(row: dict, traces: bool) -> Record:
     """Checks a row of a record file. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
-    json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate: no tokenizer takes it
+    json.dumps(row, ensure_ascii=False).encode()             # ValueError for a lone surrogate
     needed = ["problem", "problem_type", "solution", "path", "data_type", *(TRACE_FIELDS.values() if traces else [])]
     if missing := [name for name in needed if row.get(name) is None or not str(row[name]).strip()]:   # 0 is a solution
         raise ValueError(f"lacks {', '.join(missing)}")
@@ -228,15 +218,15 @@ def to_record(row: dict, traces: bool) -> Record:
     for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", ("image", "video"))):
         if row[name] not in known:
             raise ValueError(f"unknown {name} {row[name]!r}; known are {', '.join(known)}")
-    options, solution = row.get("options") or [], row["solution"]
+    options, solution, answer = row.get("options") or [], row["solution"], str(row["solution"]).strip()
     if isinstance(options, str):                             # the RL file of the release holds every value as a string
         with suppress(ValueError, SyntaxError):
             options = ast.literal_eval(options)
     if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"options are no list of texts: {options!r:.80}")
     if row["problem_type"] == "multiple choice" and len(options) == 1:
-        raise ValueError("a multiple choice with one option")
-    reference = extract_tag("answer", str(solution)) if "answer>" in str(solution) else str(solution).strip()
+        raise ValueError("a multiple choice has one option")
+    reference = extract_tag("answer", answer) if "answer>" in answer else answer
     if type(solution) not in (str, int, float) or solution != solution or not reference:      # Python's JSON has NaN
         raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
     trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
@@ -247,19 +237,17 @@ def to_record(row: dict, traces: bool) -> Record:
 
 
 def to_row(r: Record) -> dict:
-    """A record as the release writes it."""
     return dict(problem_id=r.problem_id, problem=r.question, options=list(r.options), problem_type=r.problem_type,
                 solution=f"<answer>{r.reference}</answer>", answer=r.reference, path=r.path, data_type=r.data_type,
                 data_source=r.data_source) | {name: r.trace.get(tag, "") for tag, name in TRACE_FIELDS.items()}
 
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError, also for a
-    path that leads out of the media folder."""
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
     try:
         path = (root / r.path).resolve()
         inside, there = path.is_relative_to(root.resolve()), path.is_file() or path.is_dir()  # no pipe, no device
-    except (OSError, ValueError, RuntimeError) as error:     # a name too long, a zero byte in it, a link to itself
+    except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
     if not (inside and there):
         raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
@@ -271,14 +259,11 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
 # ------------------------------------------------------------------------------------------------ prompts
 
 THINK_ALONE = ("Reason step by step about what the {medium} shows, talking to yourself, and check the result before "
-               "you settle on it.")                          # in the process-agnostic template, without observations
+               "you settle on it.")                          # without an observation before it
 TYPE_LINES = {
-    "multiple choice": "Answer with the letter of the correct option.",
-    "numerical": "Answer with one exact number.",
-    "OCR": "Answer with the text that is written there.",
-    "free-form": "Answer with one short sentence.",
-    "regression": "Answer with one number, as close as you can.",
-}
+    "multiple choice": "Answer with the letter of the correct option.", "numerical": "Answer with one exact number.",
+    "OCR": "Answer with the text that is written there.", "free-form": "Answer with one short sentence.",
+    "regression": "Answer with one number, as close as you can."}
 
 
 def template_tags(template: str) -> list[rewards.Tag]:
@@ -310,52 +295,40 @@ def trace_text(record: Record, template: str) -> str:
     return "\n".join(f"<{name}> {texts[name]} </{name}>" for name in tags)
 
 
-def chat(medium: list[int], text: str, v: "Vocabulary", settings: InputSettings) -> list[int]:
-    """Token ids of Qwen's chat layout up to the response. The short prompt leaves out the system line."""
-    start, end, newline = [v.id["<|im_start|>"]], [v.id["<|im_end|>"]], v.encode("\n")
-    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end, *newline]
-    return [*system * (settings.prompt != "short"), *start, *v.encode("user\n"), *medium, *v.encode(text), *end,
-            *newline, *start, *v.encode("assistant\n")]
-
-
 def byte_characters() -> dict[int, str]:
     """Byte-level BPE writes each byte as one character: itself if it is printable, else one from 256 on."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 class Vocabulary:
-    """A tokenizer with the bytes of each token, the stop tokens, and the tokens that may never be sampled."""
+    """A checkpoint's tokenizer with the bytes of each token, stop tokens, and tokens that are never sampled."""
 
     def __init__(self, folder: str | Path):
-        """Reads tokenizer.json of a checkpoint folder. Raises FileNotFoundError without one."""
         if not (Path(folder) / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
-        from transformers import PreTrainedTokenizerFast     # slow to import, and only needed here
+        from transformers import PreTrainedTokenizerFast     # slow to import
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-        added = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
+        self.id, self.bytes = self.tokenizer.get_added_vocab(), []            # special tokens; bytes of all
         to_byte = {char: byte for byte, char in byte_characters().items()}
-        self.bytes = []
-        for i, piece in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
-            self.bytes.append(added[i].encode() if i in added else bytes(to_byte[char] for char in piece))
-        self.id = {text: i for i, text in added.items()}
+        for piece in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))):
+            self.bytes.append(piece.encode() if piece in self.id else bytes(to_byte[char] for char in piece))
         self.stop_ids = [self.id["<|im_end|>"], self.id["<|endoftext|>"]]
-        self.placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written in the text are encoded as ordinary text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled tokens, from their bytes, without the stop token at the end."""
+        """The text of sampled tokens, without the stop token at the end."""
         ids = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     def mask_special_tokens(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
-        """Takes placeholders and the padded end of the vocabulary out of the model's distribution, on every path."""
-        padding = range(len(self.bytes), model.config.vocab_size)
-        model.masked_token_ids = torch.tensor([*self.placeholders, *padding], dtype=torch.long)
+        """Takes placeholders and the padded end of the vocabulary out of the model's distribution."""
+        placeholders = [i for text, i in self.id.items() if re.search("vision|image|video", text)]
+        model.masked_token_ids = torch.tensor([*placeholders, *range(len(self.bytes), model.config.vocab_size)])
         return model
 
 
@@ -374,27 +347,29 @@ class Example(NamedTuple):
 
 @lru_cache(maxsize=4)                                        # benchmarks ask several questions about one clip in a row
 def media_patches(medium: Record, root: Path, settings: InputSettings) -> tuple[Tensor, tuple[int, int, int], float]:
-    """Patches, grid and seconds per temporal patch of a record's medium. Raises MediaError."""
     frames, seconds, max_pixels = read_media(medium, root, settings)
     return *patchify(frames, min(settings.min_pixels, max_pixels), max_pixels), seconds
 
 
 def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings: InputSettings) -> Example:
-    """Reads the medium and lays out the prompt, with an observation that is given. Raises MediaError."""
+    """Reads the medium and lays out the prompt, Qwen's chat up to the response. Raises MediaError."""
     pixels, grids, times, medium = None, [], [], []
     if not r.blind:
-        key = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)   # independent of the question
-        pixels, grid, seconds = media_patches(key, root, settings)
+        clip = Record("", "", (), "", "", r.path, r.data_type, bounds=r.bounds, rate=r.rate)  # of any question
+        pixels, grid, seconds = media_patches(clip, root, settings)
         grids, times = [grid], [seconds]
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         medium = [v.id["<|vision_start|>"], *[pad] * (len(pixels) // MERGE ** 2), v.id["<|vision_end|>"]]
-    prefix = [] if r.given is None else v.encode(f"<observation> {r.given} </observation>\n")
-    ids = torch.tensor(chat(medium, instruction(r, settings), v, settings) + prefix)
+    start, end = [v.id["<|im_start|>"]], [v.id["<|im_end|>"], *v.encode("\n")]
+    system = [*start, *v.encode("system\nYou are a helpful assistant."), *end] if settings.prompt != "short" else []
+    user = [*start, *v.encode("user\n"), *medium, *v.encode(instruction(r, settings)), *end]
+    given = [] if r.given is None else v.encode(f"<observation> {r.given} </observation>\n")
+    ids = torch.tensor([*system, *user, *start, *v.encode("assistant\n"), *given])
     return Example(r, ids, *mrope_positions(ids, grids, times, config), pixels, *(grids or [None]), *(times or [0.0]))
 
 
 def blank_example(v: Vocabulary, config: Config) -> Example:
-    """A black picture without a question, for a rank without questions: all ranks must run the same passes."""
+    """A picture without a question, for a rank without questions: all ranks must run the same passes."""
     ids = torch.tensor([v.id["<|vision_start|>"], config.image_token_id, v.id["<|vision_end|>"]])
     grid, pixels = (1, MERGE, MERGE), torch.zeros(MERGE ** 2, 3 * TEMPORAL_PATCH * PATCH ** 2)
     record = Record("", "", (), "numerical", "0", "", "image")
@@ -406,26 +381,23 @@ def answer_score(r: Record, answer: str | None) -> float:
 
 
 def why_invalid(r: Record) -> str:
-    """Why a record cannot teach: its own solution would not score 1, or its trace breaks the template. "" if it can."""
+    """Why nothing can be learned from a record; "" if it can."""
     if r.reference and answer_score(r, r.reference) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
-    if r.trace.keys() < set(TRACE_TAGS) or r.given is not None or all(parse(trace_text(r, "p2r")).formats):
-        return ""
-    return "trace: it breaks the template"
+    whole = len(r.trace) == len(TRACE_TAGS) and r.given is None
+    return "trace: it breaks the template" if whole and not all(parse(trace_text(r, "p2r")).formats) else ""
 
 
 class Examples:
-    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`.
-    `teaching`: skip invalid records; an evaluation asks every question."""
+    """Records that become examples when asked for. One that cannot is None, counted, and named in the file `log`."""
 
     def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary, config: Config,
                  settings: InputSettings, log: Path | None = None, max_unreadable: float = MAX_UNREADABLE,
-                 teaching: bool = True):
+                 teaching: bool = True):                     # False: also those that `why_invalid` names
         self.records, self.root, self.vocabulary, self.config = records, Path(root), vocabulary, config
         self.settings, self.log, self.max_unreadable, self.teaching = settings, log, max_unreadable, teaching
-        self.asked, self.skipped = set(), {}                 # indices; index → reason
-        self.cache, self.room = {}, settings.cache_gb * 2 ** 30               # index → example; bytes left
-        self.lock = threading.Lock()
+        self.asked, self.skipped, self.cache = set(), {}, {}                  # indices; index → reason, → example
+        self.lock, self.room = threading.Lock(), settings.cache_gb * 2 ** 30  # room: bytes left in the cache
 
     def __len__(self) -> int:
         return len(self.records)
@@ -433,15 +405,15 @@ class Examples:
     def __getitem__(self, i: int) -> Example | None:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
-        r, example = self.records[i], None
+        r, example, limit = self.records[i], None, self.settings.max_prompt
         reason = why_invalid(r) if self.teaching else ""
         try:
             if not reason:
                 example = build_example(r, self.root, self.vocabulary, self.config, self.settings)
+                if len(example.ids) > limit:
+                    example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {limit}"
         except MediaError as error:
             reason = f"media: {error}"
-        if example and len(example.ids) > self.settings.max_prompt:
-            example, reason = None, f"prompt: {len(example.ids)} tokens, over --max-prompt {self.settings.max_prompt}"
         size = example.pixels.nbytes if example and example.pixels is not None else 0
         with self.lock:
             self.asked.add(i)
@@ -449,30 +421,26 @@ class Examples:
                 self.cache[i], self.room = example, self.room - size
             elif reason:
                 self.skipped[i] = reason
-                if self.log:
-                    with self.log.open("a") as file:
-                        file.write(f"{r.path}\t{reason}\n")
+            if reason and self.log:
+                with self.log.open("a") as file:
+                    file.write(f"{r.path}\t{reason}\n")
         return example
 
-    def check_losses(self) -> None:
-        """Raises ValueError if media of more than `max_unreadable` of at least 20 records could not be read."""
-        with self.lock:
-            lost = [i for i, reason in self.skipped.items() if reason.startswith("media")]
-        if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
-            raise ValueError(f"{len(lost)} of {len(self.asked)} media under {self.root} cannot be read, for example "
-                             f"{self.records[lost[0]].path} ({self.skipped[lost[0]]}). Is this the right media folder? "
-                             f"To train on what is there: `python data.py check FILE --media DIR --keep PART.jsonl`.")
-
     def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
-        """Yields the readable examples of each step's indices, while threads read those of the next two steps."""
+        """Yields the examples of each step's indices, while threads read those of the next two steps."""
         waiting, pool = [], ThreadPoolExecutor(max(1, self.settings.workers))
         try:
             for indices in [*steps, (), ()]:
                 waiting.append([pool.submit(self.__getitem__, i) for i in indices])
-                if len(waiting) > 2:
-                    examples = [future.result() for future in waiting.pop(0)]
-                    self.check_losses()
-                    yield [example for example in examples if example]
+                if len(waiting) < 3:
+                    continue
+                examples = [future.result() for future in waiting.pop(0)]
+                lost = [i for i, reason in list(self.skipped.items()) if reason.startswith("media")]
+                if len(self.asked) >= min(20, len(self)) and len(lost) > self.max_unreadable * len(self.asked):
+                    example = f"{self.records[lost[0]].path} ({self.skipped[lost[0]]})"
+                    raise ValueError(f"{len(lost)} of {len(self.asked)} media cannot be read, such as {example}. Is "
+                                     f"{self.root} the right media folder? `data.py check --keep` keeps the rest.")
+                yield [example for example in examples if example]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -483,7 +451,7 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def step_indices(count: int, size: int, step: int, seed: int) -> list[int]:
-    """Which records step `step` uses: epoch after epoch, each shuffled anew. A resumed run needs no saved sampler."""
+    """The records of a step: epoch after epoch, each shuffled anew. No sampler has to be saved."""
     places = range(step * size, (step + 1) * size)
     return [epoch_order(count, place // count, seed)[place % count] for place in places]
 
@@ -508,6 +476,7 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 # ------------------------------------------------------------------------------------------------ the toy world
 
+TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)            # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
 TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}       # clips
 TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]       # half is multiple choice
@@ -515,7 +484,7 @@ PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "y
 
 
 def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
-    """One frame (56, 56, 3) uint8: a letter somewhere near the middle, larger or smaller, brighter or darker, noisy."""
+    """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with noise."""
     y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
     r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
     ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
@@ -527,7 +496,7 @@ def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
-    """Frames (N, h, w, 3) as PNG pictures in an AVI file: lossless, and decord reads it back exactly."""
+    """Frames (N, h, w, 3) as PNG pictures in an AVI file: lossless."""
     def chunk(tag: bytes, body: bytes) -> bytes:
         return tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
 
@@ -546,13 +515,13 @@ def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
-    """A question about three letters, with its answer and a correct trace. Returns the record and what is shown."""
+    """A question about three letters, with its answer and a correct trace; and the letters shown."""
     problem_type = TOY_MIX[number % len(TOY_MIX)]
     texts = [text for kind, text in TOY_QUESTIONS.values() if kind == problem_type]
     text = texts[number // len(TOY_MIX) % len(texts)]
     everything = [f"{colour} {letter}" for colour in COLOURS for letter in LETTERS]
     answer = None
-    while answer is None:                                    # for some draws a question has no answer: draw again
+    while answer is None:                                    # some draws have no answer
         shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
         asked, options = rng.choice(shown).split()[0], []
         if problem_type == "multiple choice":
@@ -570,7 +539,7 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
 
 
 def toy_clip(seed: int, split: str, number: int) -> bytes:
-    """The clip of a record, from a seed of their own: no held-out clip is ever a training clip."""
+    """The clip of a record. Each record has a seed of its own: no held-out clip is a training clip."""
     rng = random.Random(f"{seed}/{split}/{number}")
     _, shown = toy_record(rng, number, split)
     noise = np.random.default_rng(rng.getrandbits(64))
@@ -578,7 +547,7 @@ def toy_clip(seed: int, split: str, number: int) -> bytes:
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
-    """Writes the toy world, clips and `<split>.json`, unless it is there as the code would write it now."""
+    """Writes clips and `<split>.json`, unless they are there as the code would write them now."""
     for split, count in splits.items():
         file, clips = Path(folder) / f"{split}.json", Path(folder) / split
         rows = [toy_record(random.Random(f"{seed}/{split}/{n}"), n, split)[0] for n in range(count)]
@@ -595,7 +564,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
 
 
 def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny"]) -> None:
-    """Writes a random tiny Qwen2.5-VL, and a byte-level tokenizer in which the toy world's words are single tokens."""
+    """Writes a random tiny Qwen2.5-VL, and a byte-level tokenizer with a token for each word of the toy world."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     cut = pre_tokenizers.Sequence([
@@ -609,39 +578,37 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                 "<|image_pad|>", "<|video_pad|>"]
     pieces = specials + sorted(byte_characters().values()) + sorted(words)
+    assert len(pieces) <= config.vocab_size
     # ignore_merges: a piece of the vocabulary is one token, any other is split into its bytes.
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    assert len(pieces) <= config.vocab_size
 
     def write_extra(where: Path) -> None:
         tokenizer.save_pretrained(str(where))
         write_config(config, where, stop_ids=[2, 0])
-
     save_model(dict(init_weights(Qwen2_5_VL(config), seed).named_parameters()), folder, write_extra=write_extra)
 
 
 # ================================ a first reader may stop here ================================
 
 HTTP = ("http://", "https://")
-THRESHOLD = 0.6                                              # the lowest score of a correct answer in the pipeline (paper)
+THRESHOLD = 0.6                                              # lowest score of a correct answer in the pipeline (paper)
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """The judge of observations, for the data pipeline, RL and evaluation, and how long a server is tried."""
-    judge: str = flag("rule", "judge of observations: rule (exact, toy world), reference (the KL reference answers "
-                      "blind), a folder with a language model, or an address http(s)://…/v1")
+    """The judge of observations, and how long a server is tried."""
+    judge: str = flag("rule", "rule (toy world), reference (the KL reference), a model's folder, or http(s)://…/v1")
     judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in `cot`: a folder")
-    judge_device: str = flag("", "device of a judge from a folder, such as cuda:1, for all ranks; default: the rank's")
+    judge_device: str = flag("", "device of a judge from a folder, such as cuda:1; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
     refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without a judge")
     concurrency: int = flag(64, "maximum number of concurrent requests to a server, for each rank")
-    timeout: float = flag(60.0, "seconds without data from a server after which a request is tried again")
+    timeout: float = flag(60.0, "seconds without data after which a request is tried again")
     retries: int = flag(24, "retries of a failed request, 0.5 to 8 s apart: 24 outlast an outage of two minutes")
-    max_unknown: float = flag(0.2, "largest share of missing verdicts, or of missing traces; above it the run stops")
+    max_unknown: float = flag(0.2, "largest share of missing verdicts or traces; above it the run stops")
 
     def __post_init__(self):
         check_minimum(self, concurrency=1, retries=0, timeout=0.01, max_unknown=0, judge_tokens=1)
@@ -652,8 +619,8 @@ class JudgeSettings:
         value = getattr(self, name)
         if not value.startswith(HTTP):
             if value not in built_in and not Path(value).is_dir():
-                raise SystemExit(f"--{name} {value}: neither {', '.join(built_in)}, a folder that is there, nor an "
-                                 f"address http(s)://…/v1")
+                known = ", ".join(built_in)
+                raise SystemExit(f"--{name} {value}: neither {known}, a folder that is there, nor an address")
         elif not re.fullmatch(r"https?://[^/:@?#][^@?#]*", value):            # it may hold a key: do not show it
             raise SystemExit(f"--{name}: an address is like https://host:port/v1; keys come from the environment")
         elif not (getattr(self, name + "_model") and find_spec("openai")):
@@ -661,17 +628,17 @@ class JudgeSettings:
 
 
 def chat_client(s: JudgeSettings, name: str, **options) -> rewards.ChatClient:
-    """The server that --judge or --teacher names, with the key that JUDGE_API_KEY or TEACHER_API_KEY holds."""
+    """The server that --judge or --teacher names, with its key from JUDGE_API_KEY or TEACHER_API_KEY."""
     key = os.environ.get(f"{name.upper()}_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):            # such a key fits no header; do not show it
         raise ValueError(f"{name.upper()}_API_KEY holds characters that no key can have")
-    model = getattr(s, f"{name}_model")
-    return rewards.ChatClient(getattr(s, name), model, key, s.concurrency, s.timeout, s.retries, **options)
+    url, model = getattr(s, name), getattr(s, f"{name}_model")
+    return rewards.ChatClient(url, model, key, s.concurrency, s.timeout, s.retries, **options)
 
 
 def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
-    """The judge that --judge names. cache: file for a server's replies. reference: `decide` of --judge reference."""
+    """The judge that --judge names. cache: file for a server's replies. reference: what --judge reference calls."""
     if s.judge.startswith(HTTP):
         keep = rewards.JUDGEMENT.search
         client = chat_client(s, "judge", cache=cache, keep=keep, max_tokens=s.judge_tokens, temperature=0)
@@ -685,19 +652,16 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
 
 def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim], settings: InputSettings, tokens: int,
                   batch: int, device) -> list[Verdict]:
-    """Judges by answering: the model reads question and observation without the media, and writes think and answer
-    greedily. The observation suffices if the answer's score reaches THRESHOLD. The paper asks a language model. Here
-    weak reasoning counts against the observation, and one that states the answer passes unless it is a leak."""
+    """Judges by answering: the model reads question and observation, without the media, and writes think and answer.
+    The observation suffices if the answer's score reaches THRESHOLD: weak reasoning counts against it."""
     verdicts = []
     for i in range(0, len(claims), batch):
-        examples = []
-        for c in claims[i:i + batch]:
-            record = Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
-                            given=c.observation)
-            examples.append(build_example(record, Path(), vocabulary, model.config, settings))
-        uniforms = torch.zeros(len(examples), 1, tokens)
-        for e, text in zip(examples, respond(model, vocabulary, examples, uniforms, 0.0, device)):
-            score = answer_score(e.record, parse(text).contents["answer"])
+        records = [Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type, blind=True,
+                          given=c.observation) for c in claims[i:i + batch]]
+        examples = [build_example(r, Path(), vocabulary, model.config, settings) for r in records]
+        texts = respond(model, vocabulary, examples, torch.zeros(len(examples), 1, tokens), 0.0, device)
+        for r, text in zip(records, texts):
+            score = answer_score(r, parse(text).contents["answer"])
             explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
             verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
@@ -705,13 +669,13 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, claims: list[Claim]
 
 def respond(model: Qwen2_5_VL, vocabulary: Vocabulary, examples: Sequence[Example], uniforms: Tensor,
             temperature: float, device) -> list[str]:
-    """One response to each example, sampled with uniforms (B, 1, T)."""
+    """A response to each example, sampled with uniforms (B, 1, T)."""
     out = model.generate(collate(examples).to(device), uniforms, vocabulary.stop_ids, temperature)
     return [vocabulary.decode(ids[:n]) for ids, n in zip(out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist())]
 
 
 def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
-    """The newest checkpoint in a folder: its vocabulary, the model, and the model's device."""
+    """Vocabulary, model and device of the newest checkpoint in a folder."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -720,7 +684,7 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
 
 
 class Draft(NamedTuple):
-    """A teacher's trace for a record. Without output the next run of the pipeline tries again."""
+    """A teacher's trace for a record."""
     output: str | None
     error: str = ""                                          # why there is no output
     mistakes: tuple[str, ...] = ()                           # that the toy teacher made on purpose
@@ -730,7 +694,22 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
     """The teacher that --teacher names: the toy teacher, a server, or a checkpoint."""
     if s.teacher == "toy":
         return lambda records: [toy_draft(r, s) for r in records]
-    prepare, write = (http_teacher if s.teacher.startswith(HTTP) else local_teacher)(s)
+    root, http = Path(s.media), s.teacher.startswith(HTTP)
+    if http:
+        client = chat_client(s, "teacher", patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
+                             temperature=s.temperature, seed=s.seed)
+    else:
+        vocabulary, model, device = load_local(s.teacher)
+
+    def prepare(r: Record) -> Example | list[dict]:
+        if not http:
+            return build_example(r, root, vocabulary, model.config, s)
+        (frames, _, limit), content = read_media(r, root, s), []
+        for frame in resize(frames, min(s.min_pixels, limit), limit):
+            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
 
     def teach(records: list[Record]) -> list[Draft]:
         inputs, drafts = {}, {}
@@ -739,49 +718,27 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
                 inputs[r] = prepare(r)
             except MediaError as error:
                 drafts[r] = Draft(None, f"media: {error}")
-        if inputs:
-            drafts |= zip(inputs, write([*inputs.values()]))
-        return [drafts[r] for r in records]
+        if http:
+            drafts |= zip(inputs, client.ask_all([*inputs.values()]))
+        elif inputs:
+            uniforms = torch.stack([question_uniforms(s.seed, "teacher", r, 1, s.max_response) for r in inputs])
+            texts = respond(model, vocabulary, [*inputs.values()], uniforms, s.temperature, device)
+            drafts |= zip(inputs, map(Draft, texts))
+        return [Draft(*drafts[r]) for r in records]
     return teach
 
 
-def http_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
-    """A server that speaks OpenAI's chat protocol and reads images: it gets the frames in the size set here."""
-    client = chat_client(s, "teacher", patience=(s.retries + 1) * (s.timeout + 8), max_tokens=s.max_response,
-                         temperature=s.temperature, seed=s.seed)
-
-    def prepare(r: Record) -> list[dict]:
-        (frames, _, limit), content = read_media(r, Path(s.media), s), []
-        for frame in resize(frames, min(s.min_pixels, limit), limit):
-            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
-    return prepare, lambda chats: [Draft(*reply) for reply in client.ask_all(chats)]
-
-
-def local_teacher(s: "CotSettings") -> tuple[Callable, Callable]:
-    """A checkpoint of this project or of Qwen2.5-VL."""
-    vocabulary, model, device = load_local(s.teacher)
-
-    def write(examples: list[Example]) -> list[Draft]:
-        uniforms = torch.stack([question_uniforms(s.seed, "teacher", e.record, 1, s.max_response) for e in examples])
-        return [Draft(text) for text in respond(model, vocabulary, examples, uniforms, s.temperature, device)]
-    return lambda r: build_example(r, Path(s.media), vocabulary, model.config, s), write
-
-
 def toy_draft(r: Record, s: "CotSettings") -> Draft:
-    """The toy teacher's trace: it knows what was shown, from the record, and makes mistakes at known rates. Each
-    changes the answer, except for a share `luck` of those in perception: there the reasoning follows from what was
-    shown, not from what was noted down. Only step 3 can catch those."""
+    """The toy teacher's trace, with mistakes at known rates. Each changes the answer, but a share `luck` of those in
+    perception does not: there the reasoning follows what was shown, and only step 3 can catch it."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r.problem_type, r.question, r.options)
-    noted, mistakes = r.trace.get("observation", ""), []
-    seen = reasoned = shown = [item.partition(" ")[2] for item in noted.split(", ")]          # "1 red O, 2 blue X, …"
-    if rewards.toy_observation(toy, shown) != noted or len(shown) != TOY_EVENTS:
-        raise ValueError(f"{r.path}: the toy teacher finds no letters in the record's observation {noted!r:.60}")
+    observation, mistakes = r.trace.get("observation", ""), []
+    seen = reasoned = shown = [item.partition(" ")[2] for item in observation.split(", ")]    # "1 red O, 2 blue X, …"
+    if rewards.toy_observation(toy, shown) != observation or len(shown) != TOY_EVENTS:
+        raise ValueError(f"{r.path}: the toy teacher finds no letters in the observation {observation!r:.60}")
     if rng.random() < s.perception_mistakes:
         mistakes.append("perception")
-        seen = misread(toy, shown, r, 1 - 1e-9, rng)
+        seen = misread(toy, shown, r, 1, rng)
         reasoned = shown if rng.random() < s.luck else seen
     if rng.random() < s.reasoning_mistakes:
         mistakes.append("reasoning")
@@ -815,13 +772,13 @@ class CotSettings(InputSettings, JudgeSettings):
     media: str = flag("", "folder to which the records' paths are relative [the folder of --data]")
     out: str = flag("", "folder for the work and for traces.jsonl [runs/cot; toy: runs/tiny/cot]")
     limit: int = flag(0, "only the first N records; 0: all")
-    teacher: str = flag("toy", "who writes traces: toy (toy world), a checkpoint folder, or an address http(s)://…/v1")
+    teacher: str = flag("toy", "who writes traces: toy (toy world), a checkpoint folder, or http(s)://…/v1")
     teacher_model: str = flag("", "name of an http teacher's model (key: TEACHER_API_KEY)")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy")
     max_response: int = flag(1024, "maximum number of tokens in a trace")
-    batch: int = flag(16, "records that a local teacher, or the reference as judge, works on at once")
+    batch: int = flag(16, "records that a local teacher or judge works on at once")
     seed: int = flag(0, "decides a teacher's sampling, and the toy teacher's mistakes")
-    perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that note down other letters")
+    perception_mistakes: float = flag(0.1, "share of the toy teacher's traces that observe other letters")
     luck: float = flag(0.5, "share of these whose answer is right all the same")
     reasoning_mistakes: float = flag(0.1, "share of its traces that reason to a wrong answer")
     template_mistakes: float = flag(0.02, "share of its traces that are cut off")
@@ -844,11 +801,11 @@ def cot(s: CotSettings) -> Path:
     """Makes process-aware traces in three steps (paper, stage 1), and returns the file that SFT reads.
 
     1-generated.jsonl and 3-judged.jsonl in --out grow by a line for each finished record; traces.jsonl (kept) and
-    dropped.jsonl (with reasons) are written at the end. Killed and started again, it does what is missing.
+    dropped.jsonl (with reasons) come at the end. Started again after a kill, it does what is missing.
     """
     s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
     with lock_folder(folder):
-        records = {record_key(r): r for r in read_records(s.data)[:s.limit or None]}          # equal records are one
+        records = {short_hash(to_row(r)): r for r in read_records(s.data)[:s.limit or None]}  # equal records are one
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
             raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
         made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"
@@ -856,86 +813,80 @@ def cot(s: CotSettings) -> Path:
         check_settings(folder, asdict(s), default_settings(s), free if made.exists() else [*asdict(s)])
 
         # Step 1, generate: a teacher writes a trace for every record.
-        drafts, errors = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
+        drafts = run_resumable(records, make_teacher, s.teacher, made, "1 generate", s)
 
         # Step 2, verify: the template, and the answer's score.
-        why, rows, claims = dict.fromkeys(errors, "not generated"), {}, {}
+        rows, claims = {}, {}
         for key, r in records.items():
-            output = drafts.get(key, {}).get("output")
+            output, error, reason = drafts[key]["output"], drafts[key]["error"], ""
             contents, formats = parse(output or "")
             score = answer_score(r, contents["answer"])
-            row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
-            rows[key] = row | {"output": output, "reward": score, "select": False}
-            if key in drafts and all(formats) and score >= THRESHOLD:
+            if error:
+                reason = "not generated"
+            elif not all(formats):
+                reason = "template broken"
+            elif score < THRESHOLD:
+                reason = "answer wrong"
+            else:
                 claims[key] = claim_about(r, contents["observation"])
-            elif key in drafts:
-                why[key] = "answer wrong" if all(formats) else "template broken"
+            row = to_row(replace(r, trace={tag: contents.get(tag) or "" for tag in TRACE_TAGS}))
+            rows[key] = row | dict(output=output, reward=score, select=not reason, reason=reason, error=error)
 
         # Step 3, observation sufficiency: the judge reads nothing else, and equal claims once.
         names = {key: short_hash(claim) for key, claim in claims.items()}
-        verdicts, unjudged = run_resumable(dict(zip(names.values(), claims.values())), make_cot_judge, s.judge, judged,
-                                           "3 observation sufficiency", s)
+        claims = dict(zip(names.values(), claims.values()))
+        verdicts = run_resumable(claims, make_cot_judge, s.judge, judged, "3 observation sufficiency", s)
         for key, name in names.items():
-            rows[key]["select"] = name in verdicts and verdicts[name]["sufficient"]
-            if name in unjudged:
-                why[key], errors[key] = "not judged", unjudged[name]
-            elif not rows[key]["select"]:
-                why[key] = "observation insufficient"
+            if not verdicts[name]["sufficient"]:
+                error = verdicts[name]["error"]
+                reason = "not judged" if error else "observation insufficient"
+                rows[key] |= dict(select=False, reason=reason, error=error)
 
-        kept = [row for row in rows.values() if row["select"]]
-        write_rows(folder / "traces.jsonl", kept)
-        write_rows(folder / "dropped.jsonl", [row | {"reason": why[key], "error": errors.get(key, "")}
-                                              for key, row in rows.items() if key in why])
-        print(*funnel(records, why, {key: draft["mistakes"] for key, draft in drafts.items()}), sep="\n")
-        print(f"{folder / 'traces.jsonl'}: {len(kept)} traces for SFT", flush=True)
-        for error, _ in Counter(errors.values()).most_common(1):
+        for name, select in (("traces", True), ("dropped", False)):
+            write_rows(folder / f"{name}.jsonl", [row for row in rows.values() if row["select"] == select])
+        print(*funnel([(row["reason"], drafts[key]["mistakes"]) for key, row in rows.items()]), sep="\n")
+        print(f"{folder / 'traces.jsonl'}: {sum(row['select'] for row in rows.values())} traces for SFT", flush=True)
+        errors = [row["error"] for row in rows.values() if row["error"]]
+        for error, _ in Counter(errors).most_common(1):
             print(f"{len(errors)} records are unfinished (most often: {error}); the same command tries them again.")
     return folder / "traces.jsonl"
 
 
-def run_resumable(items: dict[str, Any], make_worker: Callable[[CotSettings], Callable[[list], Sequence]], who: str,
-                  file: Path, what: str, s: CotSettings) -> tuple[dict[str, dict], dict[str, str]]:
-    """Works on the items that `file` has no result for, and appends each result to it at once. A worker takes a list
-    of items (one, in many threads, if `who` is a server) and returns named tuples, with `error` where there is no
-    result. Returns key → result, and key → error. Raises ValueError once 20 items, and more than `s.max_unknown` of
-    those tried, have failed."""
-    journal, failed = Journal(file), {}
-    done = {row["key"]: row for row in journal.rows if row.get("key") in items}
-    todo = [key for key in items if key not in done]
+def run_resumable(items: dict[str, Any], make_worker: Callable, who: str, file: Path, what: str, s: CotSettings
+                  ) -> dict[str, dict]:
+    """Results of items by key, from `file` or a worker, which takes a list of them (one, in many threads, if `who` is a
+    server) and returns named tuples. One without `error` is written to `file` at once. ValueError if many fail."""
+    journal, errors = Journal(file), []
+    results = {row["key"]: row for row in journal.rows if row.get("key") in items}
+    todo, before = [key for key in items if key not in results], len(results)
     if not todo:
-        return done, failed
+        return results
     work, (threads, size) = make_worker(s), (s.concurrency, 1) if who.startswith(HTTP) else (1, s.batch)
 
     def finish(keys: list[str]) -> None:                     # in a thread: Ctrl-C waits for it and loses nothing
         for key, result in zip(keys, work([items[key] for key in keys]), strict=True):
+            results[key] = {"key": key} | result._asdict()
             if result.error:
-                failed[key] = result.error
+                errors.append(result.error)
             else:
-                done[key] = {"key": key} | result._asdict()
-                journal.add(done[key])
+                journal.add(results[key])
 
-    pool, before = ThreadPoolExecutor(threads), len(done)
+    pool = ThreadPoolExecutor(threads)
     futures = [pool.submit(finish, todo[i:i + size]) for i in range(0, len(todo), size)]
     try:
-        for future in tqdm(as_completed(futures), what, len(futures), unit="record" if size == 1 else "batch"):
+        for future in tqdm(as_completed(futures), what, len(futures)):
             future.result()
-            if len(failed) >= 20 and len(failed) > s.max_unknown * (len(failed) + len(done) - before):
-                reason = Counter([*failed.values()]).most_common(1)[0][0]
-                raise ValueError(f"{what}: {len(failed)} records failed, most often for {reason}. {len(done)} are done "
-                                 f"and kept; the same command goes on from there.")
+            if len(errors) >= 20 and len(errors) > s.max_unknown * (len(results) - before):
+                error, kept = Counter(errors).most_common(1)[0][0], len(results) - len(errors)
+                raise ValueError(f"{what}: {len(errors)} records failed, most often for {error}. {kept} are done and "
+                                 f"kept; the same command goes on from there.")
     finally:
         pool.shutdown(cancel_futures=True)
-    return done, failed
+    return results
 
 
 def short_hash(something) -> str:
     return hashlib.sha256(json.dumps(something).encode()).hexdigest()[:20]
-
-
-def record_key(r: Record) -> str:
-    """Names a question by its content, so that finished work is found again whatever else a file holds."""
-    trace = [r.trace] if r.trace else []
-    return short_hash([r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace])
 
 
 def is_toy(records: Iterable[Record]) -> bool:
@@ -954,31 +905,23 @@ def make_cot_judge(s: CotSettings) -> Judge:
                                                                 device))
 
 
-def funnel(records: dict[str, Record], why: dict[str, str], mistakes: dict[str, Sequence[str]]) -> list[str]:
-    """Records that passed each step, by medium and problem type, and why the others were dropped; where the teacher's
-    mistakes are known, also precision and recall of the steps that should catch them."""
-    kinds = {key: f"{r.data_type}, {r.problem_type}" for key, r in records.items()}
-    table = [["", *STEPS, "kept"]]
-    for kind in [*sorted(set(kinds.values())), "all"]:
-        fails = np.array([DROPPED.get(why.get(key), len(STEPS)) for key in records if kind in ("all", kinds[key])])
-        passed = [str((fails > i).sum()) for i in range(len(STEPS))]
-        table.append([kind, *passed, f"{(fails == len(STEPS)).mean():.1%}"])
-    lines, reasons = ["Records that passed each step:", *format_table(table)], Counter(why.values())
-    lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reason in reasons]
-    met = {key: made for key, made in mistakes.items() if why.get(key) != "not judged"}
-    for step, target, reasons in CAUGHT if any(mistakes.values()) else ():
-        dropped = [made for key, made in met.items() if why.get(key) in reasons]
-        caught, wanted = sum(target in made for made in dropped), sum(target in made for made in met.values())
+def funnel(outcomes: list[tuple[str, Sequence[str]]]) -> list[str]:
+    """How many records passed each step. outcomes: why each was dropped, or "", and the mistakes in its trace."""
+    reasons = Counter(reason for reason, _ in outcomes)
+    passed = [len(outcomes) - sum(reasons[x] for x in DROPPED if DROPPED[x] <= i) for i in range(len(STEPS))]
+    lines = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / len(outcomes):.1%}"]])
+    lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reasons[reason]]
+    met = [(reason, made) for reason, made in outcomes if reason != "not judged"]
+    for step, target, own in CAUGHT if any(made for _, made in outcomes) else ():
+        dropped = [made for reason, made in met if reason in own]
+        caught, wanted = sum(target in made for made in dropped), sum(target in made for _, made in met)
         lines.append(f"step {step} against mistakes in {target}: precision {sum(map(bool, dropped))} of "
                      f"{len(dropped)}, recall {caught} of {wanted}")
-        met = {key: made for key, made in met.items() if why.get(key) not in reasons}
+        met = [(reason, made) for reason, made in met if reason not in own]
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ settings and flags
-
-FREE = ("out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown")
-
+# ------------------------------------------------------------------------------------------------ flags and commands
 
 def check_minimum(settings, **minimum: float) -> None:
     for name, value in minimum.items():
@@ -986,8 +929,8 @@ def check_minimum(settings, **minimum: float) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {value}")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Sequence[str] = ()) -> None:
-    """Adds a flag for each setting of a dataclass (or those in `names`), None if not given; --help shows its values."""
+def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {}, names: Iterable[str] = ()) -> None:
+    """A flag for each setting of a dataclass (or those in `names`), None if not given."""
     for f in [f for f in fields(cls) if not names or f.name in names]:
         values = [f"default {f.default}"] * (f.default != "")
         values += [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
@@ -1001,7 +944,6 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
 
 
 def given_flags(args: argparse.Namespace) -> dict:
-    """The settings that were given, as a dataclass takes them."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
 
 
@@ -1010,36 +952,28 @@ def default_settings(settings) -> dict:
 
 
 def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[str]) -> None:
-    """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings."""
-    file, before, now = folder / "settings.json", None, json.loads(json.dumps(settings))
-    if file.is_file():
-        try:
-            before = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError):
-            raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
-        refuse_changes(folder, before, now, defaults, free)
-    if before != now:                                        # a finished run may lie on a read-only disk
+    """Writes settings.json. SystemExit, with the difference, if the folder holds work with other settings. One that is
+    missing there counts as its default; those in `free`, and what cannot change results, may differ."""
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))
+    free = {"out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown", *free}
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    before, changed = json.loads(json.dumps(defaults)) | saved, []
+    for name, value in now.items() if saved else ():
+        moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
+        if before.get(name) != value and not moved and name not in free:
+            changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
+    if changed:
+        raise SystemExit(f"{folder} holds work with other settings:\n{''.join(changed)}Use those or another --out.")
+    if saved != now:                                         # a finished run may lie on a read-only disk
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(now, indent=2) + "\n")
 
 
-def refuse_changes(where: Path, before: dict, now: dict, defaults: dict, free: Sequence[str]) -> None:
-    """SystemExit with the difference between earlier settings and those of now. A setting that `before` lacks counts
-    as its default. Those in FREE and `free`, and the address of a server, may change."""
-    before, changed = json.loads(json.dumps(defaults)) | before, []
-    for name, value in now.items():
-        moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)
-        if before.get(name) != value and not moved and name not in (*FREE, *free):
-            changed.append(f"  --{name.replace('_', '-')} was {before.get(name)!r}, is now {value!r}\n")
-    if changed:
-        raise SystemExit(f"{where} holds work with other settings:\n{''.join(changed)}Use the old settings to continue "
-                         f"it, another --out to begin anew, or remove the folder.")
-
-
 def write_atomically(file: Path, text: str) -> None:
-    """Writes a file aside and renames it: the whole text or nothing is there."""
-    file.with_name(file.name + ".writing").write_text(text)
-    os.replace(file.with_name(file.name + ".writing"), file)
+    """After a kill the old text or the whole new one is there."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text(text)
+    os.replace(aside, file)
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
@@ -1047,7 +981,7 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table with a rule below its head; the first column to the left, the others to the right."""
+    """The lines of a table with a rule below its head, the first column to the left, the others to the right."""
     widths, lines = [max(map(len, column)) for column in zip(*rows)], []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
@@ -1057,29 +991,21 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 @contextmanager
 def lock_folder(folder: Path):
-    """SystemExit while another process works in the folder: it would do the same work twice."""
+    """SystemExit while another process works in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
-            import fcntl
+            import fcntl                                     # Windows has none: no lock there
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"Another process works in {folder}.") from None
-        except ImportError:                                  # Windows has no fcntl: no lock there
+        except ImportError:
             pass
         yield
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
 def check(file: str, media: str, keep: str | None, settings: InputSettings) -> bool:
-    """Reads records and their media, and prints which ones a run would skip. Returns False if a run would stop."""
-    records = read_records(file)
-    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
-    print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
-    for kind, n in sorted(Counter(f"{r.data_type}, {r.problem_type}" for r in records).items()):
-        print(f"  {n:8}  {kind}")
-
+    """Prints which records a run would skip. Returns False if it would stop."""
     def fault(r: Record) -> str:
         try:
             read_media(r, Path(media), settings)
@@ -1087,15 +1013,20 @@ def check(file: str, media: str, keep: str | None, settings: InputSettings) -> b
         except MediaError as error:
             return f"media: {error}"
 
+    records = read_records(file)
+    kinds = Counter(f"{r.data_type}, {r.problem_type}" for r in records)
+    traces = sum(len(r.trace) == len(TRACE_TAGS) for r in records)
+    print(f"{file}: {len(records)} records, {traces} with a trace for SFT")
+    print(*(f"{n:10}  {kind}" for kind, n in sorted(kinds.items())), sep="\n")
     with ThreadPoolExecutor(settings.workers) as pool:
-        faults = list(tqdm(pool.map(fault, records), "reading media", len(records), unit="record"))
+        faults = list(tqdm(pool.map(fault, records), "reading media", len(records)))
     skipped = [f"\n  {r.path}: {reason}" for r, reason in zip(records, faults) if reason]
     print(f"A run would skip {len(skipped)}:", *skipped[:20], sep="")
     if keep:
         write_rows(Path(keep), [to_row(r) for r, reason in zip(records, faults) if not reason])
-    stops = sum(reason.startswith("media") for reason in faults) > MAX_UNREADABLE * len(records)
-    print("A run would stop: too many media are missing" if stops else "A run would start")
-    return not stops
+    starts = sum(reason.startswith("media") for reason in faults) <= MAX_UNREADABLE * len(records)
+    print("A run would start" if starts else "A run would stop: too many media are missing")
+    return starts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1106,15 +1037,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     toy.add_argument("--out", default="runs/tiny/toy", help="folder [runs/tiny/toy]")
     for split, count in TOY_SPLITS.items():
         toy.add_argument(f"--{split}", type=int, default=count, help=f"clips for {split} [{count}]")
-    checker = commands.add_parser("check", help="say what is wrong with a record file and its media")
-    checker.add_argument("file", help="gzip JSON, JSON or JSON lines")
+    checker = commands.add_parser("check", help="say which records a run would skip")
+    checker.add_argument("file", help="JSON list or JSON lines, gzip or plain")
     checker.add_argument("--media", required=True, help="folder to which the records' paths are relative")
     checker.add_argument("--keep", help="write the records that a run would use to this file")
     add_flags(checker, InputSettings, names=("frames", "workers"))
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge", allow_abbrev=False,
                                 description=cot.__doc__, formatter_class=layout)
-    unused = ("workers", "cache_gb", "max_prompt", "template")
-    add_flags(maker, CotSettings, names=[f.name for f in fields(CotSettings) if f.name not in unused])
+    unused = {"workers", "cache_gb", "max_prompt", "template"}
+    add_flags(maker, CotSettings, names={f.name for f in fields(CotSettings)} - unused)
     given = given_flags(parser.parse_args(argv))
     command = given.pop("command")
     try:
@@ -1122,7 +1053,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(make_toy(given.pop("out"), given))
         elif command == "check":
             own = [given.pop(name, None) for name in ("file", "media", "keep")]
-            sys.exit(not check(*own, InputSettings(**given)))
+            raise SystemExit(not check(*own, InputSettings(**given)))
         else:
             if "data" not in given:                          # the toy world, beside --out
                 small = {} if given.get("teacher", "").startswith(HTTP) else TOY_INPUT
@@ -1130,11 +1061,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 CotSettings(**given)                         # refuses wrong flags before the world is made
                 given["data"] = str(make_toy(Path(given["out"]).parent / "toy") / "sft.json")
             if not cot(CotSettings(**{"out": "runs/cot"} | given)).stat().st_size:
-                sys.exit("No trace was kept.")
+                raise SystemExit("No trace was kept.")
     except (ValueError, OSError) as error:                   # also a full disk
-        sys.exit(f"{error}")
+        raise SystemExit(f"{error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Finished work is kept; the same command goes on from there.")
+        raise SystemExit("Interrupted. Finished work is kept; the same command goes on from there.")
 
 
 if __name__ == "__main__":
