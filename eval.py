@@ -78,7 +78,7 @@ def mentions(text: str, options: Sequence[str], labels: Sequence[str] = ()) -> l
     # 3. Other names count in any case, the longest first. `(?!)` matches nothing.
     longer = sorted(names.keys() - {*letters, ""}, key=len, reverse=True)
     longer = "|".join(map(re.escape, longer)) or "(?!)"
-    # 4. Neither counts inside a word or a number, or after "not". `first`: the text begins with it; `cue`: see CUE.
+    # 4. Neither counts inside a word or a number, or after "not". `first`: it begins the text.
     before = rf"(?P<first>^\W*)?(?P<cue>{CUE})?(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?"
     name = rf"(?P<name>(?P<text>(?i:{longer}))|(?P<letter>{letter}))"
     after = r"(?!\w|['’-]\w|[.,/]\d)"
@@ -144,8 +144,7 @@ def mean_relative_accuracy(predicted: float, wanted: float) -> float:
 
 
 def open_answer(text: str, gold: str) -> float:
-    """MMMU's lenient rule: a number behind the last "is", "answer", "=" or ":" equals the gold one to two decimals, or
-    the answer names the gold letter, or contains the gold text."""
+    """MMMU's lenient rule: an answer has the gold number to two decimals, names the gold letter, or the gold text."""
     given, hits = [round(x, 2) for x in numbers(text, r"\bis\b|\banswer\b|=|:(?!\d)")], []
     for wanted in gold.strip("[]").split(",") if gold.startswith("[") else [gold]:
         wanted = wanted.strip(" '\"")
@@ -226,7 +225,8 @@ def summarise(name: str, rows: list[dict]) -> dict:
     for dimension in rows[0]["groups"]:
         groups[dimension] = {}
         for label in dict.fromkeys(r["groups"][dimension] for r in rows):
-            answers, claims = ([r for r in some if r["groups"][dimension] == label] for some in (scored, judged))
+            answers = [r for r in scored if r["groups"][dimension] == label]
+            claims = [r for r in answers if perception(r) is not None]
             groups[dimension][label] = mean(answers, value=bench.value) | {"perception": mean(claims, value=perception)}
     aggregates = {what: mean(scored, parts, bench.value) for what, parts in bench.aggregates.items()}
     if bench.value is is_correct:
@@ -274,7 +274,7 @@ CHANGES = ("perception fixed", "reasoning fixed", "perception broken", "reasonin
 
 
 def mismatch(rows: list[dict]) -> str:
-    """How often the answer is another option than the one the reasoning ends on (multiple choice; paper, Table 6)."""
+    """How often the answer is not the option that the reasoning ends on (multiple choice; paper, Table 6)."""
     rows, decidable = [r for r in rows if "missing" not in r and r["problem_type"] == "multiple choice"], []
     for r in rows:
         thought, answered = ends_on(r["think"] or "", r["options"]), read_choice(r["answer"], r["options"])
@@ -370,7 +370,7 @@ def to_row(question: Question, response: pagrpo.Response, settings: pagrpo.Setti
     """One line of responses.jsonl."""
     r, parsed, (steps, height, width) = response.example.record, response.parsed, response.example.grid or (0, 0, 0)
     extracted, score = grade(question, response.text, response.finished)
-    last_only = r.given is not None or settings.template == "think"           # only the last segment is expected
+    last_only = r.given is not None or settings.template == "think"   # only the last segment is expected
     return {
         "id": r.problem_id, "clip": r.path, "groups": question.groups, "problem_type": r.problem_type,
         "question": question.record.question, "options": list(question.record.options), "reference": r.reference,
@@ -395,7 +395,7 @@ def read_rows(place: str | Path) -> dict[str, dict]:
 
 
 def respond(pairs: list[tuple], folder: Path, judging: bool, args: Namespace) -> None:
-    """Answers this rank's (question, record) pairs, appends each row to a file at once. ValueError if verdicts fail."""
+    """Appends a row for each of this rank's (question, record) pairs to a file. ValueError if verdicts fail."""
     s, rank, judge, (vocabulary, model, device) = args.settings, args.world.rank, None, load_model(args.model)
     if judging:                                              # `reference`: --judge-model, else the model itself
         words, blind, _ = load_model(Path(s.judge == "reference" and s.judge_model or args.model))
@@ -431,7 +431,7 @@ def run(questions: list[Question], records: list[data.Record], args: Namespace, 
     decisive |= {name: getattr(args, name) for name in ("bench", "temperature", "top_p", "direct", "clips")}
     world.on_rank0(lambda: data.check_settings(folder, decisive, data.default_settings(s), free=()))
     rows = read_rows(folder)
-    done = {(row["id"], row.get("prompt"), row.get("reference")) for row in rows.values()}    # of the same wording
+    done = {(row["id"], row.get("prompt"), row.get("reference")) for row in rows.values()}
     todo = [(q, r) for q, r in zip(questions, records) if (r.problem_id, prompt_hash(r, s), r.reference) not in done]
 
     def merge() -> None:
@@ -549,7 +549,7 @@ MVBENCH_FOLDERS = {task: line.split()[:2] for line in MVBENCH.splitlines() for t
 
 
 def mvbench(row, part, number, find):
-    """The official prompt has a system line and begins the answer with "Best option:("; both are left out here."""
+    """Without the system line and the begun answer "Best option:(" of the official prompt."""
     (main, branch), name, options = MVBENCH_FOLDERS[part], row["video"], [o.strip() for o in row["candidates"]]
     path = find(f"video/{main}/{name}", f"{branch}/{name}", f"{branch}/{Path(name).with_suffix('.mp4')}",
                 f"video/data0613/{main}/{name}")             # the last: videos that were added later
@@ -650,12 +650,12 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
         for file in sorted(root.glob(pattern)):
             try:
                 rows = read_annotations(file)
-            except (ValueError, TypeError, OSError, ImportError) as error:    # JSON and Arrow errors are ValueErrors
+            except (ValueError, TypeError, OSError, ImportError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from None
             for n, row in enumerate(rows, start=1):
                 try:
                     questions.append(bench.read(row, part, n - 1, find))   # duplicates are kept
-                except Exception as error:                                    # whatever a damaged row causes
+                except Exception as error:   # a damaged row can cause any
                     broken.append(f"{file}, question {n}: {type(error).__name__}: {error}")
     questions = [q for q in questions if q]
     if len(broken) > 0.01 * (len(questions) + len(broken)):
@@ -672,12 +672,12 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
 
 # ------------------------------------------------------------------------------------------------ 7. command line
 
-PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)             # of Video-R1
+PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)   # of Video-R1
 INPUTS = (*PROTOCOL, "max_prompt", "prompt", "template", "seed")
 
 
 def find_model(name: str | None) -> tuple[Path, Path, str]:
-    """The model's folder, its newest checkpoint, and why it was chosen. Raises ValueError, with the command."""
+    """A model's folder, its newest checkpoint, and why it was chosen. Raises ValueError, with the command."""
     folder, why, finished = Path(name or sft.QWEN.format("7B")), "chosen by flag" if name else "no run is finished", []
     for state in [] if name else Path("runs").glob("*/*/step-*/state.json"):
         steps = sft.read_json(state.parents[1] / "settings.json").get("steps")
@@ -766,8 +766,8 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add("--clips", action="store_true", help="cut videos to the annotated bounds (MVBench)")
     add("--mismatch", action="store_true", help="how often the answer is not what the reasoning ends on")
     add("--perception-from", metavar="RUN", help="ask with and without the observations of this evaluation")
-    add("--limit", type=int, help="only so many questions, evenly spread [all]")
-    add("--batch", type=int, help="questions answered together [toy 128, else 8]")
+    add("--limit", type=int, default=0, help="only so many questions, evenly spread [0: all]")
+    add("--batch", type=int, default=0, help="questions answered together [0: toy 128, else 8]")
     data.add_flags(parser.add_argument_group("judges of observations [toy: rule, else none]"), data.JudgeSettings)
     args = parser.parse_args(argv)
     if [args.bench, args.compare, args.video].count(None) != 2 or args.video and not args.question:
@@ -777,14 +777,13 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     another_prompt = args.prompt or args.template or args.perception_from
     if args.prompt == "direct" or args.direct and (args.bench in (None, "toy") or another_prompt):
         parser.error("--direct is for the seven benchmarks, without --prompt, --template and --perception-from")
-    counts = [n for n in (args.limit, args.batch) if n is not None]
-    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and min(counts, default=1) > 0):
-        parser.error("--temperature must be 0 or more, --top-p above 0 and at most 1, --limit and --batch at least 1")
+    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.limit >= 0 and args.batch >= 0):
+        parser.error("--temperature, --limit and --batch must be 0 or more, --top-p above 0 and at most 1")
     return args
 
 
 def evaluate_all(args: Namespace) -> None:
-    """Finds model and benchmarks and runs what was asked for. Raises ValueError, at once if nothing can be run."""
+    """Finds model and benchmarks, and runs them. Raises ValueError, at once if nothing can be run."""
     benches, lacking, summaries, everything = {}, [], [], args.bench == "all"
     for name in SEVEN if everything else {args.bench} & {*SEVEN}:
         try:
@@ -826,7 +825,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.compare:
             return print(compare(*args.compare))
-        args.world = sft.start_world(patience=timedelta(hours=12))            # ranks may be hours apart at the end
+        args.world = sft.start_world(patience=timedelta(hours=12))   # ranks may be hours apart at the end
         evaluate_all(args)
         args.world.shutdown()
     except data.MediaError as error:

@@ -169,8 +169,8 @@ def test_a_judge_that_is_lost_stops_the_evaluation_before_its_verdicts_are(toy, 
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--temperature", "nan"], "--temperature must be 0"), (["--top-p", "0"], "--top-p above 0"),
-    (["--limit", "0"], "--limit and --batch at least 1"), (["--batch", "-1"], "--batch at least 1"),
+    (["--temperature", "nan"], "--temperature, --limit"), (["--top-p", "0"], "--top-p above 0"),
+    (["--limit", "-1"], "--limit and --batch must be 0 or more"), (["--batch", "-1"], "--batch must be 0 or more"),
     (["--limit", "some"], "invalid int"), (["--prompt", "direct"], "--direct is for"),
     (["--direct"], "--direct is for the seven"), (["--frames", "1"], "--frames must be at least 2"),
     (["--fps", "nan"], "--fps must be at least 0"), (["--max-pixels", "0"], "--max-pixels must be at least 784")])
