@@ -290,6 +290,19 @@ class PackedRow(NamedTuple):
     prompt: int                                              # P
     group: int                                               # G
     lengths: list[int]                                       # (B,) length of each prompt; the rest is padding
+    mask: Tensor | None                                      # (B·G or 1, 1, T, P + T) for `attend_masked`
+
+
+def make_row(lengths: list[int], prompt: int, group: int, response: int, device: torch.device) -> PackedRow:
+    """The layout of rows for prompts of these lengths. A mask is for CPUs: flash kernels on CUDA take none."""
+    if device.type == "cuda":
+        return PackedRow(prompt, group, lengths, None)
+    mask = torch.ones(response, prompt + response, dtype=torch.bool).tril(prompt)[None, None]    # all of the prompt
+    if min(lengths) < prompt:
+        padding = torch.arange(prompt + response) >= torch.tensor(lengths)[:, None]              # (B, P + T)
+        padding[:, prompt:] = False
+        mask = mask & ~padding.repeat_interleave(group, 0)[:, None, None, :]
+    return PackedRow(prompt, group, lengths, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf))
 
 
 class KV(NamedTuple):
@@ -312,29 +325,24 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
         return prompt
     own = [x[:, :, p:].unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]             # (B·G, …)
     attend = attend_cut if q.is_cuda else attend_masked
-    out = attend(*own, k[:, :, :p], v[:, :, :p], row.lengths)                                  # (B·G, H, T, E)
+    out = attend(*own, k[:, :, :p], v[:, :, :p], row)        # (B·G, H, T, E)
     return torch.cat([prompt, out.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, lengths: list[int]) -> Tensor:
-    """Responses attend to their prompt and to themselves, in one call with a boolean mask: fast on a CPU.
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, row: PackedRow) -> Tensor:
+    """Responses attend to their prompt and to themselves, in one call with a mask.
 
     q (B·G, H, T, E), k, v (B·G, K, T, E), prompt_k, prompt_v (B, K, P, E) → (B·G, H, T, E)
     """
-    t, p, g = q.shape[2], prompt_k.shape[2], len(q) // len(lengths)
-    k, v = (torch.cat([prompt.repeat_interleave(g, 0), own], dim=2) for prompt, own in ((prompt_k, k), (prompt_v, v)))
-    mask = torch.ones(t, p + t, dtype=torch.bool, device=q.device).tril(p)    # every prompt token is seen
-    if min(lengths) < p:
-        padding = torch.arange(p + t, device=q.device) >= torch.tensor(lengths, device=q.device)[:, None]  # (B, P + T)
-        padding[:, p:] = False
-        mask = mask & ~padding.repeat_interleave(g, 0)[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    k = torch.cat([prompt_k.repeat_interleave(row.group, 0), k], dim=2)       # (B·G, K, P + T, E)
+    v = torch.cat([prompt_v.repeat_interleave(row.group, 0), v], dim=2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=row.mask, enable_gqa=True)
 
 
-def attend_cut(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, lengths: list[int]) -> Tensor:
-    """The same, prompt by prompt and each cut to its length: flash kernels on CUDA take no boolean mask."""
-    t, g, outs = q.shape[2], len(q) // len(lengths), []
-    for i, n in enumerate(lengths):
+def attend_cut(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, row: PackedRow) -> Tensor:
+    """The same, prompt by prompt and each cut to its length."""
+    t, g, outs = q.shape[2], row.group, []
+    for i, n in enumerate(row.lengths):
         some = slice(i * g, (i + 1) * g)
         keys, values = (torch.cat([prompt[i, :, :n].expand(g, -1, -1, -1), own[some]], dim=2)
                         for prompt, own in ((prompt_k, k), (prompt_v, v)))    # (G, K, n + T, E)
@@ -626,7 +634,7 @@ class Qwen2_5_VL(nn.Module):
         x = torch.cat([self.embed(prompts), responses], dim=1)                                 # (B, P + G·(T-1), D)
         following = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
         positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2)
-        rotary, row = self.rotary(positions, x.dtype), PackedRow(p, g, prompts.lengths.tolist())
+        rotary, row = self.rotary(positions, x.dtype), make_row(prompts.lengths.tolist(), p, g, t - 1, device)
         for layer in self.model.layers:
             x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
         last = x[torch.arange(b, device=device), prompts.lengths - 1]                          # (B, D) predicts token 0

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that speaks OpenAI's chat protocol, with faults on order. For tests and benches."""
+"""A real HTTP server on loopback for OpenAI's chat protocol that can fail in many ways. For tests and benches."""
 import json
 import threading
 from contextlib import contextmanager
@@ -15,10 +15,9 @@ class Fault(NamedTuple):
     drip: float = 0.0                                        # seconds between single bytes of the body
 
 
-def completion(text: str) -> Fault:
-    message = {"role": "assistant", "content": text}
-    return Fault(body=json.dumps({"id": "1", "object": "chat.completion", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": message}]}).encode())
+def completion(text: str) -> bytes:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -33,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             threading.Event().wait(server.delay)             # not time.sleep: tests replace that
             said = server.play(number, server.requests[number])
-            self.answer(completion(said) if isinstance(said, str) else said)
+            self.answer(Fault(body=completion(said)) if isinstance(said, str) else said)
         except (BrokenPipeError, ConnectionResetError):
             pass                                             # the client gave up first
         finally:
@@ -45,12 +44,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         self.send_response(said.status)
-        headers = {"Content-Length": str(len(said.body)), "Content-Type": "application/json"} | said.headers
+        headers = {"Content-Length": len(said.body), "Content-Type": "application/json"} | said.headers
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        for i in range(0, len(said.body), 1 if said.drip else len(said.body)):
-            self.wfile.write(said.body[i:i + 1] if said.drip else said.body)
+        size = 1 if said.drip else max(1, len(said.body))
+        for i in range(0, len(said.body), size):
+            self.wfile.write(said.body[i:i + size])
             threading.Event().wait(said.drip)
 
     def log_message(self, *args):
@@ -63,7 +63,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(play, delay: float = 0.0):
-    """`play(number, request)` says what happens to the request with this number (from 0): a text is a completion."""
+    """`play(number, request)` returns the answer to the request with this number (from 0): a text is a completion."""
     server = Server(("127.0.0.1", 0), Handler)
     server.play, server.delay, server.lock = play, delay, threading.Lock()
     server.requests, server.headers, server.under_way, server.most_under_way = [], [], 0, 0

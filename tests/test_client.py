@@ -37,7 +37,7 @@ def waits(monkeypatch):
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_a_server_gets_its_own_key_and_nothing_else_from_the_environment(key, monkeypatch):
-    """Keys and headers for OpenAI's own servers stand in OPENAI_…: none of them is for this one."""
+    """Keys and headers for OpenAI's own servers are in OPENAI_…: none of them is for this one."""
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
         monkeypatch.setenv("OPENAI_" + name, "users-own")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://users-own/v1")
@@ -59,8 +59,7 @@ def test_a_redirect_is_not_followed():
     assert reply.text is None and "HTTP 307" in reply.error and not thief.requests and len(server.requests) == 1
 
 
-def test_a_refused_key_is_said_once_and_shown_nowhere(tmp_path, capfd):
-    """Also when the server repeats it."""
+def test_a_refused_key_is_reported_once_and_shown_nowhere_even_if_the_server_repeats_it(tmp_path, capfd):
     body = b" " * 190 + json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode()
     with serving(lambda n, request: Fault(401, body=body)) as server:
         client = ChatClient(server.url, "m", KEY, cache=tmp_path / "cache.jsonl")
@@ -70,7 +69,7 @@ def test_a_refused_key_is_said_once_and_shown_nowhere(tmp_path, capfd):
     assert KEY[:9] not in refused.error + printed.out + printed.err + str(client) + str(list(tmp_path.iterdir()))
 
 
-@pytest.mark.parametrize("url", ["https://user:secret@host/v1", "https://:secret@host/v1", "https:///v1", "http://",
+@pytest.mark.parametrize("url", ["https://user:secret@host/v1", "https://:secret@host/v1", "https:///v1",
                                  "https://host/v1?key=secret", "https://host/v1#secret"])
 def test_an_address_that_holds_a_key_or_no_host_is_refused(url):
     with pytest.raises(SystemExit, match="--judge: an address is like https://host:port/v1") as refused:
@@ -87,9 +86,9 @@ def test_the_package_is_needed_for_servers_only(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ many at once
 
-def test_replies_stand_in_the_order_of_the_questions_and_no_more_are_asked_at_once_than_allowed():
+def test_replies_are_in_the_order_of_the_questions_and_no_more_are_asked_at_once_than_allowed():
     def slower_for_the_first(number, request):
-        threading.Event().wait(0.24 - 0.02 * int(text_of(request)))
+        threading.Event().wait(0.12 - 0.01 * int(text_of(request)))
         return "re " + text_of(request)
     with serving(slower_for_the_first) as server:
         replies = ChatClient(server.url, "m", concurrency=4).ask_all([chat(str(i)) for i in range(12)])
@@ -97,95 +96,79 @@ def test_replies_stand_in_the_order_of_the_questions_and_no_more_are_asked_at_on
     assert server.most_under_way == 4
 
 
-@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b'{"choices": [' + b" " * 900, drip=0.02)], ids=["", "drip"])
+@pytest.mark.parametrize("fault", [Fault(500), Fault(body=b"{" + b" " * 900, drip=0.02)], ids=["", "drip"])
 def test_a_batch_has_a_deadline(fault):
-    """Ranks that wait for each other give up after some minutes: before that, a hopeless server must be given up. Even
-    one that sends a byte at a time, for which no timeout of a connection is ever reached."""
+    """Other ranks wait, so a failing server is given up, even one that sends a byte at a time, within the timeout."""
     with serving(lambda n, request: fault if n else "quick") as server:
-        client, began = ChatClient(server.url, "m", concurrency=1, patience=0.6), time.monotonic()
+        client, began = ChatClient(server.url, "m", concurrency=1, patience=0.3), time.monotonic()
         replies = client.ask_all([chat("1"), chat("2"), chat("3")])
         assert time.monotonic() - began < 2
-    assert [r.text for r in replies] == ["quick", None, None]
-    assert replies[1].error == replies[2].error == "no reply within 0.6 s"
+    assert replies == [("quick", ""), (None, "no reply within 0.3 s"), (None, "no reply within 0.3 s")]
 
 
 def test_a_program_that_ends_does_not_wait_for_a_slow_server():
     program = """if True:
         import sys, time
         from rewards import ChatClient, Claim, Judge, language_judge
-        claim = Claim("What is it?", (), "free-form", "a cat", "there is a small grey animal on a mat")
         client = ChatClient(sys.argv[1], "m")
+        claim = Claim("What is it?", (), "free-form", "a cat", "there is a small grey animal on a mat")
         Judge(language_judge(client.ask_all), background=True).start([claim])
         while not client.counts["requests"]:
             time.sleep(0.01)
-        print("asked", time.time())
     """
     with serving(lambda n, request: "late", delay=60) as server:
-        root = Path(__file__).parents[1]
-        ended = subprocess.run([sys.executable, "-c", program, server.url], cwd=root, capture_output=True, text=True)
+        ended = subprocess.run([sys.executable, "-c", program, server.url], cwd=Path(__file__).parents[1],
+                               capture_output=True, text=True, timeout=50)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
-    assert time.time() - float(ended.stdout.split()[1]) < 10
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
-@pytest.mark.parametrize("fault", [
-    Fault(500), Fault(503, body=b"overloaded"), Fault(429), Fault(408), Fault(drop=True),
-    Fault(headers={"Content-Length": "900"}, body=b'{"choices"')], ids=lambda f: f"{f.status} {f.body[:12]} {f.drop}")
-def test_what_may_pass_is_tried_again(fault, waits):
-    with serving(lambda n, request: fault if n < 2 else "at last") as server:
-        client = ChatClient(server.url, "m", timeout=1.0, retries=3)
+def test_what_may_pass_is_tried_again_and_a_server_that_asks_for_time_gets_it(waits):
+    faults = [Fault(500), Fault(503, body=b"overloaded"), Fault(408), Fault(drop=True),
+              Fault(429, {"Retry-After": "40"}), Fault(headers={"Content-Length": "900"}, body=b'{"choices"')]
+    with serving(lambda n, request: faults[n] if n < 6 else "at last") as server:
+        client = ChatClient(server.url, "m", timeout=1.0, retries=6)
         assert client.ask(chat("?")).text == "at last"
-    assert client.counts == {"requests": 1, "retries": 2} and len(server.requests) == 3
+    assert client.counts == {"requests": 1, "retries": 6} and len(server.requests) == 7 and waits[4] == 40
 
 
 def test_an_outage_of_two_minutes_is_survived(waits, monkeypatch):
-    """With the retries that --retries has by default, however unlucky the random part of the waits."""
-    monkeypatch.setattr(openai._base_client, "random", lambda: 1.0)          # waits are as short as they can be
-    with serving(lambda n, request: "back" if sum(waits) > 120 else Fault(503)) as server:
-        assert ChatClient(server.url, "m", retries=JudgeSettings().retries).ask(chat("?")).text == "back"
-    waits.clear()
-    monkeypatch.setattr(openai._base_client, "random", lambda: 0.0)          # as long as they can be
-    with serving(lambda n, request: Fault(503, body=b"down")) as server:
+    """With the default of --retries, whatever the random part of the waits; and it ends before the batch's deadline."""
+    with serving(lambda n, request: "back" if sum(waits) > 120 else Fault(503, body=b"down")) as server:
+        monkeypatch.setattr(openai._base_client, "random", lambda: 1.0)      # waits are as short as they can be
         client = ChatClient(server.url, "m", retries=JudgeSettings().retries)
-        assert client.ask(chat("?")).error == "HTTP 503 down"
-    assert sum(waits) < client.patience, "and given up before the batch's deadline"
+        assert client.ask(chat("?")).text == "back"
+        waits[:] = [-1000]                                                   # now it does not come back
+        monkeypatch.setattr(openai._base_client, "random", lambda: 0.0)      # as long as they can be
+        assert client.ask(chat("?")).error == "HTTP 503 down" and sum(waits[1:]) < client.patience
 
 
-def test_a_server_that_asks_for_time_gets_it(waits):
-    with serving(lambda n, request: "ok" if n else Fault(429, {"Retry-After": "40"})) as server:
-        assert ChatClient(server.url, "m").ask(chat("?")).text == "ok"
-    assert waits == [40]
-
-
-def test_slow_answers_are_waited_for_and_too_slow_ones_asked_for_again():
-    with serving(lambda n, request: threading.Event().wait(0.2 if n else 5) or "slow") as server:
+def test_slow_answers_are_waited_for_and_too_slow_ones_asked_for_again(waits):
+    with serving(lambda n, request: threading.Event().wait(0.1 if n else 5) or "slow") as server:
         began = time.monotonic()
-        assert ChatClient(server.url, "m", timeout=0.5, retries=1).ask(chat("?")).text == "slow"
+        assert ChatClient(server.url, "m", timeout=0.3, retries=1).ask(chat("?")).text == "slow"
     assert len(server.requests) == 2 and time.monotonic() - began < 4
 
 
-@pytest.mark.parametrize("body", [b"{half", b'{"choices": []}', b'{"error": "no"}', b"[1]", b"\xff\xfe", b"",
-                                  b'{"choices": [{"message": {"content": null}}]}'])
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html"}], ids=["json", "html"])
-def test_what_is_no_completion_is_an_unknown_verdict(body, headers):
-    with serving(lambda n, request: Fault(body=body, headers=headers)) as server:
-        verdict = read_verdict(ChatClient(server.url, "m").ask(chat("?")))
-    assert verdict.sufficient is None and verdict.error.startswith("no chat completion (")
+def test_what_is_no_completion_is_an_unknown_verdict(headers):
+    bodies = [b"{half", b'{"choices": []}', b'{"error": "no"}', b"[1]", b"\xff\xfe", b"",
+              b'{"choices": [{"message": {"content": null}}]}']
+    with serving(lambda n, request: Fault(body=bodies[n], headers=headers)) as server:
+        client = ChatClient(server.url, "m")
+        for body in bodies:
+            verdict = read_verdict(client.ask(chat("?")))
+            assert verdict.sufficient is None and verdict.error.startswith("no chat completion ("), body
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 422])
-def test_what_cannot_pass_is_not_tried_again(status):
-    with serving(lambda n, request: Fault(status, body=b"model not found")) as server:
-        reply = ChatClient(server.url, "m").ask(chat("?"))
-    assert reply == (None, f"HTTP {status} model not found") and len(server.requests) == 1
-
-
-def test_nobody_there(waits):
-    with serving(lambda n, request: "x") as server:
-        pass
-    reply = ChatClient(server.url, "m", retries=2).ask(chat("?"))
-    assert reply.text is None and "Connection refused" in reply.error and len(waits) == 2
+def test_what_cannot_pass_is_not_tried_again(waits):
+    for status in (400, 403, 404, 422):
+        with serving(lambda n, request: Fault(status, body=b"model not found")) as server:
+            assert ChatClient(server.url, "m").ask(chat("?")) == (None, f"HTTP {status} model not found")
+        assert len(server.requests) == 1
+    refused = ChatClient(server.url, "m", retries=2).ask(chat("?"))          # the server is gone
+    assert refused.text is None and "Connection refused" in refused.error and len(waits) == 2
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -193,17 +176,15 @@ def test_nobody_there(waits):
 def test_an_equal_request_is_asked_once_also_by_the_next_run(tmp_path):
     file = tmp_path / "cache.jsonl"
     with serving(lambda n, request: f"answer {n}") as server:
-        first = ChatClient(server.url, "m", cache=file, temperature=0)
-        assert [first.ask(chat(x)).text for x in "aba"] == ["answer 0", "answer 1", "answer 0"]
-        assert first.counts == {"requests": 2, "cached": 1}
-        later = ChatClient(server.url, "m", cache=file, temperature=0)
-        assert later.ask(chat("b")).text == "answer 1" and later.counts == {"cached": 1}
-        other = ChatClient(server.url, "m", cache=file, temperature=1)
-        assert other.ask(chat("b")).text == "answer 2", "another temperature is another request"
-        assert ChatClient(server.url, "n", cache=file, temperature=0).ask(chat("b")).text == "answer 3"
+        def ask(text, model="m", temperature=0):
+            client = ChatClient(server.url, model, cache=file, temperature=temperature)
+            return [client.ask(chat(x)).text for x in text], client.counts
+        assert ask("aba") == (["answer 0", "answer 1", "answer 0"], {"requests": 2, "cached": 1})
+        assert ask("b") == (["answer 1"], {"cached": 1})
+        assert ask("b", temperature=1)[0] == ["answer 2"], "another temperature is another request"
+        assert ask("b", model="n")[0] == ["answer 3"]
         file.write_bytes(file.read_bytes()[:-9])             # cut short by a kill: its last line alone is lost
-        again = ChatClient(server.url, "n", cache=file, temperature=0)
-        assert again.ask(chat("b")).text == "answer 4"
+        assert ask("b", model="n")[0] == ["answer 4"]
     assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == [f"answer {i}" for i in (0, 1, 2, 4)]
 
 

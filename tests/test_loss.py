@@ -100,10 +100,6 @@ class TestLoss:
         loss, _, _, _ = loss_of([[response(10, 8), response(10, 4)]], [[[1, 0], [-1, 0]]])
         assert loss == pytest.approx(-0.2)
 
-    def test_long_and_short_responses_count_the_same(self):
-        _, grad, _, _ = loss_of([[response(2, 1), response(8, 1)]], [[[1, 1], [1, 1]]])
-        assert grad[0].sum(-1).tolist() == pytest.approx([-0.5, -0.5])
-
     def test_zero_variance_leaves_the_kl_term_only(self):
         group, reference, d = [response(3, 1), response(3, 1)], torch.full((1, 2, 3), -1.3), -0.3
         assert loss_of([group], [[[0, 0], [0, 0]]])[1].abs().max() == 0
@@ -113,7 +109,8 @@ class TestLoss:
     @pytest.mark.parametrize("logprobs", [[-1.0] * 3, [-1e30] * 3])
     def test_kl_is_never_negative_and_clamped_before_exp(self, logprobs):
         group, reference = [response(3, 1)], torch.tensor([[[-200.0, -0.5, -1.0]]])
-        _, grad, kl, _ = loss_of([group], [[[0, 0]]], logprobs=torch.tensor([[logprobs]]), reference=reference, beta=1.0)
+        new = torch.tensor([[logprobs]])
+        _, grad, kl, _ = loss_of([group], [[[0, 0]]], logprobs=new, reference=reference, beta=1.0)
         assert bool((kl >= 0).all()) and bool(torch.isfinite(kl).all()) and bool(torch.isfinite(grad).all())
 
     def test_the_ratio_is_clipped_above_for_good_and_below_for_bad_tokens(self):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rewards import PROBLEM_TYPES, edit_distance, task_metric
+from rewards import PROBLEM_TYPES, task_metric
 
 PETS = ("A. an apple", "B. a cat", "C. a dog", "D. 3")
 BARE = ("an apple", "a cat", "a dog", "3")
@@ -80,13 +80,10 @@ class TestRegression:
     @pytest.mark.parametrize("answer, reference, score", [
         ("10", "10", 1), ("9", "10", 0.9), ("11", "10", 0.9), ("15 cm", "10", 0.5), ("20", "10", 0), ("25", "10", 0),
         ("0", "10", 0), ("-10", "10", 0), ("-9", "-10", 0.9), ("9", "-10", 0), ("1,100", "1000", 0.9),
-        ("9.62", "9.62", 1), ("0.75", "1/2", 0.5), ("ten", "10", 0), ("10", "ten", 0)])
+        ("9.62", "9.62", 1), ("0.75", "1/2", 0.5), ("ten", "10", 0), ("10", "ten", 0),
+        ("0", "0", 1), ("0.0", "0", 1), ("-0", "0", 1), ("0.001", "0", 0), ("5", "0", 0), ("none", "0", 0)])
     def test_one_minus_the_relative_error(self, answer, reference, score):
         assert task_metric("regression", answer, reference) == pytest.approx(score, abs=1e-12)
-
-    @pytest.mark.parametrize("answer, score", [("0", 1), ("0.0", 1), ("-0", 1), ("0.001", 0), ("5", 0), ("none", 0)])
-    def test_for_a_reference_of_zero_only_zero_is_right(self, answer, score):
-        assert task_metric("regression", answer, "0") == score
 
 
 @pytest.mark.parametrize("kind", ["numerical", "regression"])
@@ -114,11 +111,6 @@ class TestOCR:
     ])
     def test_one_minus_the_word_error_rate(self, answer, reference, score):
         assert task_metric("OCR", answer, reference) == pytest.approx(score)
-
-    @pytest.mark.parametrize("a, b, distance", [
-        ("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2)])
-    def test_the_edit_distance_of_textbooks(self, a, b, distance):
-        assert edit_distance(list(a), list(b)) == distance
 
 
 class TestFreeForm:

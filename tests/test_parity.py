@@ -65,21 +65,6 @@ def test_windows_are_cut_at_the_edges_of_the_odd_grids(both):
     assert order.tolist() != list(range(len(order))), "patches are really gathered by windows"
 
 
-def test_tokens_of_another_prompt_or_of_padding_change_nothing(both):
-    model, _ = both
-    batch = CASES["ragged batch"]
-    together = make_prompts(batch, model.config, seed=3)
-    real, at = real_tokens(together), 0
-    with torch.no_grad():
-        logits = model(together)
-        for row, pieces in enumerate(batch):
-            alone = make_prompts([pieces], model.config, seed=0)
-            alone.ids = together.ids[row:row + 1, :alone.ids.shape[1]]
-            if alone.pixels is not None:
-                alone.pixels, at = together.pixels[at:at + len(alone.pixels)], at + len(alone.pixels)
-            assert (model(alone)[0] - logits[row][real[row]]).abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [16, 8, 4, 2, 16]], ids=["equal blocks", "ragged blocks"])
 def test_block_attention_is_plain_attention_inside_each_block(lengths):
     generator = torch.Generator().manual_seed(0)
@@ -100,13 +85,15 @@ def positions_of(ids: list[int], grid, seconds) -> tuple[list[list[int]], int]:
     return positions.tolist(), following
 
 
-def test_text_counts_alike_in_all_axes_and_resumes_past_the_longer_side_of_an_image():
+def test_text_counts_alike_in_all_axes_and_resumes_after_the_largest_position_of_a_medium():
     assert positions_of([TEXT] * 4, [], []) == ([[0, 1, 2, 3]] * 3, 4)
     # Two rows of three tokens begin at position 1; the largest position used is 1 + 2, so text goes on at 4.
     assert positions_of([TEXT] + [IMAGE] * 6 + [TEXT], [(1, 4, 6)], [0.0]) == (
         [[0, 1, 1, 1, 1, 1, 1, 4],
          [0, 1, 1, 1, 2, 2, 2, 4],
          [0, 1, 2, 3, 1, 2, 3, 4]], 5)
+    assert positions_of([VIDEO] * 2 + [IMAGE] * 2, [(2, 2, 2), (1, 2, 4)], [1.0, 0.0]) == (
+        [[0, 2, 3, 3], [0, 0, 3, 3], [0, 0, 3, 4]], 5), "the next medium begins there too"
 
 
 @pytest.mark.parametrize("seconds, time", [(0.5, [2, 3, 4]), (1.7, [2, 5, 8]), (2.0, [2, 6, 10])])
@@ -117,11 +104,6 @@ def test_time_advances_by_seconds_and_text_resumes_after_it(seconds, time):
         [[0, 1, time[0], time[0], time[1], time[1], time[2], time[2], after, after + 1],
          [0, 1, 2, 3, 2, 3, 2, 3, after, after + 1],
          [0, 1, 2, 2, 2, 2, 2, 2, after, after + 1]], after + 2)
-
-
-def test_media_side_by_side_start_where_the_last_one_ended():
-    assert positions_of([VIDEO] * 2 + [IMAGE] * 2, [(2, 2, 2), (1, 2, 4)], [1.0, 0.0]) == (
-        [[0, 2, 3, 3], [0, 0, 3, 3], [0, 0, 3, 4]], 5)
 
 
 def test_transformers_has_the_same_rule_where_its_versions_agree(both):

@@ -18,18 +18,13 @@ def examples(toy, vocabulary, model, tiny_settings):
 
 
 def test_inverting_the_cumulative_distribution_draws_each_token_as_often_as_it_should():
-    p = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     u = (torch.arange(1000) + 0.5) / 1000
     tokens, logprobs = sample_token(p.log().expand(1000, -1).float(), u, 1.0, 1.0)
-    assert torch.bincount(tokens, minlength=4).tolist() == [500, 0, 200, 300]
+    assert torch.bincount(tokens, minlength=6).tolist() == [0, 500, 0, 200, 300, 0]
     assert torch.allclose(logprobs.exp(), p[tokens], atol=1e-6)
-
-
-def test_the_smallest_and_the_largest_number_draw_possible_tokens():
-    logits = torch.full((2, 6), -1e30)
-    logits[:, 2:4] = 0.0
-    tokens, _ = sample_token(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
-    assert tokens.tolist() == [2, 3]
+    tokens, _ = sample_token(p.log().clamp(min=-1e30).expand(2, -1), torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
+    assert tokens.tolist() == [1, 4], "the smallest and the largest number draw possible tokens"
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_its_share():

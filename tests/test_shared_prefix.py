@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import Examples, collate, read_records
-from model import (LOGITS_AT_ONCE, Prompts, attend_cut, attend_masked, attention_and_lse, load_model,
+from model import (LOGITS_AT_ONCE, Prompts, attend_cut, attend_masked, attention_and_lse, load_model, make_row,
                    plain_attention_and_lse)
 
 
@@ -124,7 +124,7 @@ def test_cutting_prompts_to_their_length_is_masking_their_padding(lengths):
     results = []
     for attend in (attend_cut, attend_masked):
         inputs = tensors((6, 4, 5, 8), (6, 2, 5, 8), (6, 2, 5, 8), (3, 2, 11, 8), (3, 2, 11, 8))
-        out = attend(*inputs, lengths)
+        out = attend(*inputs, make_row(lengths, 11, 2, 5, torch.device("cpu")))
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
         results.append([out, *(x.grad for x in inputs)])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*results))

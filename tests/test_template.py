@@ -69,13 +69,13 @@ class TestParser:
 
     @pytest.mark.parametrize("text", [O + T + answer for answer in (
         "<answer>A</answer><answer>B</answer>", "<answer>A<answer>B</answer>", "<answer>A</answer>B</answer>",
-        "</answer>B<answer>", "<answer>B", "B</answer>", "B")] + ["<observation> <answer>B</answer> </observation>" + T])
+        "</answer>B<answer>", "<answer>B", "B</answer>", "B")] + [f"<observation> {A} </observation>" + T])
     def test_two_answers_half_a_pair_or_an_answer_in_another_segment_are_no_answer(self, text):
         assert parse(text).contents["answer"] is None
 
     @pytest.mark.parametrize("units", [
-        ["<answer>"], ["</answer>"], ["<"], ["<observation>"], ["</observation>"], ["<think></think>"], ["<observation"],
-        [" \n"], ["<observation> <think> </think> <answer> </answer> "],
+        ["<answer>"], ["</answer>"], ["<"], ["<observation>"], ["</observation>"], ["<think></think>"],
+        ["<observation"], [" \n"], ["<observation> <think> </think> <answer> </answer> "],
         ["<observation>", "</observation>", "<think>", "</think>", "<answer>", "</answer>", "<", ">", "/", "é", " "]])
     def test_garbage_of_100_000_characters_never_passes_and_takes_no_time(self, units):
         text = "".join(random.Random(0).choices(units, k=100_000 // len(units[0])))
@@ -112,13 +112,6 @@ class TestSegmentIds:
             count = perception_tokens([text[a:b] for a, b in zip(cuts, cuts[1:])])
             assert cuts[count - 1] < end <= cuts[count]
 
-    @pytest.mark.parametrize("text", [GOOD, O + O + T, "<observation> 猫 </observation> und </observation>" + T])
-    def test_text_and_tokens_agree_where_perception_ends(self, text):
-        count = perception_tokens([bytes([b]) for b in text.encode()])
-        perception = text.encode()[:count].decode()
-        assert parse(text).contents["observation"] == parse(perception).contents["observation"]
-        assert formats(perception + T + A) == (True, True)
-
 
 def reward_parts_of(text=GOOD, sufficient=True, finished=True, tokens=(128, 319), answer="B", segments=None):
     """R_acc, R_form, R_len of P and R for a multiple choice whose answer is B, with the paper's windows."""
@@ -130,7 +123,7 @@ def reward_parts_of(text=GOOD, sufficient=True, finished=True, tokens=(128, 319)
 
 class TestRewards:
     @pytest.mark.parametrize("tokens, lengths", [
-        ((127, 319), (0, 0)), ((128, 320), (0.2, 0.2)), ((320, 512), (0.2, 0.2)), ((321, 513), (0, 0)), ((0, 0), (0, 0))])
+        ((127, 319), (0, 0)), ((128, 320), (0.2, 0.2)), ((320, 512), (0.2, 0.2)), ((321, 513), (0, 0))])
     def test_both_ends_of_each_window_are_inside(self, tokens, lengths):
         assert reward_parts_of(tokens=tokens) == [(1, 1, lengths[0]), (1, 1, lengths[1])]
 
