@@ -168,8 +168,7 @@ def grade(question: Question, response: str, finished: bool = True) -> tuple[str
         return letter, float(letter == r.reference)
     if question.metric == "open":
         return text.strip() or None, open_answer(text, r.reference)
-    found = numbers(text)
-    if not found:
+    if not (found := numbers(text)):
         return None, 0.0
     value = float(max(-10 ** 15, min(found[0], 10 ** 15)))   # no float holds 1e400, and it is as wrong
     return f"{value:g}", mean_relative_accuracy(value, float(rewards.number(r.reference)))
@@ -519,13 +518,14 @@ def mmvu(row, part, number, find):
 
 def vcrbench(row, part, number, find):
     """The options are inside the question, the first glued to it: cut there, they are shown once."""
-    if row["multiple-choice"] is not True:
+    if str(row["multiple-choice"]).lower() != "true":
         return None
     options, question = list(row["choices"].values()), row["question"].strip()
     inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(str(options[0])[:20]), question)
-    direct = [question, *([] if inside else rewards.letter_options(options)),
-              "Answer with the letter of the correct option."]
-    duration = next((f"up to {limit} s" for limit in (60, 300) if row["duration"] <= limit), "over 300 s")
+    shown = [] if inside else rewards.letter_options(options)
+    direct = [question, *shown, "Answer with the letter of the correct option."]
+    seconds = float(row.get("duration") or 0)
+    duration = next((f"up to {limit} s" for limit in (60, 300) if seconds <= limit), "over 300 s")
     groups = {"dimension": row["dimension"], "duration": duration}
     return make_question(row["id"], question[:inside.start()] if inside else question, options, row["answer"],
                          f"v1/videos/{row['video_path']}", groups, direct)
