@@ -1,19 +1,16 @@
 """Evaluation: seven video benchmarks, the toy world, the paper's analyses, and single questions about any clip.
 
     python eval.py --bench toy                                   the newest finished run, on held-out toy clips
-    python eval.py --bench mvbench --model runs/7b/pagrpo        reads data/mvbench as it is downloaded
-    torchrun --nproc_per_node=8 eval.py --bench all              the paper's Table 1
-    python eval.py --bench toy --mismatch                        does the answer follow from the think?
+    torchrun --nproc_per_node=8 eval.py --bench all              the paper's Table 1, from data/BENCH as downloaded
+    python eval.py --bench toy --mismatch                        does the answer follow from the reasoning?
     python eval.py --bench toy --model runs/tiny/sft --perception-from runs/tiny/pagrpo/eval/toy
     python eval.py --compare runs/tiny/sft/eval/toy runs/tiny/pagrpo/eval/toy
     python eval.py --video clip.avi --question "Which letter comes right after the red O?" --options "red X" "blue T"
 
-The seven are run as Video-R1 ran them (PROTOCOL below; docs/evaluation.md), the toy world and --video as the model was
-trained. Results are in MODEL/eval/BENCH: responses.jsonl, summary.json, settings.json. The same command resumes, on any
-number of ranks.
+The seven are run as Video-R1 ran them (PROTOCOL), the others as the model was trained. MODEL/eval/BENCH holds
+responses.jsonl and summary.json. The same command resumes, on any number of ranks. More: docs/evaluation.md.
 """
 import ast
-import csv
 import hashlib
 import json
 import math
@@ -21,14 +18,14 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -58,24 +55,34 @@ def strip_markup(text: str) -> str:
     return re.sub(r"[^\S\n]+", " ", text).strip()
 
 
+# What announces an answer: "The answer is", "Option:". A minus behind it belongs to a number.
 CUE = r"\b(?i:answer|option|choice)(?:\W*:|\s+(?i:is|(?:would|should) be)\b)(?:(?!-)\W|\b(?i:the)\b)*"
-A_OR_I = r"A (?!(?:is|was|because|since|as|fits|seems|would|or|and)\b)[a-z]|I(?![.):]|\W*$)"
+# The article of "A man", but not the letter of "A is right"; the pronoun of "I see", but not the letter of "I."
+ARTICLE_OR_PRONOUN = r"A (?!(?:is|was|because|since|as|fits|seems|would|or|and)\b)[a-z]|I(?![.):]|\W*$)"
 BEST = re.compile(r"\W{0,3}(?:is|was|seems) (?:(?:the|most|my) )*(?:best|correct|right|answer)\b", re.I)
 
 
 def mentions(text: str, options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, re.Match]]:
-    """(letter, match) of the options that a text names, in order, by `text`, label or `letter`; "" for a text that two
-    options share. Not the article A, the pronoun I, the A of "5 A", and what follows "not"."""
-    texts, names = rewards.option_texts([strip_markup(option) for option in options]), {"(no name)": ""}
+    """(letter, match) for each option that a text names, in order; "" for a name that two options share."""
+    if not options:
+        return []
+    # 1. An option's names: its text, its label, the label's last character, its letter.
+    texts, names = rewards.option_texts([strip_markup(option) for option in options]), {}
     for letter, name in [*texts.items(), *zip(texts, labels), *zip(texts, (label[-1] for label in labels))]:
         names[name.casefold()] = letter if names.get(name.casefold(), letter) == letter else ""
     names |= {letter.lower(): letter for letter in texts}
-    short = [name for name in names if len(name) == 1 and not name.isdigit()]
-    long = "|".join(re.escape(name) for name in sorted(names.keys() - {*short, ""}, key=len, reverse=True))
-    letter = rf"(?:[{''.join(texts)}]|(?i:[{re.escape(''.join(short))}])(?=[).,:;\]]|\W*$))"
-    pattern = (rf"(?P<first>^\W*)?(?P<cue>{CUE})?(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?"
-               rf"(?P<name>(?P<text>(?i:{long}))|(?P<letter>(?<!\d )(?!{A_OR_I}){letter}))(?!\w|['’-]\w|[.,/]\d)")
-    return [(names.get(m["name"].casefold(), ""), m) for m in re.finditer(pattern, text)] if texts else []
+    # 2. A letter counts if it is a capital or before punctuation. The article, the pronoun and the A of "5 A" do not.
+    letters = [name for name in names if len(name) == 1 and not name.isdigit()]
+    letter = rf"[{''.join(texts)}]|(?i:[{re.escape(''.join(letters))}])(?=[).,:;\]]|\W*$)"
+    letter = rf"(?<!\d )(?!{ARTICLE_OR_PRONOUN})(?:{letter})"
+    # 3. Other names count in any case, the longest first. `(?!)` matches nothing.
+    longer = sorted(names.keys() - {*letters, ""}, key=len, reverse=True)
+    longer = "|".join(map(re.escape, longer)) or "(?!)"
+    # 4. Neither counts inside a word or a number, or after "not". `first`: it begins the text.
+    before = rf"(?P<first>^\W*)?(?P<cue>{CUE})?(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?"
+    name = rf"(?P<name>(?P<text>(?i:{longer}))|(?P<letter>{letter}))"
+    after = r"(?!\w|['’-]\w|[.,/]\d)"
+    return [(names.get(match["name"].casefold(), ""), match) for match in re.finditer(before + name + after, text)]
 
 
 def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] = ()) -> str | None:
@@ -90,17 +97,19 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
     plain = strip_markup(text or "")
     if exact := rewards.choice(plain, options):
         return exact
-    found = [(x, m) for x, m in mentions(plain, options, labels) if x]
-    first = [x for x, m in found if m["first"] is not None and m["letter"] and plain[m.end():][:1] in ".):,;]\n"]
-    stated = [x for x, m in found if m["cue"] or BEST.match(plain, m.end())]
-    texts = [x for x, m in found if m["text"]]
-    capitals = [x for x, m in found if m["letter"] and m["letter"].isupper()]
+    found = [(option, match) for option, match in mentions(plain, options, labels) if option]
+    letters = [(option, match) for option, match in found if match["letter"]]
+    alone = [(option, match) for option, match in letters if plain[match.end():][:1] in ".):,;]\n"]
+    first = [option for option, match in alone if match["first"] is not None]
+    stated = [option for option, match in found if match["cue"] or BEST.match(plain, match.end())]
+    texts = [option for option, match in found if match["text"]]
+    capitals = [option for option, match in letters if match["letter"].isupper()]
     return next(iter(first + stated[-1:] + texts[:1] + capitals[-1:]), None)
 
 
-def ends_on(think: str, options: Sequence[str]) -> str | None:
-    """The option that a think mentions last, None without one. In "C red T" the letter decides for both."""
-    plain = strip_markup(think)
+def ends_on(reasoning: str, options: Sequence[str]) -> str | None:
+    """The option that a reasoning mentions last, or None. In "C red T" the letter decides for both."""
+    plain = strip_markup(reasoning)
     found = mentions(plain, options)
     if len(found) > 1 and not plain[found[-2][1].end():found[-1][1].start("name")].strip(" .:)(\"'"):
         found.pop()
@@ -128,25 +137,21 @@ class Question(NamedTuple):
 
 
 def mean_relative_accuracy(predicted: float, wanted: float) -> float:
-    """MRA (VSI-Bench): the share of the ten tolerances 50 %, 45 % … 5 % within which the relative error lies.
-
-    Bit for bit the official code, floats and all: 5 instead of 4 scores 0.6, and so does 10 instead of 8.
-    """
+    """MRA (VSI-Bench): the share of the tolerances 50 %, 45 % … 5 % that the relative error is within; 5 for 4: 0.6."""
     if wanted == 0:
         return float(predicted == 0)
     return float(np.mean(abs(predicted - wanted) / abs(wanted) <= 1 - np.linspace(0.5, 0.95, 10)))
 
 
 def open_answer(text: str, gold: str) -> float:
-    """VideoMMMU's open questions, by MMMU's lenient rule: a number is right if any behind the last "is", "answer", "="
-    or ":" is equal to two decimals, a text if the answer contains it, a letter if the answer names it."""
-    said, hits = [round(x, 2) for x in numbers(text, r"\bis\b|\banswer\b|=|:(?!\d)")], []
+    """MMMU's lenient rule: an answer has the gold number to two decimals, names the gold letter, or the gold text."""
+    given, hits = [round(x, 2) for x in numbers(text, r"\bis\b|\banswer\b|=|:(?!\d)")], []
     for wanted in gold.strip("[]").split(",") if gold.startswith("[") else [gold]:
         wanted = wanted.strip(" '\"")
         if re.fullmatch("[A-Z]", wanted):
             hits.append(read_choice(text, [""] * 26) == wanted)
         elif (value := rewards.number(wanted)) is not None:
-            hits.append(round(value, 2) in said)
+            hits.append(round(value, 2) in given)
         else:
             hits.append(rewards.normalize_text(wanted) in rewards.normalize_text(strip_markup(text)))
     return float(any(hits))
@@ -163,8 +168,7 @@ def grade(question: Question, response: str, finished: bool = True) -> tuple[str
         return letter, float(letter == r.reference)
     if question.metric == "open":
         return text.strip() or None, open_answer(text, r.reference)
-    found = numbers(text)
-    if not found:
+    if not (found := numbers(text)):
         return None, 0.0
     value = float(max(-10 ** 15, min(found[0], 10 ** 15)))   # no float holds 1e400, and it is as wrong
     return f"{value:g}", mean_relative_accuracy(value, float(rewards.number(r.reference)))
@@ -172,7 +176,8 @@ def grade(question: Question, response: str, finished: bool = True) -> tuple[str
 
 # ------------------------------------------------------------------------------------------------ 3. numbers
 
-ALL = ((None,),)
+ALL = ((1, None),)
+HEADER = ["percent, with 95 % intervals", "n", "answer", "perception", "chance"]
 
 
 def is_correct(row: dict) -> float:
@@ -182,16 +187,15 @@ def is_correct(row: dict) -> float:
 def mean(rows: list[dict], parts: Sequence[tuple] = ALL, value: Callable[[dict], float] = itemgetter("score")) -> dict:
     """An aggregate in percent, with its 95 % interval and what guessing among the options scores (chance).
 
-    A mean over parts, each a mean over groups, each a mean over the rows whose first label is among some (None: all).
-    ((("a",),), (("b",), ("c",))) weighs a by 1/2, b and c by 1/4. A mean of zeros and ones has Wilson's interval, any
-    other a bootstrap over clips, each with all its questions: questions about one clip are not independent.
+    Each part is a weight and labels: the mean over rows whose first label is one of them (None: all) has that weight.
+    Zeros and ones have Wilson's interval, others a bootstrap over clips: questions about one are not independent.
     """
     labels, masks, weights = [next(iter(r["groups"].values())) for r in rows], [], []
-    for part in parts:
-        some = [np.isin(labels, names) if names else np.full(len(rows), True) for names in part]
-        some = [mask for mask in some if mask.any()]
-        masks += some
-        weights += [1 / len(some) for _ in some]
+    for weight, names in parts:
+        mask = np.isin(labels, names) if names else np.full(len(rows), True)
+        if mask.any():
+            masks.append(mask)
+            weights.append(weight)
     if not masks:
         return {"value": None, "low": None, "high": None, "chance": None, "n": 0}
     used = np.any(masks, axis=0)
@@ -221,8 +225,8 @@ def summarise(name: str, rows: list[dict]) -> dict:
         groups[dimension] = {}
         for label in dict.fromkeys(r["groups"][dimension] for r in rows):
             answers = [r for r in scored if r["groups"][dimension] == label]
-            seen = [r for r in judged if r["groups"][dimension] == label]
-            groups[dimension][label] = mean(answers, value=bench.value) | {"perception": mean(seen, value=perception)}
+            claims = [r for r in answers if perception(r) is not None]
+            groups[dimension][label] = mean(answers, value=bench.value) | {"perception": mean(claims, value=perception)}
     aggregates = {what: mean(scored, parts, bench.value) for what, parts in bench.aggregates.items()}
     if bench.value is is_correct:
         aggregates["mean of the task metrics"] = mean(scored)
@@ -236,9 +240,6 @@ def summarise(name: str, rows: list[dict]) -> dict:
         "aggregates": aggregates, "groups": groups, "paper": bench.paper}
 
 
-HEADER = ["percent, with 95 % intervals", "n", "answer", "perception", "chance"]
-
-
 def cell(x: dict) -> str:
     return f"{x['value']:.1f} ({x['low']:.1f}–{x['high']:.1f})" if x["n"] else "–"
 
@@ -249,9 +250,9 @@ def cells(name: str, x: dict, perception: str = "") -> list[str]:
 
 def report(s: dict) -> str:
     """A summary as text."""
-    lost, lines = s["questions"] - s["scored"], [f"{s['bench']}: {s['scored']} questions scored"]
-    if lost > 0.01 * s["questions"]:
-        lines[0] += f"; INCOMPLETE: {lost} of {s['questions']} ({lost / s['questions']:.1%}) could not be asked"
+    missing, lines = s["questions"] - s["scored"], [f"{s['bench']}: {s['scored']} questions scored"]
+    if missing > 0.01 * s["questions"]:
+        lines[0] += f"; INCOMPLETE: {missing} of {s['questions']} ({missing / s['questions']:.1%}) could not be asked"
     table = [HEADER] + [cells(name, x, cell(s["perception"])) for name, x in s["aggregates"].items()]
     for dimension, labels in s["groups"].items():
         table.append([f"by {dimension}", "", "", "", ""])
@@ -259,7 +260,7 @@ def report(s: dict) -> str:
     frames, pixels = ("–".join(map(str, dict.fromkeys(s[name]))) for name in ("frames", "pixels"))
     lines += [*data.format_table(table),
               f"{frames} frames of {pixels} pixels. Responses that keep the template: {cell(s['format'])}.",
-              f"Without a readable answer: {s['unread']} (wrong); cut off: {s['cut_off']}; not asked: {lost}."]
+              f"Without a readable answer: {s['unread']} (wrong); cut off: {s['cut_off']}; not asked: {missing}."]
     lines += [f"  {n} × {reason}" for reason, n in [*s["missing"].items()][:3]]
     if s["paper"]:
         lines.append(f"Paper, {next(iter(s['aggregates']))}: Qwen2.5-VL-7B {s['paper'][0]}, VideoP2R {s['paper'][1]}")
@@ -268,36 +269,36 @@ def report(s: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------ 4. analyses
 
+CHANGES = ("perception fixed", "reasoning fixed", "perception broken", "reasoning broken", "right by luck")
+
+
 def mismatch(rows: list[dict]) -> str:
-    """How often the answer is another option than the one the think ends on, over multiple choice (paper, Table 6)."""
-    rows = [r for r in rows if "missing" not in r and r["problem_type"] == "multiple choice"]
-    told = []
+    """How often the answer is not the option that the reasoning ends on (multiple choice; paper, Table 6)."""
+    rows, decidable = [r for r in rows if "missing" not in r and r["problem_type"] == "multiple choice"], []
     for r in rows:
-        thought, said = ends_on(r["think"] or "", r["options"]), read_choice(r["answer"], r["options"])
-        if thought and said:
-            told.append(r | {"thought": thought, "said": said, "differ": float(thought != said)})
-    lines = [
-        f"Think–answer mismatch: {cell(mean(told, value=itemgetter('differ')))} percent of {len(told)} multiple-choice",
-        "responses (paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5).",
-        f"{len(rows) - len(told)} of {len(rows)} cannot be told: think or answer is missing, or names no option."]
-    for r in [r for r in told if r["differ"]][:5]:
-        lines.append(f"  {r['id']}: thought {r['thought']}, said {r['said']}, right "
-                     f"{rewards.choice(r['reference'], r['options'])}: … {' '.join(r['think'].split())[-70:]}")
+        thought, answered = ends_on(r["think"] or "", r["options"]), read_choice(r["answer"], r["options"])
+        if thought and answered:
+            decidable.append(r | {"thought": thought, "answered": answered, "differ": float(thought != answered)})
+    lines = [f"Reasoning and answer differ in {cell(mean(decidable, value=itemgetter('differ')))} percent of "
+             f"{len(decidable)} multiple-choice responses (paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5).",
+             f"{len(rows) - len(decidable)} of {len(rows)} are not counted: reasoning or answer names no option."]
+    lines += [f"  {r['id']}: reasoning {r['thought']}, answer {r['answered']}" for r in decidable if r["differ"]][:5]
     return "\n".join(lines)
 
 
 def perception_from(questions: list[Question], args: Namespace) -> str:
     """The same questions with nothing, another run's observation, the video, or both (paper, Figure 4)."""
-    observations = {key: r.get("observation") for key, r in read_rows(args.perception_from).items()}
+    observations = {key: row.get("observation") for key, row in read_rows(args.perception_from).items()}
     questions, bench = [q for q in questions if observations.get(q.record.problem_id)], BENCHES[args.bench]
     if not questions:
         raise ValueError(f"{args.perception_from} holds no observation on a question of {args.bench}")
     table = [["what the model gets, and percent", *HEADER[1:]]]
-    for name, blind, given in (("question", True, {}), ("question and observation", True, observations),
-                               ("", False, {}), ("video and observation", False, observations)):
-        records = [asked_record(q, args, blind, given.get(q.record.problem_id)) for q in questions]
-        rows = [r for r in run(questions, records, args, name) if "missing" not in r]
-        table.append(cells(name or "video", mean(rows, next(iter(bench.aggregates.values())), bench.value)))
+    for name in ("question", "question and observation", "video", "video and observation"):
+        given = observations if "observation" in name else {}
+        records = [asked_record(q, args, "question" in name, given.get(q.record.problem_id)) for q in questions]
+        rows = run(questions, records, args, "" if name == "video" else name)
+        scored = [r for r in rows if "missing" not in r]
+        table.append(cells(name, mean(scored, next(iter(bench.aggregates.values())), bench.value)))
     return "\n".join([f"Is the observation enough? Those of {args.perception_from}:", *data.format_table(table)])
 
 
@@ -307,11 +308,8 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2 ** n)
 
 
-CHANGES = ("perception fixed", "reasoning fixed", "perception broken", "reasoning broken", "right by luck")
-
-
 def change(a: dict, b: dict) -> str | None:
-    """What changed from one response to another. Without a judge every change counts as one of reasoning."""
+    """One of CHANGES, from one response to another, or None. Without a judge every change is one of reasoning."""
     gain, before, after = is_correct(b) - is_correct(a), a["perception"], b["perception"]
     if not gain:
         return "right by luck" if is_correct(b) and after is False else None
@@ -319,63 +317,47 @@ def change(a: dict, b: dict) -> str | None:
     return f"{'perception' if by_perception else 'reasoning'} {'fixed' if gain > 0 else 'broken'}"
 
 
-def change_examples(pairs: list[tuple[dict, dict]], of_each: int = 2) -> list[str]:
-    """How often each change happened, and its shortest examples."""
-    kinds = {name: [] for name in CHANGES}
-    for pair in pairs:
-        kinds.get(change(*pair), []).append(pair)
-    lines = ["From A to B: " + ", ".join(f"{len(some)} {name}" for name, some in kinds.items())]
-    for name, some in kinds.items():
-        for a, b in sorted(some, key=lambda pair: len(pair[0]["response"] + pair[1]["response"]))[:of_each]:
-            lines += ["", f"── {name}: {a['id']} ".ljust(100, "─"), "  ".join([a["question"], *a["options"]]),
-                      f"right: {a['reference']}"]
-            for run_name, r in (("A", a), ("B", b)):
-                parts = [f"{tag}: {r[tag]}" for tag in rewards.TAGS if r.get(tag)]
-                lines.append(f"{run_name}  " + ("  ".join(parts) or r["response"].strip()))
-    return lines
-
-
 def compare(first: str, second: str) -> str:
-    """Two evaluations, question by question. Raises ValueError if they share no question, or their texts differ."""
-    a, b, lines = read_rows(first), read_rows(second), []
+    """Two evaluations, question by question. Raises ValueError if they share no question, or a text differs."""
+    a, b = read_rows(first), read_rows(second)
     pairs = [(a[key], b[key]) for key in a if key in b and "missing" not in a[key] | b[key]]
-    if not pairs:
-        raise ValueError(f"{first} ({len(a)} responses) and {second} ({len(b)}) have no question in common")
     texts, inputs = itemgetter("question", "reference", "options"), itemgetter("prompt", "frames", "pixels")
-    if other := [x["id"] for x, y in pairs if texts(x) != texts(y)]:
-        raise ValueError(f"{len(other)} questions have the same name but another text, for example {other[0]}")
-    if other := [x["id"] for x, y in pairs if inputs(x) != inputs(y)]:
-        lines.append(f"NOT comparable: {len(other)} questions had another prompt, frames or pixels.")
-    if len(pairs) < max(len(a), len(b)):
-        lines.append(f"Only the {len(pairs)} questions that both have are compared (A has {len(a)}, B {len(b)}).")
-    gains = [y["score"] - x["score"] for x, y in pairs]
+    if not pairs or any(texts(x) != texts(y) for x, y in pairs):
+        raise ValueError(f"{first} and {second} have no question in common, or one with another text")
+    gains, changes = [y["score"] - x["score"] for x, y in pairs], [change(x, y) for x, y in pairs]
     wins, losses = sum(gain > 1e-9 for gain in gains), sum(gain < -1e-9 for gain in gains)
-    lines += [f"B wins {wins} questions and loses {losses}, {len(pairs) - wins - losses} are even: "
-              f"p = {sign_test(wins, losses):.2g} if neither were better (McNemar's exact test).", ""]
-    if unjudged := sum(None in (x["perception"], y["perception"]) for x, y in pairs):
-        lines.append(f"The observations of {unjudged} questions were not judged (--judge).")
-    table = [["", "n", "answer right", "score"]]
+    table = [["", "answer right", "score"]]
     where = [["", *(f"{run_name}: answer {what}" for run_name in "AB" for what in ("right", "wrong"))],
-             ["perception right"], ["perception wrong"]]
+             ["perception right"], ["perception wrong"], ["not judged"]]
     for name, rows in zip((f"A  {first}", f"B  {second}"), zip(*pairs)):
-        table.append([name, str(len(rows)), cell(mean(rows, value=is_correct)), cell(mean(rows))])
-        for line, perception in zip(where[1:], (True, False)):
+        table.append([name, cell(mean(rows, value=is_correct)), cell(mean(rows))])
+        for line, perception in zip(where[1:], (True, False, None)):
             answers = [is_correct(r) for r in rows if r["perception"] is perception]
             line += [str(answers.count(1)), str(answers.count(0))]
-    return "\n".join([*data.format_table(table), *lines, *data.format_table(where), "", *change_examples(pairs)])
+    lines = [*data.format_table(table), f"{len(pairs)} questions are in both (A has {len(a)}, B {len(b)}). B wins "
+             f"{wins} and loses {losses}: p = {sign_test(wins, losses):.2g} if neither is better (McNemar)."]
+    if other := sum(inputs(x) != inputs(y) for x, y in pairs):
+        lines.append(f"NOT comparable: {other} questions had another prompt, frames or pixels.")
+    counts = ", ".join(f"{changes.count(name)} {name}" for name in CHANGES)
+    lines += ["", *data.format_table(where), "", f"From A to B: {counts}"]
+    for name in CHANGES:
+        for x, y in [pair for pair, what in zip(pairs, changes) if what == name][:2]:
+            lines += ["", f"── {name}: {x['id']} ".ljust(100, "─"), "  ".join([x["question"], *x["options"]]),
+                      f"right: {x['reference']}", f"A  {x['response'].strip()}", f"B  {y['response'].strip()}"]
+    return "\n".join(lines)
 
 
 # ================================ a first reader may stop here ================================
 
 # ------------------------------------------------------------------------------------------------ 5. running
 
-def asked_record(question: Question, args: Namespace, blind: bool = False, given: str | None = None):
-    """The record that the model is asked. In a direct prompt, a given observation becomes part of the question."""
-    r = question.record
-    if args.direct:
-        text = f"Observation: {given}\n{question.direct}" if given else question.direct
-        r, given = replace(r, question=text, options=()), None
-    return replace(r, blind=blind, given=given, bounds=r.bounds if args.clips else None)
+load_model = lru_cache(maxsize=2)(data.load_local)           # several benchmarks, one model
+
+
+def asked_record(question: Question, args: Namespace, blind: bool = False, given: str | None = None) -> data.Record:
+    """The record that the model is asked: without its media if `blind`, with an observation if `given`."""
+    r = replace(question.record, blind=blind, given=given, bounds=question.record.bounds if args.clips else None)
+    return replace(r, question=question.direct, options=()) if args.direct else r
 
 
 def prompt_hash(r: data.Record, settings: pagrpo.Settings) -> str:
@@ -384,11 +366,10 @@ def prompt_hash(r: data.Record, settings: pagrpo.Settings) -> str:
 
 
 def to_row(question: Question, response: pagrpo.Response, settings: pagrpo.Settings, verdict) -> dict:
-    """One line of responses.jsonl: what was asked, what the model saw and said, and its score."""
-    r, parsed = response.example.record, response.parsed
+    """One line of responses.jsonl."""
+    r, parsed, (steps, height, width) = response.example.record, response.parsed, response.example.grid or (0, 0, 0)
     extracted, score = grade(question, response.text, response.finished)
-    steps, height, width = response.example.grid or (0, 0, 0)
-    last_only = r.given is not None or settings.template == "think"           # only the last segment is expected
+    last_only = r.given is not None or settings.template == "think"   # only the last segment is expected
     return {
         "id": r.problem_id, "clip": r.path, "groups": question.groups, "problem_type": r.problem_type,
         "question": question.record.question, "options": list(question.record.options), "reference": r.reference,
@@ -400,25 +381,20 @@ def to_row(question: Question, response: pagrpo.Response, settings: pagrpo.Setti
 
 
 def read_rows(place: str | Path) -> dict[str, dict]:
-    """id → row of an evaluation's folder, or a file of responses. An answer counts before a missing medium, new rows
-    before old. Raises ValueError for other files."""
-    files, rows = [Path(place)], []
-    if Path(place).is_dir():
-        files = sorted(Path(place).glob("responses*.jsonl"), reverse=True)
-    for file in files:
+    """id → row of an evaluation's folder or file, an answer before a missing medium. ValueError for other files."""
+    place, rows = Path(place), {}
+    for file in sorted(place.glob("responses*.jsonl"), reverse=True) if place.is_dir() else [place]:
         for n, row in enumerate(rewards.read_jsonl(file)[0], start=1):
-            answered = {"question", "perception"} <= row.keys() and type(row.get("score")) in (int, float)
+            answered = isinstance(row.get("score"), (int, float))
             if not ({"id", "clip", "groups"} <= row.keys() and (answered or "missing" in row)):
                 raise ValueError(f"{file}, line {n}: not a response of an evaluation")
-            rows.append(row)
-    return {row["id"]: row for row in sorted(rows, key=lambda row: "missing" not in row)}
-
-
-load_model = lru_cache(maxsize=2)(data.load_local)           # several benchmarks, one model
+            if answered or row["id"] not in rows:
+                rows[row["id"]] = row
+    return rows
 
 
 def respond(pairs: list[tuple], folder: Path, judging: bool, args: Namespace) -> None:
-    """Answers this rank's (question, record) pairs, appends each row to a file at once. ValueError if verdicts fail."""
+    """Appends a row for each of this rank's (question, record) pairs to a file. ValueError if verdicts fail."""
     s, rank, judge, (vocabulary, model, device) = args.settings, args.world.rank, None, load_model(args.model)
     if judging:                                              # `reference`: --judge-model, else the model itself
         words, blind, _ = load_model(Path(s.judge == "reference" and s.judge_model or args.model))
@@ -427,45 +403,40 @@ def respond(pairs: list[tuple], folder: Path, judging: bool, args: Namespace) ->
     out, records = rewards.Journal(folder / f"responses.{rank}.jsonl"), [r for _, r in pairs]
     examples = data.Examples(records, args.data, vocabulary, model.config, s, max_unreadable=1, teaching=False)
     batches = [range(i, min(i + args.batch, len(pairs))) for i in range(0, len(pairs), args.batch)]
-    bar = tqdm(batches, desc=f"{args.bench}, {args.batch} questions at a time", disable=rank > 0)
-    for batch, readable in zip(bar, examples.prefetch(batches)):
+    for batch, readable in zip(tqdm(batches, desc=args.bench, disable=rank > 0), examples.prefetch(batches)):
         groups = pagrpo.rollout(model, readable, vocabulary, s, "evaluation", 1, args.temperature, args.top_p)
         verdicts = pagrpo.start_judging(judge, groups)() if judge else [None] * len(groups)
         errors = [verdict.error for verdict in verdicts if verdict and verdict.error]
         if len(errors) > s.max_unknown * len(verdicts):
-            raise ValueError(f"{len(errors)} of {len(verdicts)} verdicts stayed unknown, more than --max-unknown "
-                             f"{s.max_unknown:g}: {errors[0]:.200}. The same command goes on from here.")
+            raise ValueError(f"{len(errors)} of {len(verdicts)} verdicts stayed unknown, over --max-unknown. The same "
+                             f"command goes on from here. {errors[0]:.200}")
         answers = zip(groups, verdicts, strict=True)
-        for i in batch:
-            q, r = pairs[i]
-            if i in examples.skipped:
-                out.add({"id": r.problem_id, "clip": r.path, "groups": q.groups, "missing": examples.skipped[i]})
+        for question, r, reason in [(*pairs[i], examples.skipped.get(i)) for i in batch]:
+            if reason:
+                out.add({"id": r.problem_id, "clip": r.path, "groups": question.groups, "missing": reason})
             else:
                 (response,), verdict = next(answers)
-                out.add(to_row(q, response, s, verdict))
+                out.add(to_row(question, response, s, verdict))
 
 
 def run(questions: list[Question], records: list[data.Record], args: Namespace, variant: str = "") -> list[dict]:
-    """Runs or resumes an evaluation: asks records[i] for questions[i]. Returns a row for each, on every rank.
-    `variant` names the folder of another prompt."""
+    """Runs or resumes an evaluation, in the folder of this prompt `variant`. Returns a row for each, on every rank."""
     s, world, judge = args.settings, args.world, "none" if variant else args.judge
     folder = args.out / f"{args.bench} {variant}".strip().replace(" ", "-")
     weights = [file.stat() for file in sorted(args.model.glob("*.safetensors"))]
-    decisive = {name: getattr(s, name) for name in (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")}
+    decisive = {"model": str(args.model.resolve()), "judge": judge,
+                "weights": [f"{x.st_size} bytes of {int(x.st_mtime)}" for x in weights]}
+    decisive |= {name: getattr(s, name) for name in (*INPUTS, "min_pixels", "refuse_leaks", "judge_model")}
     decisive |= {name: getattr(args, name) for name in ("bench", "temperature", "top_p", "direct", "clips")}
-    decisive |= {"weights": [f"{x.st_size} bytes of {int(x.st_mtime)}" for x in weights],
-                 "model": str(args.model.resolve()), "judge": judge}
     world.on_rank0(lambda: data.check_settings(folder, decisive, data.default_settings(s), free=()))
-    rows, todo = read_rows(folder), []
-    for question, r in zip(questions, records):              # new ones, those without media, and those reworded since
-        row = rows.get(r.problem_id, {})
-        if (row.get("prompt"), row.get("reference")) != (prompt_hash(r, s), r.reference):
-            todo.append((question, r))
+    rows = read_rows(folder)
+    done = {(row["id"], row.get("prompt"), row.get("reference")) for row in rows.values()}
+    todo = [(q, r) for q, r in zip(questions, records) if (r.problem_id, prompt_hash(r, s), r.reference) not in done]
 
-    def merge() -> None:                                     # in the benchmark's order, then what was asked before
+    def merge() -> None:
         rows = read_rows(folder)
-        rows = {r.problem_id: rows[r.problem_id] for r in records} | rows
-        data.write_rows(folder / "responses.jsonl", rows.values())
+        ordered = {r.problem_id: rows[r.problem_id] for r in records} | rows
+        data.write_rows(folder / "responses.jsonl", ordered.values())
         for file in folder.glob("responses.*.jsonl"):
             file.unlink()
 
@@ -483,8 +454,7 @@ def run(questions: list[Question], records: list[data.Record], args: Namespace, 
 
 def make_question(key: str, question: str, options: Sequence[str], answer: str, path: str, groups: dict,
                   direct: Sequence[str], metric: str = "choice", labels: Sequence[str] = (), **more) -> Question:
-    """Checks and builds a question. `direct`: the lines of the short-answer prompt; `metric`: of one without options.
-    Raises ValueError for a question that could not be scored."""
+    """ValueError if it could not be scored. `direct`: lines of the short prompt; `metric`: of one without options."""
     options, reference, direct = tuple(str(o).strip() for o in options), str(answer).strip(), "\n".join(direct)
     metric = "choice" if options else metric
     if metric == "choice":
@@ -498,20 +468,20 @@ def make_question(key: str, question: str, options: Sequence[str], answer: str, 
     return Question(record, metric, groups, direct, tuple(labels))
 
 
-# A loader makes a Question of a row, or None to leave it out. part: key of its file in Bench.files; keys: those above
-# the row; find(*paths): the first path that exists, else the first.
-
-def toy(row, part, keys, find):
-    record = data.to_record(row, traces=False)
-    return Question(record, "task", {"problem type": record.problem_type})
-
-
 VSI_NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
 VSI_DIRECTION = ("object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard")
 VSI_CHOICE = ("object_rel_distance", "route_planning", "obj_appearance_order")
 
 
-def vsibench(row, part, keys, find):
+# Each loader makes a Question of a row, or None to leave it out. part: key of its file in Bench.files; number: of the
+# row, from 0; find(*paths): the first path that exists, else the first.
+
+def toy(row, part, number, find):
+    record = data.to_record(row, traces=False)
+    return Question(record, "task", {"problem type": record.problem_type})
+
+
+def vsibench(row, part, number, find):
     task, question, options = row["question_type"], row["question"], row["options"] or ()
     if task not in VSI_NUMERIC + VSI_CHOICE + VSI_DIRECTION:
         raise ValueError(f"unknown question_type {task!r}")
@@ -522,7 +492,7 @@ def vsibench(row, part, keys, find):
     return make_question(row["id"], question, options, row["ground_truth"], path, {"task": task}, direct, "mra")
 
 
-def videommmu(row, part, keys, find):
+def videommmu(row, part, number, find):
     """Multiple choice where there are options: `question_type` is missing or null in places."""
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"] or ()
     question, last = row["question"], ["Please ignore the Quiz question in last frame of the video."]
@@ -536,33 +506,32 @@ def videommmu(row, part, keys, find):
                          [question, *rewards.letter_options(options), *last], "open")
 
 
-def mmvu(row, part, keys, find):
+def mmvu(row, part, number, find):
     if row["question_type"] != "multiple-choice":
         return None
-    path, subject = find(row["video"].split("/resolve/main/")[-1]), row["metadata"]["subject"]
+    path, groups = find(row["video"].split("/resolve/main/")[-1]), {"subject": row["metadata"]["subject"]}
     direct = [f"Question: {row['question']}", *(f"{x}: {text}" for x, text in row["choices"].items()), "",
               "Do not generate any intermediate reasoning process. Answer directly with the option letter from the "
               "given choices."]
-    options = list(row["choices"].values())
-    return make_question(row["id"], row["question"], options, row["answer"], path, {"subject": subject}, direct)
+    return make_question(row["id"], row["question"], row["choices"].values(), row["answer"], path, groups, direct)
 
 
-def vcrbench(row, part, keys, find):
-    """The options stand inside the question, the first glued to it: cut there, they are shown once."""
+def vcrbench(row, part, number, find):
+    """The options are inside the question, the first glued to it: cut there, they are shown once."""
     if str(row["multiple-choice"]).lower() != "true":
         return None
-    choices = ast.literal_eval(row["choices"]) if isinstance(row["choices"], str) else row["choices"]
-    options, question, seconds = list(choices.values()), row["question"].strip(), float(row.get("duration") or 0)
+    options, question = list(row["choices"].values()), row["question"].strip()
     inside = re.search(r"\s*\(?A[.):]\s*" + re.escape(str(options[0])[:20]), question)
+    shown = [] if inside else rewards.letter_options(options)
+    direct = [question, *shown, "Answer with the letter of the correct option."]
+    seconds = float(row.get("duration") or 0)
     duration = next((f"up to {limit} s" for limit in (60, 300) if seconds <= limit), "over 300 s")
-    direct = [question, *([] if inside else rewards.letter_options(options))]
+    groups = {"dimension": row["dimension"], "duration": duration}
     return make_question(row["id"], question[:inside.start()] if inside else question, options, row["answer"],
-                         find(f"v1/videos/{row['video_path']}", row["video_path"]),
-                         {"dimension": row["dimension"], "duration": duration},
-                         [*direct, "Answer with the letter of the correct option."])
+                         f"v1/videos/{row['video_path']}", groups, direct)
 
 
-# folder in the branch `main` (in video/, raw videos), folder in the branch `video` (clips already cut), json names
+# folder in the branch `main` (below video/: raw videos), folder in the branch `video` (clips), annotation files
 MVBENCH = """\
 star/Charades_v1_480 star/Charades_segment action_sequence action_prediction object_interaction
 sta/sta_video sta/sta_video_segment action_localization
@@ -570,8 +539,8 @@ tvqa/frames_fps3_hq tvqa/video_fps3_hq_segment episodic_reasoning
 ssv2_video ssv2_video_mp4 action_antonym
 Moments_in_Time_Raw/videos Moments_in_Time_Raw/videos fine_grained_action
 FunQA_test/test FunQA_test/test unexpected_action
-clevrer/video_validation clevrer/video_validation object_existence moving_direction moving_count moving_attribute \
-counterfactual_inference
+clevrer/video_validation clevrer/video_validation object_existence moving_direction moving_count
+clevrer/video_validation clevrer/video_validation moving_attribute counterfactual_inference
 perception/videos perception/videos object_shuffle action_count state_change character_order
 scene_qa/video scene_qa/video scene_transition
 nturgbd nturgbd_convert fine_grained_pose
@@ -579,23 +548,22 @@ vlnqa vlnqa egocentric_navigation"""
 MVBENCH_FOLDERS = {task: line.split()[:2] for line in MVBENCH.splitlines() for task in line.split()[2:]}
 
 
-def mvbench(row, part, keys, find):
-    """The official prompt has a system line and begins the answer with "Best option:("; both are left out here."""
+def mvbench(row, part, number, find):
+    """Without the system line and the begun answer "Best option:(" of the official prompt."""
     (main, branch), name, options = MVBENCH_FOLDERS[part], row["video"], [o.strip() for o in row["candidates"]]
     path = find(f"video/{main}/{name}", f"{branch}/{name}", f"{branch}/{Path(name).with_suffix('.mp4')}",
                 f"video/data0613/{main}/{name}")             # the last: videos that were added later
     bounds = (float(row["start"]), float(row["end"])) if "start" in row and path.startswith("video/") else None
     direct = [f"Question: {row['question']}", "Options:", *(f"({chr(65 + i)}) {o}" for i, o in enumerate(options)),
               "Only give the best option."]
-    answer = chr(65 + options.index(row["answer"].strip()))
-    return make_question(f"{part}/{keys[-1]}", row["question"], options, answer, path, {"task": part}, direct,
-                         bounds=bounds, rate=3.0 if "frames_fps3" in path else 0.0)
+    answer, rate = chr(65 + options.index(row["answer"].strip())), 3.0 if "frames_fps3" in path else 0.0
+    return make_question(f"{part}/{number}", row["question"], options, answer, path, {"task": part}, direct,
+                         bounds=bounds, rate=rate)
 
 
-def tempcompass(row, part, keys, find):
-    """Options stand in the question, a line each. The training prompt knows no yes/no question and no "Option 1":
-    there both are multiple choice between two texts."""
-    video, dimension, question = row.get("video_id") or keys[0], row.get("dim") or keys[1], row["question"]
+def tempcompass(row, part, number, find):
+    """Options are lines of the question. In the training prompt yes/no and "Option 1" become choices between texts."""
+    video, dimension, question = row["video_id"], row["dim"], row["question"]
     answer, text, options, labels, last = row["answer"], [], [], [], "Please directly give the best option:"
     for line in question.split("\n"):
         option = re.fullmatch(r"[\s*-]*(?:((?:Option|Caption|Sentence) \w)|[A-D])\s*[.:)]\s*(.+)", line)
@@ -613,7 +581,7 @@ def tempcompass(row, part, keys, find):
                          {"format": part, "dimension": dimension}, [question, last], labels=labels)
 
 
-def videomme(row, part, keys, find):
+def videomme(row, part, number, find):
     path = find(*(f"data/{row['videoID']}.{kind}" for kind in ("mp4", "MP4", "mkv")))
     groups = {"duration": row["duration"], "domain": row["domain"], "task": row["task_type"]}
     direct = ["Select the best answer to the following multiple-choice question based on the video. Respond with only "
@@ -624,105 +592,77 @@ def videomme(row, part, keys, find):
 
 class Bench(NamedTuple):
     """A benchmark: where its questions lie, and how they are read, counted and averaged."""
-    files: dict[str, tuple[str, ...]]                        # part → patterns of its annotation file, best first
-    read: Callable[..., Question | None]                     # the loader
-    expected: int                                            # questions
+    files: dict[str, str]                                    # part → pattern of its annotation files
+    read: Callable[..., Question | None]
+    expected: int                                            # number of questions
     repo: str = ""                                           # on huggingface.co/datasets
     size: str = ""
     gated: bool = False                                      # a form must be accepted first
     paper: tuple[float, ...] = ()                            # Qwen2.5-VL-7B, VideoP2R
     aggregates: dict[str, tuple] = {"all questions": ALL}    # see `mean`
-    value: Callable[[dict], float] = itemgetter("score")     # of a row
+    value: Callable[[dict], float] = itemgetter("score")
 
 
 TRACKS, FORMATS = ("Perception", "Comprehension", "Adaptation"), ("multi-choice", "yes_no", "caption_matching")
 BENCHES = {
-    "toy": Bench({"heldout": ("heldout.json",)}, toy, 512, value=is_correct),
-    "vsibench": Bench(
-        {"test": ("test.jsonl",)}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False, (30.1, 36.8), {
-            "mean of multiple choice and MRA (paper)": ((VSI_CHOICE + VSI_DIRECTION,), (VSI_NUMERIC,)),
-            "mean of eight tasks (official)": (tuple((task,) for task in VSI_DIRECTION),
-                                               *(((task,),) for task in VSI_NUMERIC + VSI_CHOICE)),
-            "multiple choice": ((VSI_CHOICE + VSI_DIRECTION,),), "MRA": ((VSI_NUMERIC,),), "all questions": ALL}),
-    "videommmu": Bench(
-        {x: (f"{x}/test-*.parquet", f"data/{x.lower()}_video.json", f"{x.lower()}_video.json") for x in TRACKS},
-        videommmu, 900, "lmms-lab/VideoMMMU", "14 GB", True, (48.1, 55.0)),
-    "mmvu": Bench(
-        {"validation": ("validation.json",)}, mmvu, 625, "yale-nlp/MMVU", "1.6 GB", False, (60.0, 65.4),
-        {"multiple choice of the validation split": ALL}),
-    "vcrbench": Bench(
-        {"test": ("v1/videos/meta_info_video.json", "VCR-Bench.tsv")}, vcrbench, 510, "VLM-Reasoning/VCR-Bench",
-        "859 videos of unstated size", False, (44.3, 51.0), {"multiple choice": ALL}),
-    "mvbench": Bench(
-        {task: (f"json/{task}.json",) for task in MVBENCH_FOLDERS}, mvbench, 4000, "OpenGVLab/MVBench", "16 GB", True,
-        (59.0, 68.1)),
-    "tempcompass": Bench(
-        {x: (f"{x}/test-*.parquet", f"questions/{x}.json", f"{x}.json") for x in FORMATS}, tempcompass, 5536,
-        "lmms-lab/TempCompass", "0.5 GB", False, (72.6, 74.5),
-        {"closed formats, pooled": ALL, "mean of formats": tuple(((form,),) for form in FORMATS)}),
-    "videomme": Bench(
-        {"test": ("videomme/test-*.parquet", "videomme/test-*.json")}, videomme, 2700, "lmms-lab/Video-MME", "101 GB",
-        False, (56.6, 60.0), {"all questions, without subtitles": ALL}),
+    "toy": Bench({"heldout": "heldout.json"}, toy, 512, value=is_correct),
+    "vsibench": Bench({"test": "test.jsonl"}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", False, (30.1, 36.8), {
+        "mean of multiple choice and MRA (paper)": ((1, VSI_CHOICE + VSI_DIRECTION), (1, VSI_NUMERIC)),
+        "mean of eight tasks (official)": (*((1 / 3, (task,)) for task in VSI_DIRECTION),
+                                           *((1, (task,)) for task in VSI_NUMERIC + VSI_CHOICE)),
+        "multiple choice": ((1, VSI_CHOICE + VSI_DIRECTION),), "MRA": ((1, VSI_NUMERIC),), "all questions": ALL}),
+    "videommmu": Bench({track: f"{track}/test-*.parquet" for track in TRACKS}, videommmu, 900, "lmms-lab/VideoMMMU",
+                       "14 GB", True, (48.1, 55.0)),
+    "mmvu": Bench({"validation": "validation.json"}, mmvu, 625, "yale-nlp/MMVU", "1.6 GB", False, (60.0, 65.4),
+                  {"multiple choice of the validation split": ALL}),
+    "vcrbench": Bench({"test": "v1/videos/meta_info_video.json"}, vcrbench, 510, "VLM-Reasoning/VCR-Bench",
+                      "859 videos", False, (44.3, 51.0), {"multiple choice": ALL}),
+    "mvbench": Bench({task: f"json/{task}.json" for task in MVBENCH_FOLDERS}, mvbench, 4000, "OpenGVLab/MVBench",
+                     "16 GB", True, (59.0, 68.1)),
+    "tempcompass": Bench({form: f"{form}/test-*.parquet" for form in FORMATS}, tempcompass, 5536,
+                         "lmms-lab/TempCompass", "0.5 GB", False, (72.6, 74.5), {
+        "closed formats, pooled": ALL, "mean of formats": tuple((1, (form,)) for form in FORMATS)}),
+    "videomme": Bench({"test": "videomme/test-*.parquet"}, videomme, 2700,
+                      "lmms-lab/Video-MME", "101 GB", False, (56.6, 60.0), {"all questions, without subtitles": ALL}),
 }
 SEVEN = [name for name in BENCHES if name != "toy"]
 
 
-def leaves(tree, keys: tuple = ()) -> Iterator[tuple[tuple, dict]]:
-    """The questions in nested lists and dictionaries, with the keys or numbers above them."""
-    if isinstance(tree, dict) and {"question", "problem"} & tree.keys():
-        yield keys, tree
-    elif isinstance(tree, (dict, list)):
-        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(part, (*keys, key))
-    else:
-        raise ValueError(f"{tree!r:.60} stands where a question should be")
-
-
-def read_annotations(file: Path):
-    """The content of an annotation file: nested lists and dictionaries."""
+def read_annotations(file: Path) -> list[dict]:
     if file.suffix == ".parquet":
         import pyarrow.parquet
         return pyarrow.parquet.read_table(file).to_pylist()
     text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".json":
-        return json.loads(text)
     if file.suffix == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    csv.field_size_limit(2 ** 24)
-    return list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t"))
+    return list(json.loads(text))
 
 
 def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
-    """A benchmark's questions, and notes on what was found. Raises ValueError: with the commands that fetch it if
-    nothing is there, with file and number if more than 1 % of the questions are broken."""
+    """A benchmark's questions, and notes. ValueError if over 1 % are broken, or there are no media, with commands."""
     bench, questions, broken = BENCHES[name], [], []
 
     def find(*paths: str) -> str:
-        for path in paths:
-            for file in root.glob(path) if path.startswith("*") else [root / path]:
-                if file.exists():
-                    return file.relative_to(root).as_posix()
-        return paths[0]
+        found = (file for path in paths for file in (root.glob(path) if path.startswith("*") else [root / path]))
+        return next((file.relative_to(root).as_posix() for file in found if file.exists()), paths[0])
 
-    for part, places in bench.files.items():
-        for file in next(filter(None, (sorted(root.glob(place)) for place in places)), []):
+    for part, pattern in bench.files.items():
+        for file in sorted(root.glob(pattern)):
             try:
-                rows = list(leaves(read_annotations(file)))
-            except (ValueError, OSError, ImportError) as error:               # JSON and Arrow errors are ValueErrors
-                hint = "; run `pip install pyarrow`" * isinstance(error, ImportError)
-                raise ValueError(f"{file} cannot be read: {error}{hint}") from None
-            for n, (keys, row) in enumerate(rows, start=1):
+                rows = read_annotations(file)
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from None
+            for n, row in enumerate(rows, start=1):
                 try:
-                    question = bench.read(row, part, keys, find)
-                    questions += [question] if question else []               # duplicates are kept
-                except (LookupError, TypeError, ValueError, AttributeError, SyntaxError, OSError) as error:
+                    questions.append(bench.read(row, part, n - 1, find))   # duplicates are kept
+                except Exception as error:   # a damaged row can cause any
                     broken.append(f"{file}, question {n}: {type(error).__name__}: {error}")
+    questions = [q for q in questions if q]
     if len(broken) > 0.01 * (len(questions) + len(broken)):
         raise ValueError(f"{broken[0]} (one of {len(broken)})")
     if not any((root / q.record.path).exists() for q in questions):
-        form = f"accept the form at https://huggingface.co/datasets/{bench.repo}, run `hf auth login`, then"
-        raise ValueError(f"{name}: {len(questions)} questions, and none of their media is under {root}.\n"
-                         f"To fetch it ({bench.size}){', ' + form if bench.gated else ''}:\n"
+        form = f"\n  accept the form at https://huggingface.co/datasets/{bench.repo}, run `hf auth login`" * bench.gated
+        raise ValueError(f"{name}: none of the media is under {root}. To fetch {bench.size}:{form}\n"
                          f"  hf download {bench.repo} --repo-type dataset --local-dir {root}\n"
                          f"  (cd {root} && find . -name '*.zip' -execdir unzip -qo {{}} \\;)")
     notes = [f"{len(questions)} questions in {root}"]
@@ -732,16 +672,17 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
 
 # ------------------------------------------------------------------------------------------------ 7. command line
 
+PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)   # of Video-R1
+INPUTS = (*PROTOCOL, "max_prompt", "prompt", "template", "seed")
+
+
 def find_model(name: str | None) -> tuple[Path, Path, str]:
-    """The model's folder, its newest checkpoint, and why it was chosen. Raises ValueError, with the command."""
-    folder, why, finished = Path(name or sft.QWEN.format("7B")), "chosen by flag", []
-    if not name:
-        why = "no run is finished, so the base model"
-        for file in Path("runs").glob("*/*/settings.json"):
-            with suppress(OSError, ValueError, TypeError):   # another folder, or a damaged one
-                newest = newest_checkpoint(file.parent)
-                if newest.name == f"step-{sft.read_json(file).get('steps'):06}":
-                    finished.append(((newest / "state.json").stat().st_mtime, file.parent))
+    """A model's folder, its newest checkpoint, and why it was chosen. Raises ValueError, with the command."""
+    folder, why, finished = Path(name or sft.QWEN.format("7B")), "chosen by flag" if name else "no run is finished", []
+    for state in [] if name else Path("runs").glob("*/*/step-*/state.json"):
+        steps = sft.read_json(state.parents[1] / "settings.json").get("steps")
+        if state.parent.name == f"step-{str(steps).zfill(6)}":
+            finished.append((state.stat().st_mtime, state.parents[1]))
     if finished:
         folder, why = max(finished)[1], "the newest finished run"
     try:
@@ -752,20 +693,18 @@ def find_model(name: str | None) -> tuple[Path, Path, str]:
 
 
 def find_settings(model: Path, args: Namespace) -> pagrpo.Settings:
-    """The settings a model was trained with, from its run's folder, else a preset's; the protocol; then the flags."""
+    """The settings of a model's run, else a preset's; over them the protocol, then the flags."""
     file = next((f for f in (model / "settings.json", model.parent / "settings.json") if f.is_file()), None)
-    saved = sft.read_json(file) if file else {}
+    saved = data.given_flags(Namespace(**sft.read_json(file))) if file else {}
     if file and not saved:
         raise ValueError(f"{file} is damaged")
-    same = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
-            if k in data.default_settings(pagrpo.Settings) and not k.startswith("judge")}
+    same = {k: v for k, v in saved.items() if k in data.default_settings(pagrpo.Settings) and not k.startswith("judge")}
     preset = pagrpo.PRESETS[args.preset or ("tiny" if saved.get("prompt") == "short" else "7b")]
-    protocol = PROTOCOL if args.bench in [*SEVEN, "all"] else {}
     args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
     names = {*INPUTS, *(f.name for f in fields(data.JudgeSettings))}
     own = {k: v for k, v in data.given_flags(args).items() if k in names and (k, v) != ("judge", "none")}
-    direct = {"prompt": "direct"} if args.direct else {}
-    return pagrpo.Settings(**preset | same | protocol | own | direct)
+    own |= {"prompt": "direct"} if args.direct else {}
+    return pagrpo.Settings(**preset | same | (PROTOCOL if args.bench in [*SEVEN, "all"] else {}) | own)
 
 
 def evaluate(questions: list[Question], notes: list[str], args: Namespace) -> dict | None:
@@ -783,19 +722,17 @@ def evaluate(questions: list[Question], notes: list[str], args: Namespace) -> di
         return print0(perception_from(questions, args))
     rows = run(questions, [asked_record(q, args) for q in questions], args)
     summary = summarise(args.bench, rows) | {"model": str(args.model)}
-    file, text = args.out / args.bench / "summary.json", json.dumps(summary, indent=1) + "\n"
-    if args.world.first and not (file.is_file() and file.read_text() == text):   # the disk may be read-only by now
-        data.write_atomically(file, text)
-    said = mismatch(rows) + "\n" if args.mismatch else ""
-    print0(f"\n{report(summary)}\n{said}Responses and numbers: {file.parent}")
+    folder, differing = args.out / args.bench, mismatch(rows) + "\n" if args.mismatch else ""
+    if args.world.first:
+        data.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print0(f"\n{report(summary)}\n{differing}Responses and numbers: {folder}")
     return summary
 
 
 def answer_one(args: Namespace) -> None:
     """Prints what the model sees of a clip or picture, and its response to --question. Raises MediaError."""
-    clip = Path(args.video).resolve()
-    kind = args.problem_type or ("multiple choice" if args.options else "free-form")
-    medium = "image" if clip.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif") else "video"
+    clip, kind = Path(args.video).resolve(), args.problem_type or ("multiple choice" if args.options else "free-form")
+    medium = "image" if clip.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else "video"
     record = data.Record("", args.question, tuple(args.options), kind, "", clip.name, medium)
     vocabulary, model, _ = load_model(args.model)
     example = data.build_example(record, clip.parent, vocabulary, model.config, args.settings)
@@ -807,16 +744,15 @@ def answer_one(args: Namespace) -> None:
     print(response.text + ("" if response.finished else f"\n(cut off after {len(response.tokens)} tokens)"))
 
 
-PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)             # of Video-R1
-INPUTS = (*PROTOCOL, "max_prompt", "prompt", "template", "seed")
-
-
 def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to do (one of these)").add_argument
+    add = parser.add_argument
     add("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
-    add("--video", help="ask about this video, picture or folder of frames")
+    add("--video", help="ask --question about this video, picture or folder of frames")
+    add("--question", help="the question about it")
+    add("--options", nargs="+", default=[], help="its options, without letters, if it is multiple choice")
+    add("--problem-type", choices=rewards.PROBLEM_TYPES, help="of the question [free-form, or multiple choice]")
     how = parser.add_argument_group("which model, and what it gets (default: as its run; benchmarks: as above)")
     how.add_argument("--model", help="model folder, or a stage's [the newest finished run, else the base model]")
     how.add_argument("--preset", choices=pagrpo.PRESETS, help="settings for a model from elsewhere [7b]")
@@ -824,40 +760,34 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     how.add_argument("--temperature", type=float, default=0.01, help="0 is greedy [0.01]")
     how.add_argument("--top-p", type=float, default=0.001, help="only the likeliest tokens up to this share [0.001]")
     add = parser.add_argument_group("for --bench").add_argument
-    add("--data", help="the benchmark's folder [data/BENCH; toy: beside the model, made when missing]")
+    add("--data", help="folder of the benchmark [data/BENCH; toy: beside the model, made when missing]")
     add("--out", help="folder of results [eval/ in the model's folder]")
     add("--direct", action="store_true", help="the official short-answer prompt, not the training one")
-    add("--clips", action="store_true", help="cut videos to the bounds of the annotations (MVBench)")
-    add("--mismatch", action="store_true", help="how often the answer is not what the think ends on")
-    add("--perception-from", metavar="RUN", help="ask with and without this evaluation's observations")
-    add("--limit", type=int, help="only so many questions, evenly spread: a try, no score [all]")
-    add("--batch", type=int, help="questions answered together [toy 128, else 8]")
-    add = parser.add_argument_group("for --video").add_argument
-    add("--question", help="the question")
-    add("--options", nargs="+", default=[], help="options of a multiple choice, without letters")
-    add("--problem-type", choices=rewards.PROBLEM_TYPES, help="[free-form, or multiple choice]")
-    judge = parser.add_argument_group("judges of observations [toy: rule; else none; `reference`: the model itself]")
-    data.add_flags(judge, data.JudgeSettings)
+    add("--clips", action="store_true", help="cut videos to the annotated bounds (MVBench)")
+    add("--mismatch", action="store_true", help="how often the answer is not what the reasoning ends on")
+    add("--perception-from", metavar="RUN", help="ask with and without the observations of this evaluation")
+    add("--limit", type=int, default=0, help="only so many questions, evenly spread [0: all]")
+    add("--batch", type=int, default=0, help="questions answered together [0: toy 128, else 8]")
+    data.add_flags(parser.add_argument_group("judges of observations [toy: rule, else none]"), data.JudgeSettings)
     args = parser.parse_args(argv)
     if [args.bench, args.compare, args.video].count(None) != 2 or args.video and not args.question:
         parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")
     if args.bench == "all" and (args.data or args.perception_from):
         parser.error("--data and --perception-from belong to one benchmark, not to all")
-    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
-        parser.error("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1")
-    if args.prompt == "direct" or args.direct and (args.bench in (None, "toy") or args.prompt or args.template):
-        parser.error("--direct belongs to one of the seven benchmarks, and goes without --prompt and --template")
-    if not all(n is None or n > 0 for n in (args.limit, args.batch)):
-        parser.error("--limit and --batch must be at least 1")
+    another_prompt = args.prompt or args.template or args.perception_from
+    if args.prompt == "direct" or args.direct and (args.bench in (None, "toy") or another_prompt):
+        parser.error("--direct is for the seven benchmarks, without --prompt, --template and --perception-from")
+    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.limit >= 0 and args.batch >= 0):
+        parser.error("--temperature, --limit and --batch must be 0 or more, --top-p above 0 and at most 1")
     return args
 
 
 def evaluate_all(args: Namespace) -> None:
-    """Finds model and benchmarks and runs what was asked for. Raises ValueError, at once if nothing can be run."""
+    """Finds model and benchmarks, and runs them. Raises ValueError, at once if nothing can be run."""
     benches, lacking, summaries, everything = {}, [], [], args.bench == "all"
     for name in SEVEN if everything else {args.bench} & {*SEVEN}:
-        root = Path(args.data or f"data/{name}")
         try:
+            root = Path(args.data or f"data/{name}")
             benches[name] = root, *read_bench(name, root)
         except ValueError as error:
             lacking.append(str(error))
@@ -865,8 +795,7 @@ def evaluate_all(args: Namespace) -> None:
         folder, args.model, why = find_model(args.model)
     except ValueError as error:
         raise ValueError("\n".join([str(error), *lacking])) from None
-    args.settings = find_settings(folder, args)
-    args.batch = args.batch or (128 if args.bench == "toy" else 8)
+    args.settings, args.batch = find_settings(folder, args), args.batch or (128 if args.bench == "toy" else 8)
     args.out = Path(args.out or (args.model.parent if args.model.name.startswith("step-") else args.model) / "eval")
     args.world.print0(f"Model {args.model} ({why})")
     if args.video:
@@ -887,8 +816,8 @@ def evaluate_all(args: Namespace) -> None:
             table.append([model, *(f"{x:.1f}" for x in [*row, np.mean(row)])])
         args.world.print0("", *data.format_table(table), sep="\n")
     if lacking:
-        count = len(benches) + len(lacking)
-        raise ValueError("\n".join([f"{len(lacking)} of {count} benchmarks are missing or broken:", *lacking]))
+        lacking.insert(0, f"{len(lacking)} of {len(benches) + len(lacking)} benchmarks are missing or broken:")
+        raise ValueError("\n".join(lacking))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -896,7 +825,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.compare:
             return print(compare(*args.compare))
-        args.world = sft.start_world(patience=timedelta(hours=12))            # ranks may be hours apart at the end
+        args.world = sft.start_world(patience=timedelta(hours=12))   # ranks may be hours apart at the end
         evaluate_all(args)
         args.world.shutdown()
     except data.MediaError as error:
