@@ -38,7 +38,7 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_one_that_was_not(script,
     whole, cut = ([sys.executable, str(ROOT / script), *flags(tmp_path / out, toy, base, **long)]
                   for out in ("whole", "cut"))
     rng, quiet = random.Random(0), dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
-    subprocess.run(whole, check=True, **quiet)
+    uncut = subprocess.Popen(whole, **quiet)
     log, before = tmp_path / "cut" / stage / "metrics.jsonl", 0
     for _ in range(2):
         process = subprocess.Popen(cut, **quiet)
@@ -49,7 +49,7 @@ def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_one_that_was_not(script,
         process.wait()
         before = log.read_text().count("\n")
     subprocess.run(cut, check=True, **quiet)
-    assert same_end(tmp_path / "whole" / stage, tmp_path / "cut" / stage)
+    assert uncut.wait() == 0 and same_end(tmp_path / "whole" / stage, tmp_path / "cut" / stage)
 
 
 def test_sigterm_saves_a_checkpoint_and_names_it(toy, base, tmp_path):
