@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 
-
 def busy() -> bool:
     """Does another program run? Linux says how many threads can run; this one counts."""
     loads = [Path("/proc/loadavg").read_text() for _ in range(5)] if Path("/proc/loadavg").exists() else []
