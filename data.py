@@ -600,8 +600,8 @@ THRESHOLD = 0.6                                              # lowest score of a
 @dataclass(frozen=True)
 class JudgeSettings:
     """The judge of observations, and how long a server is tried."""
-    judge: str = flag("rule", "rule (toy world), reference (the KL reference), a model's folder, or http(s)://…/v1")
-    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); reference in `cot`: a folder")
+    judge: str = flag("rule", "rule (toy world), reference (RL: the KL reference), a model's folder, or http(s)://…/v1")
+    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); outside RL, the folder of reference")
     judge_device: str = flag("", "device of a judge from a folder, such as cuda:1; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
     refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without a judge")
@@ -805,7 +805,11 @@ def cot(s: CotSettings) -> Path:
     """
     s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
     with lock_folder(folder):
-        records = {short_hash(to_row(r)): r for r in read_records(s.data)[:s.limit or None]}  # equal records are one
+        records = {}                                         # equal records are one
+        for r in read_records(s.data)[:s.limit or None]:
+            trace = [r.trace] if r.trace else []
+            key = [r.problem_id, r.path, r.question, r.options, r.problem_type, r.reference, *trace]
+            records[short_hash(key)] = r
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
             raise SystemExit("The toy teacher and the rule judge know toy records only: give --teacher and --judge.")
         made, judged = folder / "1-generated.jsonl", folder / "3-judged.jsonl"
@@ -956,7 +960,10 @@ def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[
     missing there counts as its default; those in `free`, and what cannot change results, may differ."""
     file, now = folder / "settings.json", json.loads(json.dumps(settings))
     free = {"out", "workers", "cache_gb", "judge_device", "concurrency", "timeout", "retries", "max_unknown", *free}
-    saved = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        saved = dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError):
+        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
     before, changed = json.loads(json.dumps(defaults)) | saved, []
     for name, value in now.items() if saved else ():
         moved = str(value).startswith(HTTP) and str(before.get(name)).startswith(HTTP)

@@ -322,8 +322,10 @@ def compare(first: str, second: str) -> str:
     a, b = read_rows(first), read_rows(second)
     pairs = [(a[key], b[key]) for key in a if key in b and "missing" not in a[key] | b[key]]
     texts, inputs = itemgetter("question", "reference", "options"), itemgetter("prompt", "frames", "pixels")
-    if not pairs or any(texts(x) != texts(y) for x, y in pairs):
-        raise ValueError(f"{first} and {second} have no question in common, or one with another text")
+    if not pairs:
+        raise ValueError(f"{first} ({len(a)} responses) and {second} ({len(b)}) have no question in common")
+    if other := [x["id"] for x, y in pairs if texts(x) != texts(y)]:
+        raise ValueError(f"{len(other)} questions have another text, such as {other[0]}")
     gains, changes = [y["score"] - x["score"] for x, y in pairs], [change(x, y) for x, y in pairs]
     wins, losses = sum(gain > 1e-9 for gain in gains), sum(gain < -1e-9 for gain in gains)
     table = [["", "answer right", "score"]]
@@ -388,7 +390,7 @@ def read_rows(place: str | Path) -> dict[str, dict]:
             answered = isinstance(row.get("score"), (int, float))
             if not ({"id", "clip", "groups"} <= row.keys() and (answered or "missing" in row)):
                 raise ValueError(f"{file}, line {n}: not a response of an evaluation")
-            if answered or row["id"] not in rows:
+            if answered or "missing" in rows.get(row["id"], row):
                 rows[row["id"]] = row
     return rows
 
@@ -662,7 +664,8 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
         raise ValueError(f"{broken[0]} (one of {len(broken)})")
     if not any((root / q.record.path).exists() for q in questions):
         form = f"\n  accept the form at https://huggingface.co/datasets/{bench.repo}, run `hf auth login`" * bench.gated
-        raise ValueError(f"{name}: none of the media is under {root}. To fetch {bench.size}:{form}\n"
+        what = "none of the media is" if questions else f"no file {next(iter(bench.files.values()))} is"
+        raise ValueError(f"{name}: {what} under {root}. To fetch {bench.size}:{form}\n"
                          f"  hf download {bench.repo} --repo-type dataset --local-dir {root}\n"
                          f"  (cd {root} && find . -name '*.zip' -execdir unzip -qo {{}} \\;)")
     notes = [f"{len(questions)} questions in {root}"]
@@ -768,7 +771,8 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add("--perception-from", metavar="RUN", help="ask with and without the observations of this evaluation")
     add("--limit", type=int, default=0, help="only so many questions, evenly spread [0: all]")
     add("--batch", type=int, default=0, help="questions answered together [0: toy 128, else 8]")
-    data.add_flags(parser.add_argument_group("judges of observations [toy: rule, else none]"), data.JudgeSettings)
+    judges = parser.add_argument_group("judges of observations [toy: rule, else none]; reference: the model itself")
+    data.add_flags(judges, data.JudgeSettings)
     args = parser.parse_args(argv)
     if [args.bench, args.compare, args.video].count(None) != 2 or args.video and not args.question:
         parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")

@@ -554,7 +554,8 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
 def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
     """Finds the files (in the toy world it makes them, SFT included) and the state of the run. SystemExit if not."""
     settings = sft.find_start(settings, world)
-    if settings.judge == "rule" and not data.is_toy(data.read_records(settings.data)):
+    records = [data.read_records(file) for file in (settings.data, settings.heldout) if file]   # damage is told at once
+    if settings.judge == "rule" and not data.is_toy(records[0]):
         raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")

@@ -66,7 +66,7 @@ class TrainSettings(InputSettings):
     save_memory: bool = flag(True, "activation checkpointing: recompute blocks in the backward pass")
     save_every: int = flag(100, "steps between checkpoints, 99.5 GB each at 7b; training waits meanwhile")
     keep: int = flag(2, "newest checkpoints that stay on disk, besides the best one")
-    eval_every: int = flag(0, "steps between held-out evaluations, each with a checkpoint; 0: none")
+    eval_every: int = flag(0, "steps between held-out evaluations, each with a checkpoint; 0: only at the end")
     resume: bool = flag(True, "resume from the newest checkpoint; --no-resume refuses a folder with a run")
     shards: int = flag(0, "ranks that share one copy of the weights; 0: those of a machine")
     patience: float = flag(6.0, "minutes that a rank waits for the others within a step")
@@ -213,12 +213,12 @@ def train(settings: Settings, world: World) -> Path:
     """Runs or resumes SFT. Returns the folder of the last checkpoint; SystemExit if the run stops before it."""
     settings, records, heldout = read_traces(settings, world)
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
+    start = world.on_rank0(lambda: newest_checkpoint(settings.model))
     run = Run(Path(settings.out) / "sft", settings, steps, settings.batch, world)
     if run.finished:
         world.print0(f"SFT is finished: {run.last_checkpoint}")
         return run.last_checkpoint
 
-    start = world.on_rank0(lambda: newest_checkpoint(settings.model))
     vocabulary = Vocabulary(start)
     model = build_model(run.last_checkpoint or start, vocabulary, world, settings.save_memory, settings.shards)
     optimizer = make_optimizer(model, settings)
@@ -411,8 +411,7 @@ class Run:
         self.folder, self.settings, self.steps, self.per_step, self.world = folder, settings, steps, per_step, world
         self.stop_asked, self.stop_reason, self.skipped = 0.0, "", 0
         self.configuration, self.code = asdict(settings) | {"steps": steps}, code_hashes(settings)
-        self.last_checkpoint = world.on_rank0(self.find)
-        state = read_json(self.last_checkpoint / "state.json") if self.last_checkpoint else {}
+        self.last_checkpoint, state = world.on_rank0(self.find)
         self.step, before = state.get("step", 0), state.get("code", {})
         self.finished = self.step >= steps
         if changed := [name for name, now in self.code.items() if before.get(name, now) != now]:
@@ -422,14 +421,16 @@ class Run:
         if 0 < self.step < steps:
             world.print0(f"{folder.name} continues after step {self.step}")
 
-    def find(self) -> Path | None:
-        """On rank 0: the newest usable checkpoint."""
+    def find(self) -> tuple[Path | None, dict]:
+        """On rank 0: the newest usable checkpoint and its state.json."""
         resume = self.settings.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if (self.folder / "metrics.jsonl").exists() and not resume:
             raise SystemExit(f"{self.folder} holds a run: leave out --no-resume to continue it, or take another --out")
         data.check_settings(self.folder, self.configuration, data.default_settings(self.settings), RESUMABLE)
         with suppress(FileNotFoundError):
-            return newest_checkpoint(self.folder, optimizer=True)
+            newest = newest_checkpoint(self.folder, optimizer=True)
+            return newest, read_json(newest / "state.json")
+        return None, {}
 
     def examples(self, records: list[Record], vocabulary: Vocabulary, config: Config) -> Examples:
         return Examples(records, self.settings.media, vocabulary, config, self.settings, self.folder / "skipped.log")
@@ -568,7 +569,7 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
                            for part in (model, model.visual, model.model.layers[0]))
     layers, d, f, v = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vision
     c, root = 2 if cuda else 4, whole - tower - layers * layer                # root: embedding and head
-    shards, sharded = s.shards or min(ranks, 8), cuda or ranks > 1
+    shards, sharded = min(s.shards or 8, ranks), cuda or ranks > 1
     questions = -(-(s.batch if isinstance(s, Settings) else s.questions) // ranks)
     micro, media = min(s.micro_batch, questions), s.frames // 2 * s.max_pixels // 28 ** 2
     prompt, response = min(s.max_prompt, media + (400 if s.prompt == "full" else 40)), s.group_size * s.max_response
@@ -594,8 +595,9 @@ def memory(config: Config, s: TrainSettings, ranks: int, cuda: bool = True) -> d
 
 def plan(s: TrainSettings) -> str:
     """What --dry-run prints: the parts of a step's memory by number of ranks."""
-    there, rows = s.model and Path(s.model).is_dir(), []
-    config = read_config(newest_checkpoint(s.model)) if there else CONFIGS[s.preset]
+    config, rows = CONFIGS[s.preset], []
+    with suppress(FileNotFoundError):                        # the model need not be there yet
+        config = read_config(newest_checkpoint(s.model))
     for ranks in (1, 2, 4, 8, 16):
         parts = memory(config, s, ranks, cuda=bool(s.data))
         rows.append([str(ranks), *(f"{x / GB:.{1 if s.data else 3}f}" for x in parts.values())])
@@ -610,8 +612,9 @@ def explain(error: BaseException, settings: TrainSettings) -> str:
         return (text or "Interrupted.") + hint
     what = f"{type(error).__name__}: {text}"
     if isinstance(error, MemoryError) or runtime and ("out of memory" in text or "DefaultCPUAllocator" in text):
-        what = ("Out of memory. Less is needed with --save-memory, --micro-batch 1, fewer --frames, a lower "
-                "--max-response, --offload-reference or --kl-beta 0; --dry-run says how much.")
+        more = "" if isinstance(settings, Settings) else ", a lower --max-response, --offload-reference or --kl-beta 0"
+        what = f"Out of memory. Less is needed with --save-memory, --micro-batch 1, fewer --frames{more}; --dry-run " \
+               "says how much. Fewer frames, shorter responses and another β need another --out."
     elif runtime and (isinstance(error, dist.DistError) or "gloo" in text or "closure" in text):
         what = f"lost the connection to another rank ({text[:200]})."
         if "imed out" in text or "timeout" in text:

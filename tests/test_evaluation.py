@@ -272,3 +272,10 @@ def test_the_observation_of_one_run_can_be_given_to_another(toy, started, tmp_pa
     assert [line.split("  ")[0] for line in rows] == ["question", "question and observation", "video",
                                                       "video and observation"]
     assert all(" 4 " in line for line in rows) and "16.7" in rows[0]
+
+
+def test_the_newest_reason_why_a_question_is_missing_counts(tmp_path):
+    missing = {"id": "1", "clip": "a", "groups": {}}
+    for file, reason in (("responses.jsonl", "old"), ("responses.0.jsonl", "new")):
+        (tmp_path / file).write_text(json.dumps(missing | {"missing": reason}) + "\n")
+    assert evaluation.read_rows(str(tmp_path))["1"]["missing"] == "new"

@@ -160,3 +160,19 @@ def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_pa
             poison(patch, range(1, 4))
             sft.main(sft_flags(tmp_path / out, toy, base, steps=5, save_every=save_every))
     assert same_end(tmp_path / "often/sft", tmp_path / "seldom/sft")
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", ["model", "heldout"])
+def test_a_mistyped_path_does_not_claim_the_folder(module, flags, stage, wrong, toy, base, tmp_path):
+    with pytest.raises(SystemExit):
+        module.main(flags(tmp_path, toy, base, **{wrong: tmp_path / "mistyped"}))
+    assert not (tmp_path / stage).exists()
+
+
+def test_damaged_settings_are_named(toy, base, tmp_path):
+    (tmp_path / "sft").mkdir()
+    for damage in ("", "[1]"):
+        (tmp_path / "sft/settings.json").write_text(damage)
+        with pytest.raises(SystemExit, match="settings.json is damaged"):
+            sft.main(sft_flags(tmp_path, toy, base))
