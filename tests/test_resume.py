@@ -165,8 +165,10 @@ def test_steps_without_an_update_leave_no_trace_in_the_moments(toy, base, tmp_pa
 @BOTH
 @pytest.mark.parametrize("wrong", ["model", "heldout"])
 def test_a_mistyped_path_does_not_claim_the_folder(module, flags, stage, wrong, toy, base, tmp_path):
+    command = flags(tmp_path, toy, base)
+    command[command.index(f"--{wrong}") + 1] = str(tmp_path / "mistyped")
     with pytest.raises(SystemExit):
-        module.main(flags(tmp_path, toy, base, **{wrong: tmp_path / "mistyped"}))
+        module.main(command)
     assert not (tmp_path / stage).exists()
 
 
