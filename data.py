@@ -601,7 +601,7 @@ THRESHOLD = 0.6                                              # lowest score of a
 class JudgeSettings:
     """The judge of observations, and how long a server is tried."""
     judge: str = flag("rule", "rule (toy world), reference (RL: the KL reference), a model's folder, or http(s)://…/v1")
-    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); outside RL, the folder of reference")
+    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); outside RL, reference's folder")
     judge_device: str = flag("", "device of a judge from a folder, such as cuda:1; default: the rank's")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model needs more")
     refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without a judge")
@@ -912,7 +912,10 @@ def make_cot_judge(s: CotSettings) -> Judge:
 def funnel(outcomes: list[tuple[str, Sequence[str]]]) -> list[str]:
     """How many records passed each step. outcomes: why each was dropped, or "", and the mistakes in its trace."""
     reasons = Counter(reason for reason, _ in outcomes)
-    passed = [len(outcomes) - sum(reasons[x] for x in DROPPED if DROPPED[x] <= i) for i in range(len(STEPS))]
+    passed = [len(outcomes)] * len(STEPS)
+    for reason, step in DROPPED.items():
+        for i in range(step, len(STEPS)):
+            passed[i] -= reasons[reason]
     lines = format_table([[*STEPS, "kept"], [*map(str, passed), f"{passed[-1] / len(outcomes):.1%}"]])
     lines += [f"Dropped, {reason}: {reasons[reason]}" for reason in DROPPED if reasons[reason]]
     met = [(reason, made) for reason, made in outcomes if reason != "not judged"]

@@ -830,7 +830,8 @@ def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
 def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes stem.safetensors, or several files and an index where there are more than `shard_bytes`."""
     try:
-        save_torch_state_dict(tensors, folder, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_bytes)
+        pattern = stem + "{suffix}.safetensors"
+        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=shard_bytes)
     except SafetensorError as error:                         # how the Rust library reports a full disk
         raise OSError(f"{folder} cannot be written: {error}") from None
 

@@ -174,7 +174,8 @@ def start_judging(judge: Judge, groups: Sequence[Sequence[Response]]) -> Callabl
     """Sends all observations to the judge together and does not wait. Call the result for the B·G verdicts."""
     responses = [r for group in groups for r in group]
     observed = {i: r for i, r in enumerate(responses) if r.parsed.contents["observation"] is not None}
-    answer = judge.start([data.claim_about(r.example.record, r.parsed.contents["observation"]) for r in observed.values()])
+    answer = judge.start([data.claim_about(r.example.record, r.parsed.contents["observation"])
+                          for r in observed.values()])
 
     def verdicts() -> list[Verdict]:
         found = dict(zip(observed, answer(), strict=True))

@@ -52,7 +52,7 @@ from rewards import read_jsonl
 @dataclass(frozen=True)
 class TrainSettings(InputSettings):
     """What SFT and PA-GRPO have in common."""
-    preset: str = flag("", "a set of settings, flags override it; default: 7b on several GPUs, else tiny", list(CONFIGS))
+    preset: str = flag("", "a set of settings that flags override; default: 7b on several GPUs, else tiny", list(CONFIGS))
     out: str = flag("", "folder of the run, default runs/PRESET; each stage has its own folder in it")
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
@@ -330,8 +330,11 @@ class World:
         return values
 
     def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
-        parts = self.gather(values)
-        return {name: float(sum(part[name] for part in parts)) for name in values}
+        total = dict.fromkeys(values, 0.0)
+        for part in self.gather(values):
+            for name in total:                               # by name: ranks may hold them in another order
+                total[name] += part[name]
+        return total
 
     def all_reduce_max(self, value: float) -> float:
         return max(self.gather(value))
