@@ -5,6 +5,7 @@
     python eval.py --bench toy --mismatch                        does the answer follow from the reasoning?
     python eval.py --bench toy --model runs/tiny/sft --perception-from runs/tiny/pagrpo/eval/toy
     python eval.py --compare runs/tiny/sft/eval/toy runs/tiny/pagrpo/eval/toy
+    python eval.py --report runs/tiny/pagrpo runs/tiny/grpo      a page with the curves of both, to open in a browser
     python eval.py --video clip.avi --question "Which letter comes right after the red O?" --options "red X" "blue T"
 
 The seven are run as Video-R1 ran them (PROTOCOL), the others as the model was trained. MODEL/eval/BENCH holds
@@ -752,6 +753,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add = parser.add_argument
     add("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
+    add("--report", nargs="+", metavar="RUN", help="write report.html of a run; a second run's curves are laid over it")
     add("--video", help="ask --question about this video, picture or folder of frames")
     add("--question", help="the question about it")
     add("--options", nargs="+", default=[], help="its options, without letters, if it is multiple choice")
@@ -774,8 +776,10 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     judges = parser.add_argument_group("judges of observations [toy: rule, else none]; reference: the model itself")
     data.add_flags(judges, data.JudgeSettings)
     args = parser.parse_args(argv)
-    if [args.bench, args.compare, args.video].count(None) != 2 or args.video and not args.question:
-        parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")
+    if [args.bench, args.compare, args.report, args.video].count(None) != 3 or args.video and not args.question:
+        parser.error("give one of --bench NAME, --compare A B, --report RUN, or --video FILE with --question TEXT")
+    if args.report and len(args.report) > 2:
+        parser.error("--report takes one run or two")
     if args.bench == "all" and (args.data or args.perception_from):
         parser.error("--data and --perception-from belong to one benchmark, not to all")
     another_prompt = args.prompt or args.template or args.perception_from
@@ -829,6 +833,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.compare:
             return print(compare(*args.compare))
+        if args.report:
+            return print(sft.write_report(*args.report))
         args.world = sft.start_world(patience=timedelta(hours=12))   # ranks may be hours apart at the end
         evaluate_all(args)
         args.world.shutdown()

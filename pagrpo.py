@@ -112,12 +112,11 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             parts = reward_tensor(groups, verdicts, settings)                 # 2 (B, G, K, 3)
             totals = total_rewards(parts, settings.reward_off)                #   (B, G, K)
             advantages = group_advantages(totals, settings.advantage)         # 3 (B, G, K)
-            if groups and world.first and step % settings.transcript_every == 0:
-                tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n" + transcript(
-                    groups[0][0], verdicts[0], parts[0, 0], advantages[0, 0]))
             lr = sft.learning_rate(step, run.steps, settings)
             values = update(policy, optimizer, batches, advantages, lr, settings, world)              # 4, 5
             clock.lap("training")
+            if step % settings.transcript_every == 0 or step + 1 == run.steps:
+                record(step + 1, policy, judge, batches, groups, verdicts, parts, heldout or questions, run)
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
@@ -487,6 +486,62 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
     return "\n".join(lines + ["─" * 100])
 
 
+# ------------------------------------------------------------------------------------------------ what the report shows
+
+@torch.no_grad()
+def record(step: int, policy: Qwen2_5_VL, judge: Judge, batches: list[MicroBatch], groups: list[list[Response]],
+           verdicts: list[Verdict], parts: Tensor, questions: Examples, run: sft.Run) -> None:
+    """After a step: adds one of its groups to rollouts.jsonl, and to question.jsonl responses to a question that stays the
+    same for the whole run. All ranks run the same passes, rank 0 writes. parts (B, G, K, 3)"""
+    s, vocabulary = run.settings, questions.vocabulary
+    after = [policy.logprobs(*batch.inputs)[0] for batch in batches[:1]]      # by the updated weights, (B, G, T)
+    readable = filter(None, map(questions.__getitem__, range(min(20, len(questions)))))
+    same = [next(readable, None)] if run.world.first else []
+    answers = rollout(policy, [e for e in same if e], vocabulary, s, "the same question", 4, s.temperature)
+    opinions = start_judging(judge, answers)()
+    if not run.world.first:
+        return
+    for r, verdict, part in zip(sum(answers, []), opinions, reward_tensor(answers, opinions, s).flatten(0, 1)):
+        run.append("question.jsonl", response_row(step, r, verdict, part, vocabulary, s))
+    if not groups:
+        return
+
+    # Of the rank's first micro-batch, the group whose segments differ most in their advantages shows the most.
+    batch, totals, n = batches[0], total_rewards(parts, s.reward_off), len(batches[0].rows)
+    credit = {mode: group_advantages(totals, mode) for mode in STAGES}                     # each (B, G, K)
+    b = int((credit["pa"][:n].amax(-1) - credit["pa"][:n].amin(-1)).sum(1).argmax())
+    of_tokens = {"logprobs_after": after[0], "weights": batch.weights,
+                 "ref_logprobs": torch.zeros_like(batch.sampled) if batch.reference is None else batch.reference,
+                 "token_rewards": token_advantages(credit[s.advantage][:n], batch.segments.cpu())}
+    for g, r in enumerate(groups[b]):
+        row = response_row(step, r, verdicts[b * s.group_size + g], parts[b, g], vocabulary, s)
+        row |= {name: rounded(x[b, g, :len(r.tokens)]) for name, x in of_tokens.items()}
+        row |= {"advantages": {mode: rounded(x[b, g]) for mode, x in credit.items()},
+                "totals": rounded(totals[b, g]), "reward": float(totals[b, g].nansum()), "values": [0.0] * len(r.tokens)}
+        run.append("rollouts.jsonl", row)
+    tqdm.write(f"Before step {step}, one of {s.group_size} responses:\n" + transcript(
+        groups[b][0], verdicts[b * s.group_size], parts[b, 0], credit[s.advantage][b, 0]))
+
+
+def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, vocabulary: data.Vocabulary,
+                 settings: Settings) -> dict:
+    """A response as a line of JSON, with names that RLLoggingBoard reads. parts (K, 3); an unknown reward is null."""
+    e = r.example.record
+    return {"step": step, "id": e.problem_id, "path": e.path, "data_type": e.data_type, "problem_type": e.problem_type,
+            "question": e.question, "options": e.options, "reference": e.reference,
+            "prompt": data.instruction(e, settings), "response": r.text, "finished": r.finished,
+            "response_tokens": [vocabulary.bytes[i].decode(errors="replace") for i in r.tokens],
+            "segments": r.segments, "logprobs": rounded(r.logprobs), "parts": rounded(parts),
+            "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
+
+
+def rounded(x: Tensor) -> list | float | None:
+    """A tensor as lists for JSON, with five digits; NaN becomes null."""
+    if x.dim():
+        return [rounded(row) for row in x]
+    return None if x.isnan() else float(f"{float(x):.5g}")
+
+
 # ------------------------------------------------------------------------------------------------ held-out table
 
 @torch.no_grad()
@@ -510,11 +565,14 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
                 *before, (answer, _, _) = parts              # (K, 3)
                 rows.append([*(accuracy for accuracy, _, _ in before), answer > 1 - 1e-9, all(r.parsed.formats)])
     columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
-    for name, values in zip(columns, zip(*sum(world.gather(rows), []))):
+    rows = sum(world.gather(rows), [])
+    for name, values in zip(columns, zip(*rows)):
         known = [float(value) for value in values if not math.isnan(value)]
         low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
         result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
                         "n": len(known)}
+    pairs = Counter((row[0] > 1 - 1e-9, row[-2]) for row in rows if not math.isnan(row[0]))    # the first segment, answer
+    result["answer"]["crossed"] = [[pairs[True, True], pairs[True, False]], [pairs[False, True], pairs[False, False]]]
     return result
 
 
@@ -575,8 +633,10 @@ def run_stage(settings: Settings, world: World) -> None:
         gc.collect()                                         # FSDP modules are reference cycles: free the policy now
         torch.cuda.empty_cache()
     if not settings.heldout:
-        return world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
+        world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
+        return sft.report_run(run)
     world.print0(compare_models(settings, run, toy, world))
+    sft.report_run(run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

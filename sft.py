@@ -9,21 +9,28 @@ PA-GRPO, for a group of one. The same command resumes an unfinished run and show
 from __future__ import annotations
 
 import argparse
+import base64
 import glob
 import hashlib
+import io
 import json
 import math
 import os
+import platform
 import random
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -32,6 +39,7 @@ from model import (CHECKPOINTS, CONFIGS, LOGITS_AT_ONCE, Config, Qwen2_5_VL, bui
                    read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -44,7 +52,7 @@ from tqdm import tqdm
 
 import data
 from data import Example, Examples, InputSettings, Record, Vocabulary, flag
-from rewards import read_jsonl
+from rewards import SEGMENTS, read_jsonl
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -238,6 +246,7 @@ def train(settings: Settings, world: World) -> Path:
             run.end_of_step(step + 1, model, optimizer, start, **score)
     world.print0(f"SFT: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
                  f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
+    report_run(run)
     return run.last_checkpoint
 
 
@@ -400,6 +409,7 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
 # Settings that may change when a run resumes: they affect placement and speed, not results.
 RESUMABLE = ("preset", "save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume",
              "shards", "patience", "dry_run", "offload_reference")
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "question.jsonl")                   # a row holds its step
 MAX_SKIPPED = 5                                              # updates in a row without a finite gradient
 GB = 2 ** 30
 ON_RANK0 = StateDictOptions(full_state_dict=True, cpu_offload=True)          # gathered in host memory
@@ -451,9 +461,9 @@ class Run:
         """Around the loop: locks the folder, cuts the log to the last checkpoint, lets Ctrl-C and SIGTERM stop the run
         after a step, and adds to an error how the run continues."""
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
-            if self.world.first:
-                log = self.folder / "metrics.jsonl"
-                data.write_rows(log, [row for row in read_jsonl(log)[0] if row.get("step", 0) <= self.step])
+            for log in map(self.folder.joinpath, LOGS if self.world.first else ()):
+                if rows := read_jsonl(log)[0]:
+                    data.write_rows(log, [row for row in rows if row.get("step", 0) <= self.step])
             handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield
@@ -490,12 +500,16 @@ class Run:
             metrics["reserved_memory_gb"] = self.world.all_reduce_max(torch.cuda.max_memory_reserved() / GB)
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items() if math.isfinite(v)}
         if self.world.first:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                print(json.dumps(row), file=file)
+            self.append("metrics.jsonl", row)
         self.bar.set_postfix_str(shown)
         if self.skipped == MAX_SKIPPED:
             raise SystemExit(f"The gradients of {MAX_SKIPPED} steps in a row were NaN or infinite, up to step "
                              f"{row['step']}: try a lower --lr in another --out.")
+
+    def append(self, name: str, row: dict) -> None:
+        """Adds a line to one of LOGS; `guard` removes those of steps after the last checkpoint."""
+        with (self.folder / name).open("a") as file:
+            print(json.dumps(row), file=file)
 
     def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: Optimizer, source: Path, **state) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal. `state` goes into
@@ -506,7 +520,7 @@ class Run:
             if optimizer.state:                              # without an update so far, asking for moments makes one
                 optimizer_state = get_optimizer_state_dict(model, optimizer, options=ON_RANK0).get("state", {})
             state |= {"step": done, "steps": self.steps, "source": str(source), "settings": self.configuration,
-                      "code": self.code}
+                      "code": self.code, "made_by": made_by()}
             self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, optimizer_state, state))
             self.step = done
         if stop:
@@ -553,12 +567,102 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)}
 
 
+def made_by() -> dict[str, str]:
+    """The command, the versions it runs on, and the git commit if there is one."""
+    root, versions = Path(__file__).parent, {name: version(name) for name in ("torch", "transformers")}
+    found = {"command": shlex.join(["python", *sys.argv]), "python": platform.python_version()} | versions
+    if (root / ".git").exists():
+        with suppress(OSError):                              # git need not be installed
+            git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+            found["commit"] = git.stdout.strip()
+    return found
+
+
 def read_json(file: Path) -> dict:
     """The object in a JSON file; {} if there is none, or the file is damaged."""
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+REPORT_BYTES, POINTS = 4_500_000, 500                        # of the page; of a curve
+PICTURES, SIDE = 8, 128                                      # of a clip: frames, pixels of their longer side
+
+
+def report_run(run: Run) -> None:
+    """At the end of a run."""
+    run.world.print0("Report:", run.world.on_rank0(lambda: write_report(run.folder)))
+
+
+def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
+    """Writes report.html into a run's folder: assets/report.html with what the run left on disk, and another run's
+    curves laid over its own. Fewer steps are shown until the page is small. ValueError if there is no run."""
+    runs = [collect_run(Path(f)) for f in (folder, other) if f]
+    for steps, responses in ((24, 16), (12, 16), (6, 8), (2, 4), (0, 0)):
+        runs[0] |= collect_responses(Path(folder), runs[0]["settings"], steps, responses)
+        text = json.dumps(runs).replace("<", "\\u003c")      # no response can close the script element it is in
+        if len(text) < REPORT_BYTES:
+            break
+    template = Path(__file__).with_name("assets").joinpath("report.html").read_text(encoding="utf-8")
+    data.write_atomically(Path(folder) / "report.html", template.replace("{{runs}}", text))
+    return Path(folder) / "report.html"
+
+
+def collect_run(folder: Path) -> dict:
+    """Curves, configuration, held-out table and data funnel of a run. What there is none of is empty."""
+    settings, rows, curves, funnel = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}, {}
+    if not (settings and rows):
+        raise ValueError(f"{folder} holds no run: give the folder of a stage, such as runs/tiny/pagrpo")
+    for row in rows:
+        for name, value in row.items():
+            curves.setdefault(name, []).append((row["step"], value))
+    for place in (folder.parent / "cot", Path(settings["data"]).parent):
+        if (place / "dropped.jsonl").is_file():
+            reasons = Counter(row["reason"] for row in read_jsonl(place / "dropped.jsonl")[0])
+            funnel = {"steps": data.STEPS, "kept": (place / "traces.jsonl").read_bytes().count(b"\n"),
+                      "dropped": [(reason, data.DROPPED[reason], n) for reason, n in reasons.items()]}
+    last = max(folder.glob(CHECKPOINTS), default=folder)
+    return {"name": folder.as_posix(), "settings": settings, "state": read_json(last / "state.json"), "funnel": funnel,
+            "segments": [s.name for s in SEGMENTS], "tags": [[tag.name for tag in s.tags] for s in SEGMENTS],
+            "curves": {name: thin(points, POINTS) for name, points in curves.items()}, "rows": len(rows),
+            "results": read_json(folder / "results.json")}
+
+
+def collect_responses(folder: Path, settings: dict, steps: int, responses: int) -> dict:
+    """Recorded responses by step, at most so many steps and responses of each, and pictures of their clips by path."""
+    found, clips = {}, {}
+    for name in LOGS[1:]:
+        rows, groups = read_jsonl(folder / name)[0], {}
+        for row in rows:
+            groups.setdefault(row["step"], []).append(row)
+        shown = [thin(group, responses) for group in thin([*groups.values()], steps)]
+        found[Path(name).stem] = {"steps": len(groups), "groups": shown}
+        for group in shown:
+            clips[group[0]["path"]] = clips.get(group[0]["path"]) or pictures(group[0], settings)
+    return found | {"clips": clips}
+
+
+def pictures(row: dict, settings: dict) -> list[str]:
+    """Small frames of a recorded question, as data addresses; [] if its medium cannot be read from here."""
+    record, addresses = data.Record("", "", (), "", "", row["path"], row["data_type"]), []
+    with suppress(data.MediaError):
+        inputs = data.InputSettings(frames=settings["frames"], fps=settings["fps"])
+        for frame in thin([*data.read_media(record, Path(settings["media"]), inputs)[0]], PICTURES):
+            picture = Image.fromarray(frame)
+            picture.thumbnail((SIDE, SIDE))
+            picture.save(buffer := io.BytesIO(), "JPEG", quality=85)
+            addresses.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return addresses
+
+
+def thin(rows: list, most: int) -> list:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[i * (len(rows) - 1) // max(1, most - 1)] for i in range(most)]
 
 
 # ------------------------------------------------------------------------------------ memory, start and errors
