@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -406,7 +406,9 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
     """The metrics of a step, over all ranks. Every part of every reward is logged with its standard deviation."""
     responses = [r for group in groups for r in group]
     lengths = torch.tensor([rewards.segment_lengths(r.segments) for r in responses]).view(-1, len(SEGMENTS))
-    spread, shares = {}, {"truncated": [float(not r.finished) for r in responses]}
+    differ = [think_differs(r) for r in responses]
+    spread, shares = {}, {"truncated": [float(not r.finished) for r in responses],
+                          "mismatch": [x for x in differ if x is not None]}
     for k, segment in enumerate(SEGMENTS):
         columns = {"reward": totals[..., k], "tokens": lengths[:, k].float()}
         columns |= zip(rewards.REWARD_PARTS, parts[..., k, :].unbind(-1))
@@ -424,6 +426,15 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
             "grad_norm": sum(values["grad_norm"]) / len(values["grad_norm"]),
             "questions": int(sums["questions"]), "skipped": settings.questions - int(sums["questions"]),
             "tokens": int(sums["tokens"])}
+
+
+def think_differs(r: Response) -> float | None:
+    """Is the answer another option than the one that the reasoning ends on? None where one of them names no option."""
+    said, options = r.parsed.contents, r.example.record.options
+    if r.example.record.problem_type != "multiple choice":
+        return None
+    thought, answered = rewards.ends_on(said.get("think") or "", options), rewards.choice(said["answer"] or "", options)
+    return float(thought != answered) if thought and answered else None
 
 
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False) -> dict[str, float]:
@@ -491,52 +502,47 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 @torch.no_grad()
 def record(step: int, policy: Qwen2_5_VL, judge: Judge, batches: list[MicroBatch], groups: list[list[Response]],
            verdicts: list[Verdict], parts: Tensor, questions: Examples, run: sft.Run) -> None:
-    """After a step: adds one of its groups to rollouts.jsonl, and to question.jsonl responses to a question that stays the
-    same for the whole run. All ranks run the same passes, rank 0 writes. parts (B, G, K, 3)"""
+    """After a step: adds one of its groups to rollouts.jsonl, and to question.jsonl responses to a question that stays
+    the same for the whole run. All ranks run the same passes, rank 0 writes. parts (B, G, K, 3)"""
     s, vocabulary = run.settings, questions.vocabulary
     after = [policy.logprobs(*batch.inputs)[0] for batch in batches[:1]]      # by the updated weights, (B, G, T)
-    readable = filter(None, map(questions.__getitem__, range(min(20, len(questions)))))
-    same = [next(readable, None)] if run.world.first else []
-    answers = rollout(policy, [e for e in same if e], vocabulary, s, "the same question", 4, s.temperature)
+    same = next(filter(None, map(questions.__getitem__, range(min(20, len(questions))))), None)       # a readable one
+    same = [same] if same and run.world.first else []
+    answers = rollout(policy, same, vocabulary, s, "the same question", 4, s.temperature)
     opinions = start_judging(judge, answers)()
-    if not run.world.first:
-        return
     for r, verdict, part in zip(sum(answers, []), opinions, reward_tensor(answers, opinions, s).flatten(0, 1)):
         run.append("question.jsonl", response_row(step, r, verdict, part, vocabulary, s))
-    if not groups:
+    if not groups or not run.world.first:
         return
-
-    # Of the rank's first micro-batch, the group whose segments differ most in their advantages shows the most.
+    # Of the first micro-batch, the group whose segments differ most in their advantages shows the most.
     batch, totals, n = batches[0], total_rewards(parts, s.reward_off), len(batches[0].rows)
     credit = {mode: group_advantages(totals, mode) for mode in STAGES}                     # each (B, G, K)
     b = int((credit["pa"][:n].amax(-1) - credit["pa"][:n].amin(-1)).sum(1).argmax())
-    of_tokens = {"logprobs_after": after[0], "weights": batch.weights,
-                 "ref_logprobs": torch.zeros_like(batch.sampled) if batch.reference is None else batch.reference,
-                 "token_rewards": token_advantages(credit[s.advantage][:n], batch.segments.cpu())}
+    received = token_advantages(credit[s.advantage][:n], batch.segments.cpu())             # (B, G, T)
+    reference = torch.zeros_like(batch.sampled) if batch.reference is None else batch.reference
+    columns = {"logprobs_after": after[0], "ref_logprobs": reference, "weights": batch.weights,
+               "token_rewards": received, "values": torch.zeros_like(received)}            # no value network: zeros
     for g, r in enumerate(groups[b]):
         row = response_row(step, r, verdicts[b * s.group_size + g], parts[b, g], vocabulary, s)
-        row |= {name: rounded(x[b, g, :len(r.tokens)]) for name, x in of_tokens.items()}
-        row |= {"advantages": {mode: rounded(x[b, g]) for mode, x in credit.items()},
-                "totals": rounded(totals[b, g]), "reward": float(totals[b, g].nansum()), "values": [0.0] * len(r.tokens)}
-        run.append("rollouts.jsonl", row)
+        row |= {name: rounded(x[b, g, :len(r.tokens)]) for name, x in columns.items()}
+        row |= {"advantages": {mode: rounded(x[b, g]) for mode, x in credit.items()}, "totals": rounded(totals[b, g])}
+        run.append("rollouts.jsonl", row | {"reward": rounded(totals[b, g].nansum())})
     tqdm.write(f"Before step {step}, one of {s.group_size} responses:\n" + transcript(
         groups[b][0], verdicts[b * s.group_size], parts[b, 0], credit[s.advantage][b, 0]))
 
 
 def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, vocabulary: data.Vocabulary,
                  settings: Settings) -> dict:
-    """A response as a line of JSON, with names that RLLoggingBoard reads. parts (K, 3); an unknown reward is null."""
-    e = r.example.record
-    return {"step": step, "id": e.problem_id, "path": e.path, "data_type": e.data_type, "problem_type": e.problem_type,
-            "question": e.question, "options": e.options, "reference": e.reference,
-            "prompt": data.instruction(e, settings), "response": r.text, "finished": r.finished,
-            "response_tokens": [vocabulary.bytes[i].decode(errors="replace") for i in r.tokens],
-            "segments": r.segments, "logprobs": rounded(r.logprobs), "parts": rounded(parts),
-            "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
+    """A response and its record as a line of JSON, with RLLoggingBoard's names. parts (K, 3); unknown ones are null."""
+    return asdict(r.example.record) | {
+        "step": step, "prompt": data.instruction(r.example.record, settings), "response": r.text,
+        "response_tokens": [vocabulary.bytes[i].decode(errors="replace") for i in r.tokens], "segments": r.segments,
+        "logprobs": rounded(r.logprobs), "finished": r.finished, "parts": rounded(parts),
+        "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
 
 
 def rounded(x: Tensor) -> list | float | None:
-    """A tensor as lists for JSON, with five digits; NaN becomes null."""
+    """A tensor as numbers of five digits in lists, for JSON; NaN becomes null."""
     if x.dim():
         return [rounded(row) for row in x]
     return None if x.isnan() else float(f"{float(x):.5g}")
@@ -571,7 +577,7 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
         low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
         result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
                         "n": len(known)}
-    pairs = Counter((row[0] > 1 - 1e-9, row[-2]) for row in rows if not math.isnan(row[0]))    # the first segment, answer
+    pairs = Counter((row[0] > 1 - 1e-9, row[-2]) for row in rows if not math.isnan(row[0]))   # first segment, answer
     result["answer"]["crossed"] = [[pairs[True, True], pairs[True, False]], [pairs[False, True], pairs[False, False]]]
     return result
 
@@ -632,11 +638,11 @@ def run_stage(settings: Settings, world: World) -> None:
         train(*prepare(settings, run, world))
         gc.collect()                                         # FSDP modules are reference cycles: free the policy now
         torch.cuda.empty_cache()
-    if not settings.heldout:
+    if settings.heldout:
+        world.print0(compare_models(settings, run, toy, world))
+    else:
         world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
-        return sft.report_run(run)
-    world.print0(compare_models(settings, run, toy, world))
-    sft.report_run(run)
+    world.print0("Report:", world.on_rank0(lambda: sft.write_report(run.folder)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

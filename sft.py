@@ -9,14 +9,11 @@ PA-GRPO, for a group of one. The same command resumes an unfinished run and show
 from __future__ import annotations
 
 import argparse
-import base64
 import glob
 import hashlib
-import io
 import json
 import math
 import os
-import platform
 import random
 import shlex
 import shutil
@@ -39,7 +36,6 @@ from model import (CHECKPOINTS, CONFIGS, LOGITS_AT_ONCE, Config, Qwen2_5_VL, bui
                    read_config, save_model, tensor_files, write_tensors)
 import torch
 import torch.distributed as dist
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -246,7 +242,7 @@ def train(settings: Settings, world: World) -> Path:
             run.end_of_step(step + 1, model, optimizer, start, **score)
     world.print0(f"SFT: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
                  f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
-    report_run(run)
+    world.print0("Report:", world.on_rank0(lambda: write_report(run.folder)))
     return run.last_checkpoint
 
 
@@ -568,14 +564,12 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
 
 
 def made_by() -> dict[str, str]:
-    """The command, the versions it runs on, and the git commit if there is one."""
-    root, versions = Path(__file__).parent, {name: version(name) for name in ("torch", "transformers")}
-    found = {"command": shlex.join(["python", *sys.argv]), "python": platform.python_version()} | versions
-    if (root / ".git").exists():
-        with suppress(OSError):                              # git need not be installed
-            git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
-            found["commit"] = git.stdout.strip()
-    return found
+    """The command, the versions it runs on, and the git commit, "" if there is none."""
+    root, ranks = Path(__file__).parent, os.environ.get("LOCAL_WORLD_SIZE")
+    failed, commit = subprocess.getstatusoutput(f'git -C "{root}" describe --always --dirty')
+    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
+    return {"command": shlex.join(launcher + sys.argv), "python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": version("transformers"), "commit": "" if failed or not (root / ".git").exists() else commit}
 
 
 def read_json(file: Path) -> dict:
@@ -588,81 +582,55 @@ def read_json(file: Path) -> dict:
 
 # ------------------------------------------------------------------------------------------------ the report
 
-REPORT_BYTES, POINTS = 4_500_000, 500                        # of the page; of a curve
-PICTURES, SIDE = 8, 128                                      # of a clip: frames, pixels of their longer side
-
-
-def report_run(run: Run) -> None:
-    """At the end of a run."""
-    run.world.print0("Report:", run.world.on_rank0(lambda: write_report(run.folder)))
-
-
 def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
     """Writes report.html into a run's folder: assets/report.html with what the run left on disk, and another run's
     curves laid over its own. Fewer steps are shown until the page is small. ValueError if there is no run."""
-    runs = [collect_run(Path(f)) for f in (folder, other) if f]
+    folder, runs = Path(folder), [collect_run(Path(f)) for f in (folder, other) if f]
     for steps, responses in ((24, 16), (12, 16), (6, 8), (2, 4), (0, 0)):
-        runs[0] |= collect_responses(Path(folder), runs[0]["settings"], steps, responses)
+        runs[0] |= collect_responses(folder, runs[0]["settings"], steps, responses)
         text = json.dumps(runs).replace("<", "\\u003c")      # no response can close the script element it is in
-        if len(text) < REPORT_BYTES:
+        if len(text) < 4_500_000:
             break
-    template = Path(__file__).with_name("assets").joinpath("report.html").read_text(encoding="utf-8")
-    data.write_atomically(Path(folder) / "report.html", template.replace("{{runs}}", text))
-    return Path(folder) / "report.html"
+    page = Path(__file__).with_name("assets") / "report.html"
+    data.write_atomically(folder / "report.html", page.read_text(encoding="utf-8").replace("{{runs}}", text))
+    return folder / "report.html"
 
 
 def collect_run(folder: Path) -> dict:
-    """Curves, configuration, held-out table and data funnel of a run. What there is none of is empty."""
-    settings, rows, curves, funnel = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}, {}
+    """Metrics, configuration, held-out table and data funnel of a run. What there is none of is empty."""
+    settings, rows, funnel = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
     if not (settings and rows):
         raise ValueError(f"{folder} holds no run: give the folder of a stage, such as runs/tiny/pagrpo")
-    for row in rows:
-        for name, value in row.items():
-            curves.setdefault(name, []).append((row["step"], value))
     for place in (folder.parent / "cot", Path(settings["data"]).parent):
         if (place / "dropped.jsonl").is_file():
             reasons = Counter(row["reason"] for row in read_jsonl(place / "dropped.jsonl")[0])
-            funnel = {"steps": data.STEPS, "kept": (place / "traces.jsonl").read_bytes().count(b"\n"),
-                      "dropped": [(reason, data.DROPPED[reason], n) for reason, n in reasons.items()]}
-    last = max(folder.glob(CHECKPOINTS), default=folder)
-    return {"name": folder.as_posix(), "settings": settings, "state": read_json(last / "state.json"), "funnel": funnel,
-            "segments": [s.name for s in SEGMENTS], "tags": [[tag.name for tag in s.tags] for s in SEGMENTS],
-            "curves": {name: thin(points, POINTS) for name, points in curves.items()}, "rows": len(rows),
-            "results": read_json(folder / "results.json")}
+            kept = (place / "traces.jsonl").read_bytes().count(b"\n")
+            funnel = {"steps": data.STEPS, "kept": kept, "dropped": reasons, "dropped_at": data.DROPPED}
+    heldout = [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()]
+    state = read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json")
+    return {"name": folder.as_posix(), "settings": settings, "state": state, "segments": [s.name for s in SEGMENTS],
+            "metrics": thin(rows, 500) + heldout, "results": read_json(folder / "results.json"), "funnel": funnel}
 
 
 def collect_responses(folder: Path, settings: dict, steps: int, responses: int) -> dict:
-    """Recorded responses by step, at most so many steps and responses of each, and pictures of their clips by path."""
+    """Recorded responses of at most so many steps, so many of each; and small pictures of their clips, by path."""
     found, clips = {}, {}
     for name in LOGS[1:]:
-        rows, groups = read_jsonl(folder / name)[0], {}
-        for row in rows:
+        groups = {}
+        for row in read_jsonl(folder / name)[0]:
             groups.setdefault(row["step"], []).append(row)
-        shown = [thin(group, responses) for group in thin([*groups.values()], steps)]
-        found[Path(name).stem] = {"steps": len(groups), "groups": shown}
-        for group in shown:
-            clips[group[0]["path"]] = clips.get(group[0]["path"]) or pictures(group[0], settings)
+        found[name] = {"steps": len(groups), "groups": [thin(g, responses) for g in thin([*groups.values()], steps)]}
+        for row, *_ in found[name]["groups"]:
+            with suppress(data.MediaError):                  # the media may be elsewhere now
+                frames, *_ = data.read_media(argparse.Namespace(**row), Path(settings["media"]),
+                                             argparse.Namespace(**settings))
+                clips[row["path"]] = [data.picture(f) for f in thin([*data.resize(frames, 0, 128 ** 2)], 8)]
     return found | {"clips": clips}
-
-
-def pictures(row: dict, settings: dict) -> list[str]:
-    """Small frames of a recorded question, as data addresses; [] if its medium cannot be read from here."""
-    record, addresses = data.Record("", "", (), "", "", row["path"], row["data_type"]), []
-    with suppress(data.MediaError):
-        inputs = data.InputSettings(frames=settings["frames"], fps=settings["fps"])
-        for frame in thin([*data.read_media(record, Path(settings["media"]), inputs)[0]], PICTURES):
-            picture = Image.fromarray(frame)
-            picture.thumbnail((SIDE, SIDE))
-            picture.save(buffer := io.BytesIO(), "JPEG", quality=85)
-            addresses.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return addresses
 
 
 def thin(rows: list, most: int) -> list:
     """At most so many of them, evenly spread, the first and the last among them."""
-    if len(rows) <= most:
-        return rows
-    return [rows[i * (len(rows) - 1) // max(1, most - 1)] for i in range(most)]
+    return rows if len(rows) <= most else [rows[i * (len(rows) - 1) // max(1, most - 1)] for i in range(most)]
 
 
 # ------------------------------------------------------------------------------------ memory, start and errors

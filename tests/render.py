@@ -3,9 +3,9 @@
     pip install -r tests/requirements-render.txt             # and Chromium with its driver: apt install chromium-driver
     python tests/render.py runs/tiny/pagrpo/report.html --out shots
 
-Writes laptop.png, phone.png (the whole page) and screens of single sections. Exits with 1 if the console holds an error,
-the page scrolls sideways, Tab does not reach something that can have the focus, or a text has less contrast than WCAG AA
-asks for (4.5, large text 3).
+Writes laptop.png, phone.png (the whole page) and pictures of the sections. Exits with 1 if the console holds an error,
+the page scrolls sideways, Tab does not reach something that can have the focus, or a text has less contrast than WCAG
+AA asks for (4.5, large text 3).
 """
 import argparse
 import base64
@@ -43,7 +43,8 @@ function background(node) {
 const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const node = walker.currentNode.parentElement, style = getComputedStyle(node);
-  if (!walker.currentNode.data.trim() || !node.getClientRects().length || node.closest("script, style, option")) continue;
+  const drawn = node.getClientRects().length && !node.closest("script, style, option");
+  if (!walker.currentNode.data.trim() || !drawn) continue;
   const inside = node.namespaceURI.endsWith("svg"), behind = background(node);
   const ink = over(parse(inside ? style.fill : style.color), behind);
   const [a, b] = [luminance(ink), luminance(behind)].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
@@ -52,11 +53,17 @@ while (walker.nextNode()) {
 }
 return found;
 """
-# Elements that reach over the right edge, unless they are in a part that scrolls by itself.
+# Elements that reach over the right edge, unless they are in a part that scrolls by itself; cells squeezed to a column
+# of letters.
 OVERFLOW = """
 const wide = [...document.body.querySelectorAll("*")].filter(node => node.getBoundingClientRect().right > innerWidth + 1
   && !node.closest(".scroll, #tip, [hidden]") && getComputedStyle(node).position !== "absolute");
-const page = document.documentElement.scrollWidth > innerWidth ? [`the page is ${document.documentElement.scrollWidth} wide`] : [];
+const whole = document.documentElement.scrollWidth, page = whole > innerWidth ? [`the page is ${whole} wide`] : [];
+for (const cell of document.querySelectorAll("td, th, dt, dd")) {
+  const {width, height} = cell.getBoundingClientRect(), words = cell.textContent.split(/\\s+/);
+  const longest = Math.max(...words.map(word => word.length));
+  if (height > 60 && width < 6 * Math.min(longest, 10)) page.push(`squeezed: ${cell.textContent.slice(0, 40)}`);
+}
 return [...page, ...wide.slice(0, 5).map(node => `${node.tagName}.${node.className}: ${node.textContent.trim().slice(0, 50)}`)];
 """
 # What can have the focus. Of radio buttons with one name Tab reaches one, the arrow keys the others.
@@ -92,17 +99,14 @@ def unreached(browser: webdriver.Chrome) -> list[str]:
     return browser.execute_script(NAMES, sorted(reached))
 
 
-def use(browser: webdriver.Chrome) -> list[str]:
-    """Presses what can be pressed: the arrow keys on a chart and on a response, every mode, every step. Returns faults."""
+def use(browser: webdriver.Chrome, picture: Path) -> list[str]:
+    """Presses what can be pressed: arrow keys on a chart and on a response, modes, steps. Returns faults. `picture` gets
+    the screen while a token is read in another credit mode than the run's."""
     faults = []
     for chart in browser.find_elements(By.CSS_SELECTOR, "figure svg[tabindex]")[:1]:
         chart.send_keys(Keys.ARROW_LEFT)
         readout = browser.find_element(By.CSS_SELECTOR, "figure output").text
         faults += [] if readout.startswith("step ") else [f"the chart's readout says {readout!r}"]
-    for row in browser.find_elements(By.CSS_SELECTOR, ".tokens")[:1]:
-        row.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-        tip = browser.find_element(By.ID, "tip").text
-        faults += [] if "advantage" in tip else [f"a token's readout says {tip!r}"]
     for button in ("Earlier step", "Later step"):
         for found in browser.find_elements(By.CSS_SELECTOR, f"[aria-label='{button}']"):
             found.send_keys(Keys.ENTER)
@@ -112,12 +116,20 @@ def use(browser: webdriver.Chrome) -> list[str]:
         after = [x.text for x in browser.find_elements(By.CSS_SELECTOR, ".why")]
         checked = radio.get_attribute("value") == "pa"
         faults += [] if checked or after != before else ["another credit mode changes nothing"]
+    for radio in browser.find_elements(By.CSS_SELECTOR, "input[value=grpo]"):
+        browser.execute_script("arguments[0].click()", radio)
+    for row in browser.find_elements(By.CSS_SELECTOR, ".tokens")[1:2]:
+        row.send_keys(*[Keys.ARROW_RIGHT] * 5)
+        tip = browser.find_element(By.ID, "tip").text
+        faults += [] if "advantage" in tip else [f"a token's readout says {tip!r}"]
+        browser.save_screenshot(str(picture))
     return faults
 
 
 def shoot(browser: webdriver.Chrome, out: Path, name: str) -> None:
     def save(file: str, **clip) -> None:
-        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip | {"scale": 1}})
+        wanted = {"captureBeyondViewport": True, "clip": clip | {"scale": 1}}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", wanted)
         (out / file).write_bytes(base64.b64decode(shot["data"]))
 
     width, height = browser.execute_script("scrollTo(0, 0); return [innerWidth, document.documentElement.scrollHeight]")
@@ -143,8 +155,8 @@ def main() -> None:
                 shoot(browser, args.out, name)
                 browser.execute_script("document.querySelectorAll('details').forEach(node => { node.open = true })")
                 found = {"contrast": browser.execute_script(CONTRAST), "too wide": browser.execute_script(OVERFLOW),
-                         "not reached by Tab": unreached(browser), "use": use(browser)}
-                found["console"] = [x["message"] for x in browser.get_log("browser") if x["level"] in ("SEVERE", "WARNING")]
+                         "not reached by Tab": unreached(browser), "use": use(browser, args.out / f"{name}-token.png")}
+                found["console"] = [f"{x['level']}: {x['message']}" for x in browser.get_log("browser")]
             finally:
                 browser.quit()
         for what, lines in found.items():
