@@ -516,7 +516,7 @@ class Run:
             if optimizer.state:                              # without an update so far, asking for moments makes one
                 optimizer_state = get_optimizer_state_dict(model, optimizer, options=ON_RANK0).get("state", {})
             state |= {"step": done, "steps": self.steps, "source": str(source), "settings": self.configuration,
-                      "code": self.code, "made_by": made_by()}
+                      "code": self.code}
             self.last_checkpoint = self.world.on_rank0(lambda: self.write(weights, optimizer_state, state))
             self.step = done
         if stop:
@@ -529,8 +529,8 @@ class Run:
         def write_extra(folder: Path) -> None:
             flat = {f"{name} {kind}": x for name, kinds in moments.items() for kind, x in kinds.items()}
             write_tensors(flat, folder, "optimizer")
-            sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-            (folder / "state.json").write_text(json.dumps(state | {"files": sizes}, indent=2) + "\n")
+            made = {"files": {file.name: file.stat().st_size for file in folder.iterdir()}, "made_by": made_by()}
+            (folder / "state.json").write_text(json.dumps(state | made, indent=2) + "\n")
         save_model(weights, target, state["source"], write_extra)
         saved = [p for p in sorted(self.folder.glob(CHECKPOINTS)) if p <= target]     # later ones are damaged
         best = max(saved, key=lambda p: (read_json(p / "state.json").get("score", -math.inf), p))
