@@ -116,7 +116,7 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             values = update(policy, optimizer, batches, advantages, lr, settings, world)              # 4, 5
             clock.lap("training")
             if step % settings.transcript_every == 0 or step + 1 == run.steps:
-                record(step + 1, policy, judge, batches, groups, verdicts, parts, heldout or questions, run)
+                record(step + 1, policy, batches, groups, verdicts, parts, heldout or questions, run)
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
@@ -500,18 +500,20 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
 # ------------------------------------------------------------------------------------------------ what the report shows
 
 @torch.no_grad()
-def record(step: int, policy: Qwen2_5_VL, judge: Judge, batches: list[MicroBatch], groups: list[list[Response]],
+def record(step: int, policy: Qwen2_5_VL, batches: list[MicroBatch], groups: list[list[Response]],
            verdicts: list[Verdict], parts: Tensor, questions: Examples, run: sft.Run) -> None:
     """After a step: adds one of its groups to rollouts.jsonl, and to question.jsonl responses to a question that stays
     the same for the whole run. All ranks run the same passes, rank 0 writes. parts (B, G, K, 3)"""
-    s, vocabulary = run.settings, questions.vocabulary
+    s = run.settings
     after = [policy.logprobs(*batch.inputs)[0] for batch in batches[:1]]      # by the updated weights, (B, G, T)
     same = next(filter(None, map(questions.__getitem__, range(min(20, len(questions))))), None)       # a readable one
     same = [same] if same and run.world.first else []
-    answers = rollout(policy, same, vocabulary, s, "the same question", 4, s.temperature)
-    opinions = start_judging(judge, answers)()
+    answers = rollout(policy, same, questions.vocabulary, s, "the same question", 4, s.temperature)
+    opinions = [Verdict(None, "not judged")] * 4             # the run's judge may cost money
+    if data.is_toy([example.record for example in same]):
+        opinions = start_judging(Judge(rewards.rule_judge), answers)()
     for r, verdict, part in zip(sum(answers, []), opinions, reward_tensor(answers, opinions, s).flatten(0, 1)):
-        run.append("question.jsonl", response_row(step, r, verdict, part, vocabulary, s))
+        run.append("question.jsonl", response_row(step, r, verdict, part, questions))
     if not groups or not run.world.first:
         return
     # Of the first micro-batch, the group whose segments differ most in their advantages shows the most.
@@ -519,11 +521,11 @@ def record(step: int, policy: Qwen2_5_VL, judge: Judge, batches: list[MicroBatch
     credit = {mode: group_advantages(totals, mode) for mode in STAGES}                     # each (B, G, K)
     b = int((credit["pa"][:n].amax(-1) - credit["pa"][:n].amin(-1)).sum(1).argmax())
     received = token_advantages(credit[s.advantage][:n], batch.segments.cpu())             # (B, G, T)
-    reference = torch.zeros_like(batch.sampled) if batch.reference is None else batch.reference
-    columns = {"logprobs_after": after[0], "ref_logprobs": reference, "weights": batch.weights,
-               "token_rewards": received, "values": torch.zeros_like(received)}            # no value network: zeros
+    zeros = torch.zeros_like(received)                       # there is no value network, and perhaps no reference
+    columns = {"logprobs_after": after[0], "ref_logprobs": zeros if batch.reference is None else batch.reference,
+               "weights": batch.weights, "token_rewards": received, "values": zeros}
     for g, r in enumerate(groups[b]):
-        row = response_row(step, r, verdicts[b * s.group_size + g], parts[b, g], vocabulary, s)
+        row = response_row(step, r, verdicts[b * s.group_size + g], parts[b, g], questions)
         row |= {name: rounded(x[b, g, :len(r.tokens)]) for name, x in columns.items()}
         row |= {"advantages": {mode: rounded(x[b, g]) for mode, x in credit.items()}, "totals": rounded(totals[b, g])}
         run.append("rollouts.jsonl", row | {"reward": rounded(totals[b, g].nansum())})
@@ -531,13 +533,12 @@ def record(step: int, policy: Qwen2_5_VL, judge: Judge, batches: list[MicroBatch
         groups[b][0], verdicts[b * s.group_size], parts[b, 0], credit[s.advantage][b, 0]))
 
 
-def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, vocabulary: data.Vocabulary,
-                 settings: Settings) -> dict:
+def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, questions: Examples) -> dict:
     """A response and its record as a line of JSON, with RLLoggingBoard's names. parts (K, 3); unknown ones are null."""
     return asdict(r.example.record) | {
-        "step": step, "prompt": data.instruction(r.example.record, settings), "response": r.text,
-        "response_tokens": [vocabulary.bytes[i].decode(errors="replace") for i in r.tokens], "segments": r.segments,
-        "logprobs": rounded(r.logprobs), "finished": r.finished, "parts": rounded(parts),
+        "step": step, "prompt": data.instruction(r.example.record, questions.settings), "response": r.text,
+        "response_tokens": [questions.vocabulary.bytes[i].decode(errors="replace") for i in r.tokens],
+        "segments": r.segments, "logprobs": rounded(r.logprobs), "finished": r.finished, "parts": rounded(parts),
         "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
 
 
@@ -642,7 +643,7 @@ def run_stage(settings: Settings, world: World) -> None:
         world.print0(compare_models(settings, run, toy, world))
     else:
         world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
-    world.print0("Report:", world.on_rank0(lambda: sft.write_report(run.folder)))
+    world.print0(world.on_rank0(lambda: sft.report(run.folder)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -242,7 +242,7 @@ def train(settings: Settings, world: World) -> Path:
             run.end_of_step(step + 1, model, optimizer, start, **score)
     world.print0(f"SFT: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
                  f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
-    world.print0("Report:", world.on_rank0(lambda: write_report(run.folder)))
+    world.print0(world.on_rank0(lambda: report(run.folder)))
     return run.last_checkpoint
 
 
@@ -581,6 +581,14 @@ def read_json(file: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ the report
+
+def report(folder: Path) -> str:
+    """At the end of a run: where its page is, or why there is none. The run is finished either way."""
+    try:
+        return f"Report: {write_report(folder)}"
+    except (OSError, ValueError) as error:
+        return f"No report: {error}"
+
 
 def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
     """Writes report.html into a run's folder: assets/report.html with what the run left on disk, and another run's
