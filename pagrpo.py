@@ -542,11 +542,12 @@ def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, questi
         "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
 
 
-def rounded(x: Tensor) -> list | float | None:
-    """A tensor as numbers of five digits in lists, for JSON; NaN becomes null."""
-    if x.dim():
-        return [rounded(row) for row in x]
-    return None if x.isnan() else float(f"{float(x):.5g}")
+def rounded(x: Tensor | list | float) -> list | float | None:
+    """A tensor as lists of numbers with five digits, for JSON; NaN becomes null."""
+    x = x.tolist() if isinstance(x, Tensor) else x
+    if isinstance(x, list):
+        return [rounded(part) for part in x]
+    return None if math.isnan(x) else float(f"{x:.5g}")
 
 
 # ------------------------------------------------------------------------------------------------ held-out table

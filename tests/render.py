@@ -1,9 +1,9 @@
-"""Opens a report in headless Chromium, as a laptop and as a phone show it, and looks for faults.
+"""Opens a report in headless Chromium, as wide as on a laptop, a projector and a phone, and looks for faults.
 
     pip install -r tests/requirements-render.txt             # and Chromium with its driver: apt install chromium-driver
     python tests/render.py runs/tiny/pagrpo/report.html --out shots
 
-Writes laptop.png, phone.png (the whole page) and pictures of the sections. Exits with 1 if the console holds an error,
+Writes laptop.png, … (the whole page) and pictures of the sections. Exits with 1 if the console holds an error,
 the page scrolls sideways, Tab does not reach something that can have the focus, or a text has less contrast than WCAG
 AA asks for (4.5, large text 3).
 """
@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files")
-SIZES = {"laptop": (1440, 900), "phone": (390, 844)}
+SIZES = {"laptop": (1440, 900), "projector": (1024, 768), "phone": (390, 844)}
 
 # Texts whose contrast is too low. Half-transparent backgrounds are laid over those behind them, and of a striped one
 # the strongest stripe counts.
