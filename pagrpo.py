@@ -39,7 +39,7 @@ import sft
 import torch
 import torch.nn.functional as F
 from data import Examples, flag
-from model import Qwen2_5_VL
+from model import Qwen2_5_VL, newest_checkpoint
 from rewards import SEGMENTS, Judge, Verdict
 from sft import World
 from torch import Tensor
@@ -538,7 +538,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
     vocabulary = data.Vocabulary(settings.model)
     held = run.examples(data.read_records(settings.heldout), vocabulary, model.read_config(settings.model))
     _, judge = load_judge(settings, run, vocabulary, world)
-    models = {"base": Path(settings.out) / "base"} if toy else {}
+    models = {"base": newest_checkpoint(Path(settings.out) / "base")} if toy else {}
     models |= {"SFT": Path(settings.model), run.folder.name: run.last_checkpoint}
     results = {}
     for name, path in models.items():
