@@ -1,0 +1,209 @@
+"""Statistics and tables of tests/miniature.py: from what each row scored on each clip to Markdown.
+
+Every mean has two 95 % intervals. Over clips: the models are fixed, other clips could have been drawn; the unit is a clip's
+mean over the seeds, so that the same clip under three seeds is not counted as three. Over seeds: other weights and another
+order could have been drawn; Student's t of the seeds' means. A difference is taken clip by clip on the same seed.
+"""
+import math
+import statistics
+from typing import NamedTuple
+
+T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # by degrees of freedom
+ANSWER = "answer, greedy"                                    # the paper's measure
+
+
+class Mean(NamedTuple):
+    """A mean in percent or points, with the half widths of its intervals."""
+    value: float
+    clips: float
+    seeds: float                                             # infinite with one seed
+    by_seed: dict[str, float]
+    n: int                                                   # clips
+
+    def as_json(self) -> dict:
+        return self._asdict() | {"seeds": self.seeds if math.isfinite(self.seeds) else None}
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} ±{self.clips:.1f}" + (f" ±{self.seeds:.1f}" if math.isfinite(self.seeds) else "")
+
+
+def mean(scores: dict[str, dict[str, float]]) -> Mean | None:
+    """seed → clip → score in [0, 1] as a mean in percent, over the clips that all seeds have. None without any."""
+    common = sorted(set.intersection(*map(set, scores.values()))) if scores else []
+    if len(common) < 2:
+        return None
+    of_clips = [100 * statistics.fmean(x[clip] for x in scores.values()) for clip in common]
+    by_seed = {seed: 100 * statistics.fmean(x[clip] for clip in common) for seed, x in scores.items()}
+    clips = 1.96 * statistics.stdev(of_clips) / math.sqrt(len(common))
+    return Mean(statistics.fmean(of_clips), clips, over_seeds(list(by_seed.values())), by_seed, len(common))
+
+
+def over_seeds(values: list[float]) -> float:
+    """Half width of the 95 % interval of a mean by Student's t; infinite for a single value."""
+    n = len(values)
+    return T95.get(n - 1, 2.262) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+
+
+def scores(results: dict, name: str, key: str, minus: str = "") -> dict[str, dict[str, float]]:
+    """seed → clip → score of a row, or its difference to the row `minus`, where there are both."""
+    found = {}
+    for seed, result in results.get(name, {}).items():
+        mine, other = result.get(key), results.get(minus, {}).get(seed, {}).get(key)
+        if mine and minus and other:
+            found[seed] = {clip: x - other[clip] for clip, x in mine.items() if clip in other}
+        elif mine and not minus:
+            found[seed] = mine
+    return found
+
+
+def verdict(paper: float, here: Mean) -> str:
+    """Does a difference have the paper's sign? Resolved: 0 lies outside both intervals."""
+    same = (paper > 0) == (here.value > 0)
+    if abs(here.value) <= here.clips:
+        return "not resolved"
+    if abs(here.value) <= here.seeds:
+        return f"not resolved over seeds ({'the same' if same else 'the opposite'} sign for these models)"
+    return "agrees" if same else "disagrees: the opposite sign"
+
+
+def disagreements(rows, results: dict, references: list) -> list[str]:
+    """A sentence for each difference that does not agree with the paper's, and how many do."""
+    lines, agreeing, all_of_them = [], 0, 0
+    for reference in references:
+        for row in rows:
+            here = mean(scores(results, row.name, ANSWER, reference.name))
+            if None in (row.paper, reference.paper, here) or row.name == reference.name or row.paper == reference.paper:
+                continue
+            paper = row.paper - reference.paper
+            said, all_of_them = verdict(paper, here), all_of_them + 1
+            agreeing += said == "agrees"
+            if said != "agrees":
+                lines.append(f"- {row.title} less {reference.title}: paper {paper:+.1f}, here {here.value:+.1f} "
+                             f"{str(here).split(' ', 1)[1]}: {said}.")
+    return [f"Of {all_of_them} differences {agreeing} agree with the paper's sign. The others:", "", *lines]
+
+
+def table(rows: list[list]) -> list[str]:
+    """Rows, the first of them the head, as a Markdown table with columns of even width."""
+    rows = [["–" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return [lines[0], rule, *lines[1:], ""]
+
+
+def ablations(rows, results: dict) -> list[str]:
+    """The paper's Table 2."""
+    full = next((row for row in rows if row.name == "full"), None)
+    cells = [["", "paper", "− PA-GRPO", "answer", "by seed", "− PA-GRPO", "perception", "answer, sampled",
+              "perception, sampled"]]
+    for row in rows:
+        answer = mean(scores(results, row.name, ANSWER))
+        gap = mean(scores(results, row.name, ANSWER, "full")) if row is not full else None
+        others = [mean(scores(results, row.name, key)) for key in ("perception, greedy", "answer, sampled",
+                                                                    "perception, sampled")]
+        by_seed = " ".join(f"{x:.1f}" for x in answer.by_seed.values()) if answer else None
+        paper_gap = f"{row.paper - full.paper:+.1f}" if row.paper and full and row is not full else None
+        cells.append([row.title, row.paper, paper_gap, answer, by_seed, gap, *others])
+    return table(cells)
+
+
+def judges(rows, results: dict, curves: dict) -> list[str]:
+    """The paper's Table 4, on one seed."""
+    cells = [["", "paper", "answer", "perception", "answer, sampled", "perception, sampled", "agreement in training"]]
+    for row in rows:
+        found = [mean(scores(results, row.name, f"{what}, {how}"))
+                 for how in ("greedy", "sampled") for what in ("answer", "perception")]
+        agreement = average(curves, row.name, "judge/agreement")
+        cells.append([row.title, row.paper, *found, agreement and f"{agreement.value:.1f}"])
+    return table(cells)
+
+
+def average(curves: dict, name: str, key: str, last: float = 1.0) -> Mean | None:
+    """A metric in percent: its mean over the last share of the steps of each seed, then over the seeds."""
+    by_seed = {}
+    for seed, steps in curves.get(name, {}).items():
+        values = [row[key] for row in steps[-max(1, round(last * len(steps))):] if key in row] if steps else []
+        if values:
+            by_seed[seed] = 100 * statistics.fmean(values)
+    if not by_seed:
+        return None
+    return Mean(statistics.fmean(by_seed.values()), 0.0, over_seeds([*by_seed.values()]), by_seed, 0)
+
+
+def collapse(rows, curves: dict) -> list[str]:
+    """The paper's Figure 6c."""
+    cells = [["percent of the groups", "no advantage at all", "in the last third", "none for perception",
+              "none for reasoning"]]
+    for row in rows:
+        found = [average(curves, row.name, "zero_variance"), average(curves, row.name, "zero_variance", 1 / 3),
+                 average(curves, row.name, "perception/zero_variance"),
+                 average(curves, row.name, "reasoning/zero_variance")]
+        shown = [x and f"{x.value:.1f}" + f" ±{x.seeds:.1f}" * math.isfinite(x.seeds) for x in found]
+        cells.append([row.title, *shown])
+    return table(cells)
+
+
+def mismatch(rows, results: dict) -> list[str]:
+    """The paper's Table 6."""
+    cells = [["", "answer is not what the reasoning ends on, greedy", "sampled", "clips"]]
+    for row in rows:
+        greedy, sampled = (mean(scores(results, row.name, f"mismatch, {how}")) for how in ("greedy", "sampled"))
+        cells.append([row.title, greedy, sampled, greedy and greedy.n])
+    return table(cells)
+
+
+def sufficiency(results: dict) -> list[str]:
+    """The paper's Figure 4."""
+    cells = [["what the SFT model is given", "paper", "answer", "clips"]]
+    for title, paper, key in (("question", 35.1, "sft: toy-question"),
+                              ("question and its own observation", 48.6, "sft: toy-question-and-observation"),
+                              ("question and PA-GRPO's observation", 55.5, "full: toy-question-and-observation"),
+                              ("video", 52.9, "sft: toy"),
+                              ("video and its own observation", 54.9, "sft: toy-video-and-observation"),
+                              ("video and PA-GRPO's observation", 56.0, "full: toy-video-and-observation")):
+        found = mean(scores(results, "sufficiency", key))
+        cells.append([title, paper, found, found and found.n])
+    return table(cells)
+
+
+CURVES = ("perception/accuracy", "reasoning/accuracy", "perception/format", "reasoning/format", "kl", "entropy",
+          "truncated", "zero_variance", "grad_norm")
+
+
+def fifths(steps: list[dict], key: str) -> list[float]:
+    """The mean of a metric in each fifth of a run; shorter if the run stopped or the metric is missing."""
+    size, found = max(1, -(-len(steps) // 5)), []
+    for i in range(0, len(steps), size):
+        if values := [row[key] for row in steps[i:i + size] if key in row]:
+            found.append(statistics.fmean(values))
+    return found
+
+
+def failed(row, full, results: dict, curves: dict) -> list[str]:
+    """A run that failed beside the one that did not: their curves and what to see in them."""
+    (bad,), seed = list(curves.get(row.name, {}).values()) or [[]], next(iter(curves.get(row.name, {})), None)
+    good = curves.get(full.name, {}).get(seed, [])
+    if not (bad and good):
+        return ["It has not been run.", ""]
+    cells = [["mean in each fifth of the run", full.title, row.title]]
+    for key in CURVES:
+        cells.append([key, *(" ".join(f"{x:.3g}" for x in fifths(steps, key)) for steps in (good, bad))])
+    lines = table(cells)
+    ends = [mean({seed: results[name][seed][ANSWER]}) for name in (row.name, full.name, "sft")
+            if results.get(name, {}).get(seed)]
+    gap = mean(scores(results, row.name, ANSWER, full.name))
+    if len(ends) == 3 and gap:
+        lines.append(f"On held-out clips it answers {ends[0]} percent; PA-GRPO {ends[1]}, and the SFT model, from which "
+                     f"both start, {ends[2]}.")
+        lines.append("" if gap.value < -gap.clips else "So it has NOT failed: it is not below PA-GRPO.")
+    kl = [fifths(steps, "kl") for steps in (bad, good)]
+    accuracy = fifths(bad, "reasoning/accuracy")
+    best = accuracy.index(max(accuracy)) + 1
+    lines.append(f"KL to the SFT model is {kl[0][0]:.2g} in the first fifth and {kl[0][-1]:.2g} in the last (PA-GRPO: "
+                 f"{kl[1][0]:.2g} and {kl[1][-1]:.2g}). The accuracy of its answers is best in fifth {best} of "
+                 f"{len(accuracy)}, {max(accuracy):.2f}, and ends at {accuracy[-1]:.2f}.")
+    return [*lines, ""]
