@@ -285,11 +285,11 @@ def markdown(args: argparse.Namespace, results: dict, curves: dict) -> str:
     full, ours, first = ROWS[-1], [row for row in ROWS if row.rl is not None and row.sft == ""], str(args.seeds[0])
     one_seed = {name: {first: x[first]} for name, x in results.items() if first in x}
     hours = sum(x.get("seconds", 0) for of_row in results.values() for x in of_row.values()) / 3600
-    said, seeds = str(INTRODUCTION), " ".join(map(str, args.seeds))
+    seeds = " ".join(map(str, args.seeds))
     steps = args.steps or pagrpo.PRESETS["tiny"]["steps"]
     sft_steps = args.sft_steps or sft.PRESETS["tiny"]["steps"]
     clips = len(next(iter(results.get("sft", {}).values()), {}).get(tables.ANSWER, {}))
-    lines = [said.format(seeds=seeds, steps=steps, sft_steps=sft_steps, clips=clips, hours=hours)]
+    lines = [INTRODUCTION.format(seeds=seeds, steps=steps, sft_steps=sft_steps, clips=clips, hours=hours)]
     lines += ["## Table 2: what each part brings", "", *tables.ablations(ROWS, results)]
     lines += ["### Where it disagrees with the paper", "", *tables.disagreements(ROWS, results, [full, ROWS[1]]), ""]
     lines += [f"## Table 4: judges that err, seed {first}", "", ABOUT_JUDGES, "",
@@ -365,23 +365,30 @@ def budget(args: argparse.Namespace) -> dict:
     return found
 
 
-def main(argv=None) -> None:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, help="folder of the runs [runs/miniature; --small: runs/miniature-small]")
-    add("--seeds", type=int, nargs="+", default=None, help="weights, order and sampling [0 1 2; --small: 0]")
+    add("--seeds", type=int, nargs="+", help="weights, order and sampling [0 1 2; --small: 0]")
     add("--jobs", type=int, default=2, help="rows at a time, each with its share of the cores [2]")
-    add("--steps", type=int, default=0, help="steps of RL [the preset's; --small: 3]")
-    add("--sft-steps", type=int, default=0, help="steps of SFT [the preset's; --small: 60]")
-    add("--limit", type=int, default=0, help="held-out clips, evenly spread [all; --small: 32]")
+    add("--steps", type=int, help="steps of RL [the preset's; --small: 3]")
+    add("--sft-steps", type=int, help="steps of SFT [the preset's; --small: 60]")
+    add("--limit", type=int, help="held-out clips, evenly spread [all; --small: 40]")
     add("--results", type=Path, help="folder of the tables [docs/results; --small: only --out]")
     add("--small", action="store_true", help="a trial of all rows with a few steps")
     args = parser.parse_args(argv)
-    small = args.small
-    args.out = (args.out or Path("runs/miniature-small" if small else "runs/miniature")).resolve()
-    args.seeds, args.results = args.seeds or ([0] if small else [0, 1, 2]), args.results or (not small and ROOT / "docs/results")
-    args.steps, args.sft_steps = args.steps or 3 * small, args.sft_steps or 60 * small
-    args.limit = args.limit or 32 * small
+    usual = dict(out=Path("runs/miniature"), seeds=[0, 1, 2], results=ROOT / "docs/results", steps=0, sft_steps=0, limit=0)
+    if args.small:
+        usual = dict(out=Path("runs/miniature-small"), seeds=[0], results=None, steps=3, sft_steps=60, limit=40)
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out.resolve()
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     data.check_settings(args.out, budget(args), {}, free=())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failures = run_all(args)
