@@ -3,10 +3,10 @@
     python tests/miniature.py                    all rows, then docs/results/miniature.md, on two cores
     python tests/miniature.py --small            a few steps and clips, to try it in three minutes
 
-A row of ROWS is one run of sft.py or pagrpo.py with the flags that stand there, evaluated by eval.py. All rows of a seed
-share its clips, traces, base and SFT model. Nothing is tuned: every other setting is the preset's. The same command
-resumes, row by row; a row that fails is named and the others go on. The section "## Why" of an existing miniature.md is
-written by hand and is kept.
+A row of ROWS is one run of sft.py or pagrpo.py with the flags that stand there, evaluated by eval.py. All rows of a
+seed share its clips, traces, base and SFT model. Nothing is tuned: every other setting is the preset's. The same
+command resumes, row by row; a row that fails is named and the others go on. The section "## Why" of an existing
+miniature.md is written by hand and is kept.
 """
 import argparse
 import json
@@ -21,6 +21,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,17 +67,22 @@ JUDGES = (  # on the first seed only; the paper's: Llama-3.1 8B, 70B, 405B and C
     Row("judge-9",      "judge that errs in 9 %",                58.0, "", "", 0.09),
     Row("judge-5",      "judge that errs in 5 %",                58.7, "", "", 0.05),
 )
-FAILED = Row("lr-x10",  "learning rate ten times too high",      None, "", f"--lr {10 * pagrpo.PRESETS['tiny']['lr']:g}")
-SUFFICIENCY = "sufficiency"                                  # the paper's Figure 4, for each seed
+FAILED = Row("lr-x10", "learning rate ten times too high", None, "", f"--lr {10 * pagrpo.PRESETS['tiny']['lr']:g}")
+SUFFICIENCY = Row("sufficiency", "is the observation enough?", None, None, None)   # no training
+FULL = ROWS[-1]
 DECODING = {"greedy": [], "sampled": ["--temperature", "1", "--top-p", "1"]}   # eval.py's own is the paper's
 
 
 # ------------------------------------------------------------------------------------------------ commands
 
+def folder_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
+    return args.out / f"seed{seed}" / "rows" / row.name
+
+
 def training(row: Row, seed: int, args: argparse.Namespace, url: str = "") -> list[list[str]]:
     """The commands that train a row: none, SFT, RL, or both."""
-    home, commands = args.out / f"seed{seed}", []
-    own, world = home / "rows" / row.name, ["--preset", "tiny", "--media", str(home / "toy"), "--seed", str(seed)]
+    home, own, commands = args.out / f"seed{seed}", folder_of(row, seed, args), []
+    world = ["--preset", "tiny", "--media", str(home / "toy"), "--seed", str(seed)]
     sft_steps, steps = (["--steps", str(n)] if n else [] for n in (args.sft_steps, args.steps))
     if row.name == "sft":                                    # makes clips, traces and base, too
         return [["sft.py", "--preset", "tiny", "--out", str(home), "--seed", str(seed), *sft_steps]]
@@ -94,33 +100,23 @@ def training(row: Row, seed: int, args: argparse.Namespace, url: str = "") -> li
 
 def trained(row: Row, seed: int, args: argparse.Namespace) -> Path:
     """The folder of the model that a row ends in."""
-    home = args.out / f"seed{seed}"
     if row.rl is not None:
         chosen = sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, row.rl.split(), "").advantage
-        return home / "rows" / row.name / pagrpo.STAGES[chosen]
-    return home / "rows" / row.name / "sft" if row.sft else home / row.name
+        return folder_of(row, seed, args) / pagrpo.STAGES[chosen]
+    return folder_of(row, seed, args) / "sft" if row.sft else args.out / f"seed{seed}" / row.name
 
 
-def evaluating(row: Row, seed: int, args: argparse.Namespace, how: str) -> list[str]:
+def evaluating(row: Row, seed: int, args: argparse.Namespace, out: Path, *flags: str) -> list[str]:
     """The command that evaluates a row on the held-out clips."""
-    home = args.out / f"seed{seed}"
-    return ["eval.py", "--bench", "toy", "--data", str(home / "toy"), "--model", str(trained(row, seed, args)),
-            "--preset", "tiny", "--seed", str(seed), "--out", str(home / "rows" / row.name / how),
-            "--limit", str(args.limit), *DECODING[how]]
-
-
-def asking(seed: int, args: argparse.Namespace, source: str) -> list[str]:
-    """The command that asks the SFT model with and without the observations of the row `source`."""
-    rows = args.out / f"seed{seed}" / "rows"
-    command = evaluating(ROWS[1], seed, args, "greedy")
-    command[command.index("--out") + 1] = str(rows / SUFFICIENCY / source)
-    return [*command, "--perception-from", str(rows / source / "greedy" / "toy")]
+    toy, model = args.out / f"seed{seed}" / "toy", trained(row, seed, args)
+    return ["eval.py", "--bench", "toy", "--data", str(toy), "--model", str(model), "--preset", "tiny", "--seed",
+            str(seed), "--out", str(out), "--limit", str(args.limit), *flags]
 
 
 # ------------------------------------------------------------------------------------------------ a judge that errs
 
-PLACES = {"article": r"an?", "medium": r"\w+", "question": "(?P<question>.*)", "options": "(?P<options>(?:Option: .*\n)*)",
-          "reference": "(?P<reference>.*)", "observation": '(?P<observation>".*")'}
+PLACES = {"article": "an?", "medium": r"\w+", "question": "(?P<question>.*)", "reference": "(?P<reference>.*)",
+          "options": "(?P<options>(?:Option: .*\n)*)", "observation": '(?P<observation>".*")'}
 ASKED = re.compile(re.sub(r"\\\{(\w+)\\\}", lambda place: PLACES[place[1]], re.escape(rewards.JUDGE_PROMPT)))
 
 
@@ -133,8 +129,8 @@ def read_claim(prompt: str) -> rewards.Claim:
 
 
 def errs(claim: rewards.Claim, share: float) -> bool:
-    """Does a judge that errs in this share of the claims err in this one? A claim decides it by its hash: the same claim
-    always gets the same verdict, and a better judge errs in a part of the claims in which a worse one does."""
+    """Does a judge that errs in this share of the claims err in this one? The claim's hash decides: the same claim always
+    gets the same verdict, and a better judge errs in a part of the claims in which a worse one does."""
     return int(data.short_hash(list(claim)), 16) / 16 ** len(data.short_hash("")) < share
 
 
@@ -190,64 +186,58 @@ def differs(row: dict) -> bool | None:
 
 def run_row(row: Row, seed: int, args: argparse.Namespace) -> None:
     """Trains and evaluates a row, and writes results.json: for each clip how right it was."""
-    folder, began = args.out / f"seed{seed}" / "rows" / row.name, time.time()
-    server, results = serving(erring_judge(row.error)) if row.error else nullcontext(), {}
-    with server as running:
-        for command in training(row, seed, args, running.url if row.error else ""):
+    folder, began, results = folder_of(row, seed, args), time.time(), {}
+    with serving(erring_judge(row.error)) if row.error else nullcontext() as server:
+        for command in training(row, seed, args, server.url if server else ""):
             call(command, folder / "log.txt", args)
-    for how in DECODING:
-        call(evaluating(row, seed, args, how), folder / "log.txt", args)
-        place = folder / how / "toy"
-        results[f"answer, {how}"] = by_clip(place, evaluation.is_correct)
+    for how, flags in DECODING.items():
+        call(evaluating(row, seed, args, folder / how, *flags), folder / "log.txt", args)
+        results[f"answer, {how}"] = by_clip(folder / how / "toy", evaluation.is_correct)
         if "think" not in (row.sft or ""):                   # without an observation there is no perception to count
-            results[f"perception, {how}"] = by_clip(place, lambda r: r["perception"])
-        results[f"mismatch, {how}"] = by_clip(place, differs)
+            results[f"perception, {how}"] = by_clip(folder / how / "toy", itemgetter("perception"))
+        results[f"mismatch, {how}"] = by_clip(folder / how / "toy", differs)
     data.write_atomically(folder / "results.json", json.dumps(results | {"seconds": time.time() - began}) + "\n")
 
 
 def run_sufficiency(seed: int, args: argparse.Namespace) -> None:
-    """How well the SFT model answers from a text alone (the paper's Figure 4)."""
-    rows, results, began = args.out / f"seed{seed}" / "rows", {}, time.time()
-    for source in ("sft", "full"):
-        if not any(by_clip(rows / source / "greedy/toy", lambda r: bool(r.get("observation"))).values()):
-            continue                                         # eval.py refuses a run without any observation
-        call(asking(seed, args, source), rows / SUFFICIENCY / "log.txt", args)
-        for folder in (rows / SUFFICIENCY / source).glob("toy*"):
-            results[f"{source}: {folder.name}"] = by_clip(folder, evaluation.is_correct)
-    data.write_atomically(rows / SUFFICIENCY / "results.json",
-                          json.dumps(results | {"seconds": time.time() - began}) + "\n")
+    """The SFT model answers from its own observations, and from PA-GRPO's, without and with the video."""
+    folder, results = folder_of(SUFFICIENCY, seed, args), {}
+    for row in (ROWS[1], FULL):
+        place = folder_of(row, seed, args) / "greedy" / "toy"
+        if any(by_clip(place, lambda r: bool(r.get("observation"))).values()):       # eval.py refuses to go without
+            command = evaluating(ROWS[1], seed, args, folder / row.name, "--perception-from", str(place))
+            call(command, folder / "log.txt", args)
+        for found in (folder / row.name).glob("toy*"):
+            results[f"{row.name}: {found.name}"] = by_clip(found, evaluation.is_correct)
+    data.write_atomically(folder / "results.json", json.dumps(results) + "\n")
 
 
 def jobs(args: argparse.Namespace) -> list[tuple]:
-    """(name, seed, work, names of the same seed's jobs that come first), in order."""
-    plan = []
-    one = args.seeds[:1]
-    for rows, seeds in ((ROWS[1:2], args.seeds), (ROWS[:1] + ROWS[2:], args.seeds), (JUDGES, one), ((FAILED,), one)):
-        for seed in seeds:
-            for row in rows:
-                first = [] if row.name == "sft" else ["sft"]
-                plan.append((row.name, seed, lambda row=row, seed=seed: run_row(row, seed, args), first))
+    """(row, seed, names of what must be finished on that seed) in order. SUFFICIENCY is no row, but has its place."""
+    shared, others, first = ROWS[1], (ROWS[0], *ROWS[2:]), args.seeds[0]
+    plan = [(shared, seed, ()) for seed in args.seeds]
     for seed in args.seeds:
-        plan.append((SUFFICIENCY, seed, lambda seed=seed: run_sufficiency(seed, args), ["sft", "full"]))
-    return plan
+        plan += [(row, seed, ("sft",)) for row in others]
+    plan += [(row, first, ("sft",)) for row in (*JUDGES, FAILED)]
+    return plan + [(SUFFICIENCY, seed, ("sft", "full")) for seed in args.seeds]
 
 
 def run_all(args: argparse.Namespace) -> list[str]:
     """Runs what is not finished, `--jobs` rows at a time. Returns what failed."""
     futures: dict[tuple, Future] = {}
 
-    def work(name, seed, do, first):
-        for before in first:
-            if futures[before, seed].exception():
-                raise RuntimeError(f"the row {before} that it needs failed")
-        (args.out / f"seed{seed}" / "rows" / name).mkdir(parents=True, exist_ok=True)
-        if not (args.out / f"seed{seed}" / "rows" / name / "results.json").is_file():
-            do()
+    def work(row, seed, needed):
+        for name in needed:
+            if futures[name, seed].exception():
+                raise RuntimeError(f"the row {name} that it needs failed")
+        if not (folder_of(row, seed, args) / "results.json").is_file():
+            folder_of(row, seed, args).mkdir(parents=True, exist_ok=True)
+            run_sufficiency(seed, args) if row is SUFFICIENCY else run_row(row, seed, args)
 
     failures, plan = [], jobs(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for name, seed, do, first in plan:                   # in order: a job waits for earlier ones only
-            futures[name, seed] = pool.submit(work, name, seed, do, first)
+        for row, seed, needed in plan:                       # in order: a row waits for earlier ones only
+            futures[row.name, seed] = pool.submit(work, row, seed, needed)
         names = {future: key for key, future in futures.items()}
         try:
             for future in tqdm(as_completed(names), total=len(plan), unit="row", smoothing=0):
@@ -268,92 +258,27 @@ def run_all(args: argparse.Namespace) -> list[str]:
 def gather(args: argparse.Namespace) -> tuple[dict, dict]:
     """What is finished: row → seed → results.json, and row → seed → rows of metrics.jsonl."""
     results, curves = {}, {}
-    known = {row.name: row for row in (*ROWS, *JUDGES, FAILED)}
-    for name, seed, *_ in jobs(args):
-        file = args.out / f"seed{seed}" / "rows" / name / "results.json"
-        if not file.is_file():
-            continue
-        results.setdefault(name, {})[str(seed)] = sft.read_json(file)
-        if name in known and known[name].rl is not None:
-            log = trained(known[name], seed, args) / "metrics.jsonl"
-            curves.setdefault(name, {})[str(seed)] = rewards.read_jsonl(log)[0]
+    for row, seed, _ in jobs(args):
+        if found := sft.read_json(folder_of(row, seed, args) / "results.json"):
+            results.setdefault(row.name, {})[str(seed)] = found
+            if row.rl is not None:
+                log = rewards.read_jsonl(trained(row, seed, args) / "metrics.jsonl")[0]
+                curves.setdefault(row.name, {})[str(seed)] = log
     return results, curves
 
 
-def markdown(args: argparse.Namespace, results: dict, curves: dict) -> str:
-    """All tables."""
-    full, ours, first = ROWS[-1], [row for row in ROWS if row.rl is not None and row.sft == ""], str(args.seeds[0])
-    one_seed = {name: {first: x[first]} for name, x in results.items() if first in x}
-    hours = sum(x.get("seconds", 0) for of_row in results.values() for x in of_row.values()) / 3600
-    seeds = " ".join(map(str, args.seeds))
-    steps = args.steps or pagrpo.PRESETS["tiny"]["steps"]
-    sft_steps = args.sft_steps or sft.PRESETS["tiny"]["steps"]
-    clips = len(next(iter(results.get("sft", {}).values()), {}).get(tables.ANSWER, {}))
-    lines = [INTRODUCTION.format(seeds=seeds, steps=steps, sft_steps=sft_steps, clips=clips, hours=hours)]
-    lines += ["## Table 2: what each part brings", "", *tables.ablations(ROWS, results)]
-    lines += ["### Where it disagrees with the paper", "", *tables.disagreements(ROWS, results, [full, ROWS[1]]), ""]
-    lines += [f"## Table 4: judges that err, seed {first}", "", ABOUT_JUDGES, "",
-              *tables.judges([*JUDGES, full._replace(title="exact judge", paper=None)], one_seed, curves)]
-    lines += ["## Figure 6c: groups without an advantage", "", ABOUT_COLLAPSE, "", *tables.collapse(ours, curves)]
-    lines += ["## Table 6: does the answer follow from the reasoning?", "", ABOUT_MISMATCH, "",
-              *tables.mismatch(ROWS, results)]
-    lines += ["## Figure 4: is the observation enough?", "", ABOUT_SUFFICIENCY, "", *tables.sufficiency(results)]
-    lines += [f"## A run that failed: {FAILED.title}", "", *tables.failed(FAILED, full, results, curves)]
-    return "\n".join(lines)
-
-
-INTRODUCTION = """\
-# The paper in miniature
-
-`python tests/miniature.py` wrote this file. Seeds {seeds}; {sft_steps} steps of SFT, {steps} steps of RL for each row, all
-other settings those of the preset `tiny`; {clips} held-out clips; {hours:.1f} hours of processes in all. Percent of right
-answers, greedy, as in the paper; *sampled* is temperature 1. Perception is right if the observation suffices for the
-answer. A mean has two 95 % intervals: ± over clips (these models, other clips), then ± over seeds (other models; Student's
-t, so with three seeds it is wide). *paper* is its mean of seven benchmarks with Qwen2.5-VL-7B: compare signs, not sizes.
-"""
-ABOUT_JUDGES = """\
-A server on loopback judges in training: the exact verdict, turned round for that share of the claims, chosen by a hash of
-the claim. Evaluation is by the exact judge. *agreement* is measured over all verdicts in training, also those that no
-server is asked for (an empty observation, a bare answer). One seed: only intervals over clips."""
-ABOUT_COLLAPSE = """\
-Share of the groups of eight responses of which no token gets an advantage, over all steps (`zero_variance` in
-metrics.jsonl). With one advantage per response that is a group whose rewards are all equal; with PA-GRPO, one whose
-perception rewards are all equal and whose reasoning rewards are, too. The last two columns count each segment's reward by
-itself, whether the row uses it or not. ± is over seeds."""
-ABOUT_MISMATCH = """\
-Multiple choice only, and only where both name an option. The paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5."""
-ABOUT_SUFFICIENCY = """\
-The SFT model answers from a text, without or with the video. The paper asks plain Qwen2.5-VL-7B; here it is the SFT model,
-which has learned to read an observation. A question counts if the other run has an observation for it."""
-WHY = "\n## Why\n"
-
-
-def write(args: argparse.Namespace, folder: Path, text: str, results: dict, curves: dict) -> None:
-    """Writes Markdown, JSON and curves to a folder."""
+def write(args: argparse.Namespace, folder: Path, page: str, means: dict) -> None:
+    """Writes tables and curves to a folder, and keeps what was written by hand there."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "miniature.md"
-    _, why, kept = (page.read_text() if page.is_file() else "").partition(WHY)
-    data.write_atomically(page, text + why + kept)
-    means = {}
-    for row in (*ROWS, *JUDGES, FAILED):
-        keys = [key for key in next(iter(results.get(row.name, {}).values()), {}) if key != "seconds"]
-        found = {key: tables.mean(tables.scores(results, row.name, key)) for key in keys}
-        found["answer, greedy, less PA-GRPO"] = tables.mean(tables.scores(results, row.name, tables.ANSWER, "full"))
-        means[row.name] = {"title": row.title, "paper": row.paper, "sft": row.sft, "rl": row.rl}
-        means[row.name] |= {key: x and x.as_json() for key, x in found.items()}
-        for key in ("zero_variance", "perception/zero_variance", "reasoning/zero_variance", "judge/agreement"):
-            if x := tables.average(curves, row.name, key):
-                means[row.name][key] = x.as_json()
-    for key in next(iter(results.get(SUFFICIENCY, {}).values()), {}):
-        if key != "seconds" and (x := tables.mean(tables.scores(results, SUFFICIENCY, key))):
-            means.setdefault(SUFFICIENCY, {})[key] = x.as_json()
+    old = folder / "miniature.md"
+    _, why, kept = (old.read_text() if old.is_file() else "").partition("\n## Why\n")
+    data.write_atomically(folder / "miniature.md", page + why + kept)
     settings = {"seeds": args.seeds, **budget(args)}
     data.write_atomically(folder / "miniature.json", json.dumps({"settings": settings, "rows": means}, indent=1) + "\n")
-    for name, copy in (("full", "default"), (FAILED.name, FAILED.name)):
-        row, seed = next(r for r in (*ROWS, FAILED) if r.name == name), args.seeds[0]
-        log = trained(row, seed, args) / "metrics.jsonl"
+    for row, name in ((FULL, "default"), (FAILED, FAILED.name)):
+        log = trained(row, args.seeds[0], args) / "metrics.jsonl"
         if log.is_file():
-            shutil.copy(log, folder / f"metrics-{copy}.jsonl")
+            shutil.copy(log, folder / f"metrics-{name}.jsonl")
 
 
 def budget(args: argparse.Namespace) -> dict:
@@ -377,7 +302,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--results", type=Path, help="folder of the tables [docs/results; --small: only --out]")
     add("--small", action="store_true", help="a trial of all rows with a few steps")
     args = parser.parse_args(argv)
-    usual = dict(out=Path("runs/miniature"), seeds=[0, 1, 2], results=ROOT / "docs/results", steps=0, sft_steps=0, limit=0)
+    usual = dict(out=Path("runs/miniature"), seeds=[0, 1, 2], results=ROOT / "docs/results")
+    usual |= dict(steps=0, sft_steps=0, limit=0)             # the presets', and all clips
     if args.small:
         usual = dict(out=Path("runs/miniature-small"), seeds=[0], results=None, steps=3, sft_steps=60, limit=40)
     for name, value in usual.items():
@@ -393,15 +319,17 @@ def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failures = run_all(args)
     results, curves = gather(args)
-    text = markdown(args, results, curves)
-    write(args, args.out, text, results, curves)
-    print(text)
+    steps, sft_steps = (getattr(args, name) or module.PRESETS["tiny"]["steps"]
+                        for name, module in (("steps", pagrpo), ("sft_steps", sft)))
+    page = tables.page(ROWS, JUDGES, FAILED, results, curves, args.seeds, steps, sft_steps)
+    means = tables.means((*ROWS, *JUDGES, FAILED, SUFFICIENCY), results, curves)
+    print(page)
+    for folder in {args.out, args.results if args.results and not failures else args.out}:
+        write(args, folder, page, means)
+        print(f"Written: {folder}/miniature.md")
     if failures:
-        sys.exit("\n".join([f"{len(failures)} rows failed; tables without them are in {args.out}. The same command "
-                            "tries them again:", *failures]))
-    if args.results:
-        write(args, args.results, text, results, curves)
-    print(f"Tables: {args.results or args.out}/miniature.md")
+        sys.exit("\n".join([f"{len(failures)} rows failed; the tables are without them. The same command tries them "
+                            "again:", *failures]))
 
 
 if __name__ == "__main__":

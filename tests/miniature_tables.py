@@ -1,14 +1,16 @@
 """Statistics and tables of tests/miniature.py: from what each row scored on each clip to Markdown.
 
-Every mean has two 95 % intervals. Over clips: the models are fixed, other clips could have been drawn; the unit is a clip's
-mean over the seeds, so that the same clip under three seeds is not counted as three. Over seeds: other weights and another
-order could have been drawn; Student's t of the seeds' means. A difference is taken clip by clip on the same seed.
+Every mean has two 95 % intervals. Over clips: the models are fixed, other clips could have been drawn; the unit is a
+clip's mean over the seeds, so that the same clip under three seeds is not counted as three. Over seeds: other weights
+and another order could have been drawn; Student's t of the seeds' means. A difference is taken clip by clip on the
+same seed.
 """
 import math
 import statistics
 from typing import NamedTuple
 
-T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # by degrees of freedom
+# Student's t for 95 %, by degrees of freedom.
+T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 ANSWER = "answer, greedy"                                    # the paper's measure
 
 
@@ -97,7 +99,7 @@ def table(rows: list[list]) -> list[str]:
 
 def ablations(rows, results: dict) -> list[str]:
     """The paper's Table 2."""
-    full = next((row for row in rows if row.name == "full"), None)
+    full = rows[-1]
     cells = [["", "paper", "− PA-GRPO", "answer", "by seed", "− PA-GRPO", "perception", "answer, sampled",
               "perception, sampled"]]
     for row in rows:
@@ -106,7 +108,7 @@ def ablations(rows, results: dict) -> list[str]:
         others = [mean(scores(results, row.name, key)) for key in ("perception, greedy", "answer, sampled",
                                                                     "perception, sampled")]
         by_seed = " ".join(f"{x:.1f}" for x in answer.by_seed.values()) if answer else None
-        paper_gap = f"{row.paper - full.paper:+.1f}" if row.paper and full and row is not full else None
+        paper_gap = f"{row.paper - full.paper:+.1f}" if row.paper and row is not full else None
         cells.append([row.title, row.paper, paper_gap, answer, by_seed, gap, *others])
     return table(cells)
 
@@ -207,3 +209,67 @@ def failed(row, full, results: dict, curves: dict) -> list[str]:
                  f"{kl[1][0]:.2g} and {kl[1][-1]:.2g}). The accuracy of its answers is best in fifth {best} of "
                  f"{len(accuracy)}, {max(accuracy):.2f}, and ends at {accuracy[-1]:.2f}.")
     return [*lines, ""]
+
+
+# ------------------------------------------------------------------------------------------------ the page and its numbers
+
+INTRODUCTION = """\
+# The paper in miniature
+
+`python tests/miniature.py` wrote this file. Seeds {seeds}; {sft_steps} steps of SFT, {steps} steps of RL for each
+row, all other settings those of the preset `tiny`; {clips} held-out clips. Percent of right answers, greedy, as in
+the paper; *sampled* is temperature 1. Perception is right if the observation suffices for the answer. A mean has two
+95 % intervals: ± over clips (these models, other clips), then ± over seeds (other models; Student's t, so with three
+seeds it is wide). *paper* is its mean of seven benchmarks with Qwen2.5-VL-7B: compare signs, not sizes. The runs took
+{hours:.1f} hours of {processes} processes.
+"""
+ABOUT_JUDGES = """\
+A server on loopback judges in training: the exact verdict, turned round for that share of the claims, chosen by a
+hash of the claim. Evaluation is by the exact judge. *agreement* is measured over all verdicts in training, also those
+that no server is asked for (an empty observation, a bare answer). One seed: only intervals over clips."""
+ABOUT_COLLAPSE = """\
+Share of the groups of responses of which no token gets an advantage, over all steps (`zero_variance` in
+metrics.jsonl). With one advantage per response that is a group whose rewards are all equal; with PA-GRPO, one whose
+perception rewards are all equal and whose reasoning rewards are, too. The last two columns count each segment's
+reward by itself, whether the row uses it or not: a group may be in either, in both or in neither. ± is over seeds."""
+ABOUT_MISMATCH = """\
+Multiple choice only, and only where both name an option. The paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5."""
+ABOUT_SUFFICIENCY = """\
+The SFT model answers from a text, without or with the video. The paper asks plain Qwen2.5-VL-7B; here it is the SFT
+model, which has learned to read an observation. A question counts if the other run has an observation for it."""
+
+
+def page(rows, judging, broken, results: dict, curves: dict, seeds: list[int], steps: int, sft_steps: int) -> str:
+    """All tables as Markdown."""
+    full, first = rows[-1], str(seeds[0])
+    ours = [row for row in rows if row.rl is not None]
+    one_seed = {name: {first: x[first]} for name, x in results.items() if first in x}
+    of_full = {name: {first: x[first]} for name, x in curves.items() if first in x}
+    processes = [x for by_seed in results.values() for x in by_seed.values() if "seconds" in x]
+    clips = [len(x.get(ANSWER, {})) for x in results.get("sft", {}).values()]
+    hours = sum(x["seconds"] for x in processes) / 3600
+    lines = [INTRODUCTION.format(seeds=" ".join(map(str, seeds)), steps=steps, sft_steps=sft_steps, hours=hours,
+                                 clips=max(clips, default=0), rows=len(processes))]
+    lines += ["## Table 2: what each part brings", "", *ablations(rows, results)]
+    lines += ["### Where it differs from the paper", "", *disagreements(rows, results, [full, rows[1]]), ""]
+    lines += [f"## Table 4: judges that err, seed {first}", "", ABOUT_JUDGES, ""]
+    lines += judges([*judging, full._replace(title="exact judge", paper=None)], one_seed, of_full)
+    lines += ["## Figure 6c: groups without an advantage", "", ABOUT_COLLAPSE, "", *collapse(ours, curves)]
+    lines += ["## Table 6: does the answer follow from the reasoning?", "", ABOUT_MISMATCH, "", *mismatch(rows, results)]
+    lines += ["## Figure 4: is the observation enough?", "", ABOUT_SUFFICIENCY, "", *sufficiency(results)]
+    lines += [f"## A run that failed: {broken.title}, seed {first}", "", *failed(broken, full, results, curves)]
+    return "\n".join(lines)
+
+
+def means(rows, results: dict, curves: dict) -> dict:
+    """The numbers of all tables, by row."""
+    found = {}
+    for row in rows:
+        keys = [key for key in next(iter(results.get(row.name, {}).values()), {}) if key != "seconds"]
+        numbers = {key: mean(scores(results, row.name, key)) for key in keys}
+        numbers[f"{ANSWER}, less PA-GRPO"] = mean(scores(results, row.name, ANSWER, "full"))
+        for key in ("zero_variance", "perception/zero_variance", "reasoning/zero_variance", "judge/agreement"):
+            numbers[key] = average(curves, row.name, key)
+        found[row.name] = {"title": row.title, "paper": row.paper, "flags of SFT": row.sft, "flags of RL": row.rl}
+        found[row.name] |= {key: x.as_json() for key, x in numbers.items() if x}
+    return found

@@ -1,4 +1,4 @@
-"""Promise: the paper in miniature asks the scripts for what its table says, and its intervals and sentences are right."""
+"""Promise: the miniature runs what its table says, and its intervals and sentences are right."""
 import math
 
 import pytest
@@ -36,8 +36,8 @@ def test_every_row_is_a_real_command_and_ends_where_its_evaluation_looks(row, ar
         assert settings.seed == 1 and settings.preset == "tiny"
         assert settings.model in ("", str(ends), str(args.out / "seed1" / "sft")), "it starts where the last one ended"
         ends = args.out.__class__(settings.out) / stage
-    for how in miniature.DECODING:
-        asked = evaluation.parse_args(miniature.evaluating(row, 1, args, how)[1:])
+    for how, flags in miniature.DECODING.items():
+        asked = evaluation.parse_args(miniature.evaluating(row, 1, args, args.out / how, *flags)[1:])
         assert asked.model == str(ends) and (asked.temperature == 1) == (how == "sampled")
 
 
@@ -57,10 +57,10 @@ def test_a_row_differs_from_pa_grpo_in_what_its_name_says_only(args):
 
 def test_rows_wait_for_the_sft_model_of_their_seed_and_judges_have_one_seed(args):
     plan = miniature.jobs(args)
-    order = [(name, seed) for name, seed, _, _ in plan]
+    order = [(row.name, seed) for row, seed, _ in plan]
     assert len(order) == len(set(order)) == 2 * (len(miniature.ROWS) + 1) + len(miniature.JUDGES) + 1
-    for i, (_, seed, _, first) in enumerate(plan):
-        assert all(order.index((name, seed)) < i for name in first)
+    for i, (_, seed, needed) in enumerate(plan):
+        assert all(order.index((name, seed)) < i for name in needed)
 
 
 def test_another_budget_in_the_same_folder_is_refused(tmp_path):
@@ -86,8 +86,8 @@ def test_the_two_intervals_of_a_mean_by_hand():
 
 def test_a_difference_is_taken_clip_by_clip():
     """Both rows are right on half of the clips: if on the same ones, the difference is exactly 0, without a doubt."""
-    one, same, other = ({"0": {tables.ANSWER: dict(zip("abcd", x))}} for x in ((1, 1, 0, 0), (1, 1, 0, 0), (0, 0, 1, 1)))
-    results = {"one": one, "same": same, "other": other}
+    rights = {"one": (1, 1, 0, 0), "same": (1, 1, 0, 0), "other": (0, 0, 1, 1)}
+    results = {name: {"0": {tables.ANSWER: dict(zip("abcd", right))}} for name, right in rights.items()}
     for name, width in (("same", 0), ("other", 1.96 * 100 * math.sqrt(4 / 3) / 2)):
         found = tables.mean(tables.scores(results, "one", tables.ANSWER, name))
         assert found.value == 0 and found.clips == pytest.approx(width) and math.isinf(found.seeds)
