@@ -129,8 +129,8 @@ def read_claim(prompt: str) -> rewards.Claim:
 
 
 def errs(claim: rewards.Claim, share: float) -> bool:
-    """Does a judge that errs in this share of the claims err in this one? The claim's hash decides: the same claim always
-    gets the same verdict, and a better judge errs in a part of the claims in which a worse one does."""
+    """Does a judge that errs in this share of the claims err in this one? The claim's hash decides: equal claims get
+    equal verdicts, and a better judge errs in a part of the claims in which a worse one does."""
     return int(data.short_hash(list(claim)), 16) / 16 ** len(data.short_hash("")) < share
 
 
