@@ -150,7 +150,7 @@ RUNNING, STOP = set(), threading.Event()
 
 
 def call(command: list[str], log: Path, args: argparse.Namespace) -> None:
-    """Runs a script of the project; its output goes to `log`. RuntimeError, with its last line, if it fails."""
+    """Runs a script of the project; its output goes to `log`. RuntimeError, with its last lines, if it fails."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
     if STOP.is_set():
         raise RuntimeError("stopped")
@@ -162,8 +162,8 @@ def call(command: list[str], log: Path, args: argparse.Namespace) -> None:
         code = process.wait()
         RUNNING.remove(process)
     if code:
-        last = re.split(r"[\r\n]", log.read_text(errors="replace").strip())[-1]
-        raise RuntimeError(f"{command[0]} ended with {code}: {last.strip()} ({log})")
+        last = re.split(r"\s*[\r\n]\s*", log.read_text(errors="replace").strip())[-2:]
+        raise RuntimeError(f"{command[0]} ended with {code}: {' '.join(last)} ({log})")
 
 
 def by_clip(folder: Path, value) -> dict[str, float]:
