@@ -30,7 +30,7 @@ class Mean(NamedTuple):
 
 
 def mean(scores: dict[str, dict[str, float]]) -> Mean | None:
-    """seed → clip → score in [0, 1] as a mean in percent. A clip counts with the seeds that have it. None without any."""
+    """seed → clip → score in [0, 1] as a mean in percent; None without any. A clip counts with the seeds that have it."""
     of_clip = {}
     for of_seed in scores.values():
         for clip, score in of_seed.items():
@@ -207,8 +207,8 @@ def failed(row, full, results: dict, curves: dict) -> list[str]:
     best = accuracy.index(max(accuracy)) + 1
     return table(cells) + [
         f"Held-out answers: {mine} percent; PA-GRPO {usual}; SFT, from which both start, {start}.{told}",
-        f"KL to the SFT model is {kl[0]:.2g} in the first fifth and {kl[-1]:.2g} in the last (PA-GRPO: {usual_kl[0]:.2g} "
-        f"and {usual_kl[-1]:.2g}).",
+        f"KL to the SFT model is {kl[0]:.2g} in the first fifth and {kl[-1]:.2g} in the last (PA-GRPO: "
+        f"{usual_kl[0]:.2g} and {usual_kl[-1]:.2g}).",
         f"The accuracy of sampled answers is best in fifth {best} of {len(accuracy)}, {max(accuracy):.2f}, and ends at "
         f"{accuracy[-1]:.2f}.", ""]
 
@@ -218,11 +218,12 @@ def failed(row, full, results: dict, curves: dict) -> list[str]:
 INTRODUCTION = """\
 # The paper in miniature
 
-`python tests/miniature.py` wrote this file. Seeds {seeds}; {sft_steps} steps of SFT and {steps} of RL for each row, all other settings those of the preset `tiny`; {clips} held-out clips. Percent of right answers, greedy, as in
-the paper; *sampled* is temperature 1. Perception is right if the observation suffices for the answer. A mean has two
-95 % intervals: ± over clips (these models, other clips), then ± over seeds (other models; Student's t, so with three
-seeds it is wide). ±0.0 over clips beside 0 or 100 says only that all of these clips agree. *paper* is its mean of
-seven benchmarks with Qwen2.5-VL-7B: compare signs, not sizes. {rows} runs took {hours:.1f} hours in all.
+`python tests/miniature.py` wrote this file. Seeds {seeds}; {sft_steps} steps of SFT and {steps} of RL for each row,
+all other settings those of the preset `tiny`; {clips} held-out clips. Percent of right answers, greedy, as in the
+paper; *sampled* is temperature 1. Perception is right if the observation suffices for the answer. A mean has two 95 %
+intervals: ± over clips (these models, other clips), then ± over seeds (other models; Student's t, so with three seeds
+it is wide). ±0.0 over clips beside 0 or 100 says only that all of these clips agree. *paper* is its mean of seven
+benchmarks with Qwen2.5-VL-7B: compare signs, not sizes. {rows} runs took {hours:.1f} hours in all.
 """
 ABOUT_JUDGES = """\
 A server on loopback judges in training: the exact verdict, turned round for that share of the claims, chosen by a
