@@ -30,7 +30,7 @@ class Mean(NamedTuple):
 
 
 def mean(scores: dict[str, dict[str, float]]) -> Mean | None:
-    """seed → clip → score in [0, 1] as a mean in percent; None without any. A clip counts with the seeds that have it."""
+    """seed → clip → score in [0, 1] as a mean in percent. A clip counts with the seeds that have it. None if empty."""
     of_clip = {}
     for of_seed in scores.values():
         for clip, score in of_seed.items():
