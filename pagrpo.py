@@ -414,6 +414,8 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
         for name, x in columns.items():
             spread[f"{segment.name}/{name}"] = x[~x.isnan()].tolist()         # an unknown verdict is no zero
         shares[f"{segment.name}/zero_variance"] = (normalize(totals[..., k]) == 0).all(1).float().tolist()
+    advantages = group_advantages(totals, settings.advantage)                 # no token of such a group gets one
+    shares["zero_variance"] = (advantages == 0).flatten(1).all(1).float().tolist()
     shares |= {name: x for name, x in values.items() if name not in ("loss", "grad_norm")}
     sums = world.all_reduce_sum({"questions": len(groups), "responses": len(responses), "loss": sum(values["loss"]),
                                  "tokens": int(lengths.sum())})
