@@ -64,7 +64,8 @@ for (const cell of document.querySelectorAll("td, th, dt, dd")) {
   const longest = Math.max(...words.map(word => word.length));
   if (height > 60 && width < 6 * Math.min(longest, 10)) page.push(`squeezed: ${cell.textContent.slice(0, 40)}`);
 }
-return [...page, ...wide.slice(0, 5).map(node => `${node.tagName}.${node.className}: ${node.textContent.trim().slice(0, 50)}`)];
+return [...page, ...wide.slice(0, 5).map(node =>
+  `${node.tagName}.${node.className}: ${node.textContent.slice(0, 50)}`)];
 """
 # What can have the focus. Of radio buttons with one name Tab reaches one, the arrow keys the others.
 FOCUSABLE = """
@@ -100,8 +101,8 @@ def unreached(browser: webdriver.Chrome) -> list[str]:
 
 
 def use(browser: webdriver.Chrome, picture: Path) -> list[str]:
-    """Presses what can be pressed: arrow keys on a chart and on a response, modes, steps. Returns faults. `picture` gets
-    the screen while a token is read in another credit mode than the run's."""
+    """Presses what can be pressed: arrow keys on a chart and on a response, modes, steps. Returns faults. `picture`
+    gets the screen while a token is read with GRPO's credit."""
     faults = []
     for chart in browser.find_elements(By.CSS_SELECTOR, "figure svg[tabindex]")[:1]:
         chart.send_keys(Keys.ARROW_LEFT)
