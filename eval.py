@@ -736,7 +736,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if [args.bench, args.compare, args.report, args.video].count(None) != 3 or args.video and not args.question \
             or len(args.report or ()) > 2:
-        parser.error("give one of --bench NAME, --compare A B, --report RUN [RUN], or --video FILE --question TEXT")
+        parser.error("give one of --bench NAME, --compare A B, --report RUN [RUN], --video FILE with --question TEXT")
     if args.bench == "all" and (args.data or args.perception_from):
         parser.error("--data and --perception-from belong to one benchmark, not to all")
     another_prompt = args.prompt or args.template or args.perception_from
