@@ -105,7 +105,7 @@ TINY = data.TOY_INPUT | dict(save_memory=False, clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
 REAL = dict(data="data/videop2r/*CoT*.json*", media="data/Video-R1-data")
 PRESETS = {
-    "tiny": TINY | dict(batch=32, micro_batch=32, steps=160, lr=2e-3, warmup=30, blind=0.15),
+    "tiny": TINY | dict(batch=32, micro_batch=32, steps=120, lr=2e-3, warmup=30, blind=0.15),
     "3b": REAL | dict(model=QWEN.format("3B")),
     "7b": REAL | dict(model=QWEN.format("7B")),
 }
