@@ -697,6 +697,12 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
     return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
+def picture(frame: np.ndarray) -> str:
+    """A frame (height, width, 3) uint8 as a data address, for servers and pages."""
+    Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 class Draft(NamedTuple):
     """A teacher's trace for a record."""
     output: str | None
@@ -720,9 +726,7 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
             return build_example(r, root, vocabulary, model.config, s)
         (frames, _, limit), content = read_media(r, root, s), []
         for frame in resize(frames, min(s.min_pixels, limit), limit):
-            Image.fromarray(frame).save(buffer := io.BytesIO(), "JPEG", quality=92)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
+            content.append({"type": "image_url", "image_url": {"url": picture(frame)}})
         return [{"role": "user", "content": [*content, {"type": "text", "text": instruction(r, s)}]}]
 
     def teach(records: list[Record]) -> list[Draft]:

@@ -5,6 +5,7 @@
     python eval.py --bench toy --mismatch                        does the answer follow from the reasoning?
     python eval.py --bench toy --model runs/tiny/sft --perception-from runs/tiny/pagrpo/eval/toy
     python eval.py --compare runs/tiny/sft/eval/toy runs/tiny/pagrpo/eval/toy
+    python eval.py --report runs/tiny/pagrpo runs/tiny/grpo      a page with the curves of both, to open in a browser
     python eval.py --video clip.avi --question "Which letter comes right after the red O?" --options "red X" "blue T"
 
 The seven are run as Video-R1 ran them (PROTOCOL), the others as the model was trained. MODEL/eval/BENCH holds
@@ -35,6 +36,7 @@ import pagrpo
 import rewards
 import sft
 from model import newest_checkpoint
+from rewards import ends_on, mentions, strip_markup
 
 
 # ------------------------------------------------------------------------------------------------ 1. reading answers
@@ -48,41 +50,7 @@ def answer_text(response: str, finished: bool = True) -> str | None:
     return rest if finished and not re.search(f"<(?:{others})>", rest) else None
 
 
-def strip_markup(text: str) -> str:
-    """Text without Markdown, \\boxed{}, $ and LaTeX spaces. Every minus sign becomes a hyphen."""
-    text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
-    text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{|[*$`}\\]", "", text)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
-
-
-# What announces an answer: "The answer is", "Option:". A minus behind it belongs to a number.
-CUE = r"\b(?i:answer|option|choice)(?:\W*:|\s+(?i:is|(?:would|should) be)\b)(?:(?!-)\W|\b(?i:the)\b)*"
-# The article of "A man", but not the letter of "A is right"; the pronoun of "I see", but not the letter of "I."
-ARTICLE_OR_PRONOUN = r"A (?!(?:is|was|because|since|as|fits|seems|would|or|and)\b)[a-z]|I(?![.):]|\W*$)"
 BEST = re.compile(r"\W{0,3}(?:is|was|seems) (?:(?:the|most|my) )*(?:best|correct|right|answer)\b", re.I)
-
-
-def mentions(text: str, options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, re.Match]]:
-    """(letter, match) for each option that a text names, in order; "" for a name that two options share."""
-    if not options:
-        return []
-    # 1. An option's names: its text, its label, the label's last character, its letter.
-    texts, names = rewards.option_texts([strip_markup(option) for option in options]), {}
-    for letter, name in [*texts.items(), *zip(texts, labels), *zip(texts, (label[-1] for label in labels))]:
-        names[name.casefold()] = letter if names.get(name.casefold(), letter) == letter else ""
-    names |= {letter.lower(): letter for letter in texts}
-    # 2. A letter counts if it is a capital or before punctuation. The article, the pronoun and the A of "5 A" do not.
-    letters = [name for name in names if len(name) == 1 and not name.isdigit()]
-    letter = rf"[{''.join(texts)}]|(?i:[{re.escape(''.join(letters))}])(?=[).,:;\]]|\W*$)"
-    letter = rf"(?<!\d )(?!{ARTICLE_OR_PRONOUN})(?:{letter})"
-    # 3. Other names count in any case, the longest first. `(?!)` matches nothing.
-    longer = sorted(names.keys() - {*letters, ""}, key=len, reverse=True)
-    longer = "|".join(map(re.escape, longer)) or "(?!)"
-    # 4. Neither counts inside a word or a number, or after "not". `first`: it begins the text.
-    before = rf"(?P<first>^\W*)?(?P<cue>{CUE})?(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?"
-    name = rf"(?P<name>(?P<text>(?i:{longer}))|(?P<letter>{letter}))"
-    after = r"(?!\w|['’-]\w|[.,/]\d)"
-    return [(names.get(match["name"].casefold(), ""), match) for match in re.finditer(before + name + after, text)]
 
 
 def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] = ()) -> str | None:
@@ -105,15 +73,6 @@ def read_choice(text: str | None, options: Sequence[str], labels: Sequence[str] 
     texts = [option for option, match in found if match["text"]]
     capitals = [option for option, match in letters if match["letter"].isupper()]
     return next(iter(first + stated[-1:] + texts[:1] + capitals[-1:]), None)
-
-
-def ends_on(reasoning: str, options: Sequence[str]) -> str | None:
-    """The option that a reasoning mentions last, or None. In "C red T" the letter decides for both."""
-    plain = strip_markup(reasoning)
-    found = mentions(plain, options)
-    if len(found) > 1 and not plain[found[-2][1].end():found[-1][1].start("name")].strip(" .:)(\"'"):
-        found.pop()
-    return found[-1][0] or None if found else None
 
 
 def numbers(text: str, cue: str = r"=|\banswer is\b") -> list[Fraction]:
@@ -752,6 +711,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add = parser.add_argument
     add("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
+    add("--report", nargs="+", metavar="RUN", help="write a run's report.html, a second run's curves laid over it")
     add("--video", help="ask --question about this video, picture or folder of frames")
     add("--question", help="the question about it")
     add("--options", nargs="+", default=[], help="its options, without letters, if it is multiple choice")
@@ -774,8 +734,9 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     judges = parser.add_argument_group("judges of observations [toy: rule, else none]; reference: the model itself")
     data.add_flags(judges, data.JudgeSettings)
     args = parser.parse_args(argv)
-    if [args.bench, args.compare, args.video].count(None) != 2 or args.video and not args.question:
-        parser.error("give one of --bench NAME, --compare A B, or --video FILE with --question TEXT")
+    if [args.bench, args.compare, args.report, args.video].count(None) != 3 or args.video and not args.question \
+            or len(args.report or ()) > 2:
+        parser.error("give one of --bench NAME, --compare A B, --report RUN [RUN], --video FILE with --question TEXT")
     if args.bench == "all" and (args.data or args.perception_from):
         parser.error("--data and --perception-from belong to one benchmark, not to all")
     another_prompt = args.prompt or args.template or args.perception_from
@@ -829,6 +790,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.compare:
             return print(compare(*args.compare))
+        if args.report:
+            return print(sft.write_report(*args.report))
         args.world = sft.start_world(patience=timedelta(hours=12))   # ranks may be hours apart at the end
         evaluate_all(args)
         args.world.shutdown()

@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -112,12 +112,11 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             parts = reward_tensor(groups, verdicts, settings)                 # 2 (B, G, K, 3)
             totals = total_rewards(parts, settings.reward_off)                #   (B, G, K)
             advantages = group_advantages(totals, settings.advantage)         # 3 (B, G, K)
-            if groups and world.first and step % settings.transcript_every == 0:
-                tqdm.write(f"Before step {step + 1}, one of {settings.group_size} responses:\n" + transcript(
-                    groups[0][0], verdicts[0], parts[0, 0], advantages[0, 0]))
             lr = sft.learning_rate(step, run.steps, settings)
             values = update(policy, optimizer, batches, advantages, lr, settings, world)              # 4, 5
             clock.lap("training")
+            if step % settings.transcript_every == 0 or step + 1 == run.steps:
+                record(step + 1, policy, batches, groups, verdicts, parts, heldout or questions, run)
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world) | clock.seconds
             if settings.eval_every and (step + 1) % settings.eval_every == 0:
@@ -407,7 +406,9 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
     """The metrics of a step, over all ranks. Every part of every reward is logged with its standard deviation."""
     responses = [r for group in groups for r in group]
     lengths = torch.tensor([rewards.segment_lengths(r.segments) for r in responses]).view(-1, len(SEGMENTS))
-    spread, shares = {}, {"truncated": [float(not r.finished) for r in responses]}
+    differ = [think_differs(r) for r in responses]
+    spread, shares = {}, {"truncated": [float(not r.finished) for r in responses],
+                          "mismatch": [x for x in differ if x is not None]}
     for k, segment in enumerate(SEGMENTS):
         columns = {"reward": totals[..., k], "tokens": lengths[:, k].float()}
         columns |= zip(rewards.REWARD_PARTS, parts[..., k, :].unbind(-1))
@@ -427,6 +428,15 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
             "grad_norm": sum(values["grad_norm"]) / len(values["grad_norm"]),
             "questions": int(sums["questions"]), "skipped": settings.questions - int(sums["questions"]),
             "tokens": int(sums["tokens"])}
+
+
+def think_differs(r: Response) -> float | None:
+    """Is the answer another option than the one that the reasoning ends on? None where one of them names no option."""
+    said, options = r.parsed.contents, r.example.record.options
+    if r.example.record.problem_type != "multiple choice":
+        return None
+    thought, answered = rewards.ends_on(said.get("think") or "", options), rewards.choice(said["answer"] or "", options)
+    return float(thought != answered) if thought and answered else None
 
 
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False) -> dict[str, float]:
@@ -489,6 +499,59 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
     return "\n".join(lines + ["─" * 100])
 
 
+# ------------------------------------------------------------------------------------------------ what the report shows
+
+@torch.no_grad()
+def record(step: int, policy: Qwen2_5_VL, batches: list[MicroBatch], groups: list[list[Response]],
+           verdicts: list[Verdict], parts: Tensor, questions: Examples, run: sft.Run) -> None:
+    """After a step: adds one of its groups to rollouts.jsonl, and to question.jsonl responses to a question that stays
+    the same for the whole run. All ranks run the same passes, rank 0 writes. parts (B, G, K, 3)"""
+    s = run.settings
+    after = [policy.logprobs(*batch.inputs)[0] for batch in batches[:1]]      # by the updated weights, (B, G, T)
+    same = next(filter(None, map(questions.__getitem__, range(min(20, len(questions))))), None)       # a readable one
+    same = [same] if same and run.world.first else []
+    answers = rollout(policy, same, questions.vocabulary, s, "the same question", 4, s.temperature)
+    opinions = [Verdict(None, "not judged")] * 4             # the run's judge may cost money
+    if data.is_toy([example.record for example in same]):
+        opinions = start_judging(Judge(rewards.rule_judge), answers)()
+    for r, verdict, part in zip(sum(answers, []), opinions, reward_tensor(answers, opinions, s).flatten(0, 1)):
+        run.append("question.jsonl", response_row(step, r, verdict, part, questions))
+    if not groups or not run.world.first:
+        return
+    # Of the first micro-batch, the group whose segments differ most in their advantages shows the most.
+    batch, totals, n = batches[0], total_rewards(parts, s.reward_off), len(batches[0].rows)
+    credit = {mode: group_advantages(totals, mode) for mode in STAGES}                     # each (B, G, K)
+    b = int((credit["pa"][:n].amax(-1) - credit["pa"][:n].amin(-1)).sum(1).argmax())
+    received = token_advantages(credit[s.advantage][:n], batch.segments.cpu())             # (B, G, T)
+    zeros = torch.zeros_like(received)                       # there is no value network, and perhaps no reference
+    columns = {"logprobs_after": after[0], "ref_logprobs": zeros if batch.reference is None else batch.reference,
+               "weights": batch.weights, "token_rewards": received, "values": zeros}
+    for g, r in enumerate(groups[b]):
+        row = response_row(step, r, verdicts[b * s.group_size + g], parts[b, g], questions)
+        row |= {name: rounded(x[b, g, :len(r.tokens)]) for name, x in columns.items()}
+        row |= {"advantages": {mode: rounded(x[b, g]) for mode, x in credit.items()}, "totals": rounded(totals[b, g])}
+        run.append("rollouts.jsonl", row | {"reward": rounded(totals[b, g].nansum())})
+    tqdm.write(f"Before step {step}, one of {s.group_size} responses:\n" + transcript(
+        groups[b][0], verdicts[b * s.group_size], parts[b, 0], credit[s.advantage][b, 0]))
+
+
+def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, questions: Examples) -> dict:
+    """A response and its record as a line of JSON, with RLLoggingBoard's names. parts (K, 3); unknown ones are null."""
+    return asdict(r.example.record) | {
+        "step": step, "prompt": data.instruction(r.example.record, questions.settings), "response": r.text,
+        "response_tokens": [questions.vocabulary.bytes[i].decode(errors="replace") for i in r.tokens],
+        "segments": r.segments, "logprobs": rounded(r.logprobs), "finished": r.finished, "parts": rounded(parts),
+        "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
+
+
+def rounded(x: Tensor | list | float) -> list | float | None:
+    """A tensor as lists of numbers with five digits, for JSON; NaN becomes null."""
+    x = x.tolist() if isinstance(x, Tensor) else x
+    if isinstance(x, list):
+        return [rounded(part) for part in x]
+    return None if math.isnan(x) else float(f"{x:.5g}")
+
+
 # ------------------------------------------------------------------------------------------------ held-out table
 
 @torch.no_grad()
@@ -512,11 +575,14 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
                 *before, (answer, _, _) = parts              # (K, 3)
                 rows.append([*(accuracy for accuracy, _, _ in before), answer > 1 - 1e-9, all(r.parsed.formats)])
     columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
-    for name, values in zip(columns, zip(*sum(world.gather(rows), []))):
+    rows = sum(world.gather(rows), [])
+    for name, values in zip(columns, zip(*rows)):
         known = [float(value) for value in values if not math.isnan(value)]
         low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
         result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
                         "n": len(known)}
+    pairs = Counter((row[0] > 1 - 1e-9, row[-2]) for row in rows if not math.isnan(row[0]))   # first segment, answer
+    result["answer"]["crossed"] = [[pairs[True, True], pairs[True, False]], [pairs[False, True], pairs[False, False]]]
     return result
 
 
@@ -576,9 +642,11 @@ def run_stage(settings: Settings, world: World) -> None:
         train(*prepare(settings, run, world))
         gc.collect()                                         # FSDP modules are reference cycles: free the policy now
         torch.cuda.empty_cache()
-    if not settings.heldout:
-        return world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
-    world.print0(compare_models(settings, run, toy, world))
+    if settings.heldout:
+        world.print0(compare_models(settings, run, toy, world))
+    else:
+        world.print0(f"PA-GRPO is finished: {run.last_checkpoint}. Evaluate it with eval.py --bench.")
+    world.print0(world.on_rank0(lambda: sft.report(run.folder)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

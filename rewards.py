@@ -534,6 +534,53 @@ def rule_judge(claims: list[Claim]) -> list[Verdict]:
 
 # ================================ a first reader may stop here ================================
 
+# ------------------------------------------------------------------------------------------------ free text
+
+def strip_markup(text: str) -> str:
+    """Text without Markdown, \\boxed{}, $ and LaTeX spaces. Every minus sign becomes a hyphen."""
+    text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
+    text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{|[*$`}\\]", "", text)
+    return re.sub(r"[^\S\n]+", " ", text).strip()
+
+
+# What announces an answer: "The answer is", "Option:". A minus behind it belongs to a number.
+CUE = r"\b(?i:answer|option|choice)(?:\W*:|\s+(?i:is|(?:would|should) be)\b)(?:(?!-)\W|\b(?i:the)\b)*"
+# The article of "A man", but not the letter of "A is right"; the pronoun of "I see", but not the letter of "I."
+ARTICLE_OR_PRONOUN = r"A (?!(?:is|was|because|since|as|fits|seems|would|or|and)\b)[a-z]|I(?![.):]|\W*$)"
+
+
+def mentions(text: str, options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, re.Match]]:
+    """(letter, match) for each option that a text names, in order; "" for a name that two options share."""
+    if not options:
+        return []
+    # 1. An option's names: its text, its label, the label's last character, its letter.
+    texts, names = option_texts([strip_markup(option) for option in options]), {}
+    for letter, name in [*texts.items(), *zip(texts, labels), *zip(texts, (label[-1] for label in labels))]:
+        names[name.casefold()] = letter if names.get(name.casefold(), letter) == letter else ""
+    names |= {letter.lower(): letter for letter in texts}
+    # 2. A letter counts if it is a capital or before punctuation. The article, the pronoun and the A of "5 A" do not.
+    letters = [name for name in names if len(name) == 1 and not name.isdigit()]
+    letter = rf"[{''.join(texts)}]|(?i:[{re.escape(''.join(letters))}])(?=[).,:;\]]|\W*$)"
+    letter = rf"(?<!\d )(?!{ARTICLE_OR_PRONOUN})(?:{letter})"
+    # 3. Other names count in any case, the longest first. `(?!)` matches nothing.
+    longer = sorted(names.keys() - {*letters, ""}, key=len, reverse=True)
+    longer = "|".join(map(re.escape, longer)) or "(?!)"
+    # 4. Neither counts inside a word or a number, or after "not". `first`: it begins the text.
+    before = rf"(?P<first>^\W*)?(?P<cue>{CUE})?(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?"
+    name = rf"(?P<name>(?P<text>(?i:{longer}))|(?P<letter>{letter}))"
+    after = r"(?!\w|['’-]\w|[.,/]\d)"
+    return [(names.get(match["name"].casefold(), ""), match) for match in re.finditer(before + name + after, text)]
+
+
+def ends_on(reasoning: str, options: Sequence[str]) -> str | None:
+    """The option that a reasoning mentions last, or None. In "C red T" the letter decides for both."""
+    plain = strip_markup(reasoning)
+    found = mentions(plain, options)
+    if len(found) > 1 and not plain[found[-2][1].end():found[-1][1].start("name")].strip(" .:)(\"'"):
+        found.pop()
+    return found[-1][0] or None if found else None
+
+
 # ------------------------------------------------------------------------------------------------ files and servers
 
 def read_jsonl(file: Path) -> tuple[list[dict], int]:

@@ -15,15 +15,19 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -44,7 +48,7 @@ from tqdm import tqdm
 
 import data
 from data import Example, Examples, InputSettings, Record, Vocabulary, flag
-from rewards import read_jsonl
+from rewards import SEGMENTS, read_jsonl
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -240,6 +244,7 @@ def train(settings: Settings, world: World) -> Path:
             run.end_of_step(step + 1, model, optimizer, start, **score)
     world.print0(f"{settings.stage}: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
                  f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
+    world.print0(world.on_rank0(lambda: report(run.folder)))
     return run.last_checkpoint
 
 
@@ -405,6 +410,7 @@ def start_world(minutes: float = 6.0, patience: timedelta = timedelta(hours=1)) 
 # Settings that may change when a run resumes: they affect placement and speed, not results.
 RESUMABLE = ("preset", "save_every", "micro_batch", "save_memory", "transcript_every", "keep", "eval_every", "resume",
              "shards", "patience", "dry_run", "offload_reference")
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "question.jsonl")                   # a row holds its step
 MAX_SKIPPED = 5                                              # updates in a row without a finite gradient
 GB = 2 ** 30
 ON_RANK0 = StateDictOptions(full_state_dict=True, cpu_offload=True)          # gathered in host memory
@@ -456,9 +462,9 @@ class Run:
         """Around the loop: locks the folder, cuts the log to the last checkpoint, lets Ctrl-C and SIGTERM stop the run
         after a step, and adds to an error how the run continues."""
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
-            if self.world.first:
-                log = self.folder / "metrics.jsonl"
-                data.write_rows(log, [row for row in read_jsonl(log)[0] if row.get("step", 0) <= self.step])
+            for log in map(self.folder.joinpath, LOGS if self.world.first else ()):
+                if rows := read_jsonl(log)[0]:
+                    data.write_rows(log, [row for row in rows if row.get("step", 0) <= self.step])
             handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield
@@ -495,12 +501,16 @@ class Run:
             metrics["reserved_memory_gb"] = self.world.all_reduce_max(torch.cuda.max_memory_reserved() / GB)
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items() if math.isfinite(v)}
         if self.world.first:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                print(json.dumps(row), file=file)
+            self.append("metrics.jsonl", row)
         self.bar.set_postfix_str(shown)
         if self.skipped == MAX_SKIPPED:
             raise SystemExit(f"The gradients of {MAX_SKIPPED} steps in a row were NaN or infinite, up to step "
                              f"{row['step']}: try a lower --lr in another --out.")
+
+    def append(self, name: str, row: dict) -> None:
+        """Adds a line to one of LOGS; `guard` removes those of steps after the last checkpoint."""
+        with (self.folder / name).open("a") as file:
+            print(json.dumps(row), file=file)
 
     def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: Optimizer, source: Path, **state) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal. `state` goes into
@@ -524,8 +534,8 @@ class Run:
         def write_extra(folder: Path) -> None:
             flat = {f"{name} {kind}": x for name, kinds in moments.items() for kind, x in kinds.items()}
             write_tensors(flat, folder, "optimizer")
-            sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-            (folder / "state.json").write_text(json.dumps(state | {"files": sizes}, indent=2) + "\n")
+            made = {"files": {file.name: file.stat().st_size for file in folder.iterdir()}, "made_by": made_by()}
+            (folder / "state.json").write_text(json.dumps(state | made, indent=2) + "\n")
         save_model(weights, target, state["source"], write_extra)
         saved = [p for p in sorted(self.folder.glob(CHECKPOINTS)) if p <= target]     # later ones are damaged
         best = max(saved, key=lambda p: (read_json(p / "state.json").get("score", -math.inf), p))
@@ -558,12 +568,82 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)}
 
 
+def made_by() -> dict[str, str]:
+    """The command, the versions it runs on, and the git commit, "" if there is none."""
+    root, ranks = Path(__file__).parent, os.environ.get("LOCAL_WORLD_SIZE")
+    failed, commit = subprocess.getstatusoutput(f'git -C "{root}" describe --always --dirty')
+    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
+    return {"command": shlex.join(launcher + sys.argv), "python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": version("transformers"), "commit": "" if failed or not (root / ".git").exists() else commit}
+
+
 def read_json(file: Path) -> dict:
     """The object in a JSON file; {} if there is none, or the file is damaged."""
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+def report(folder: Path) -> str:
+    """At the end of a run: where its page is, or why there is none. The run is finished either way."""
+    try:
+        return f"Report: {write_report(folder)}"
+    except (OSError, ValueError) as error:
+        return f"No report: {error}"
+
+
+def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
+    """Writes report.html into a run's folder: assets/report.html with what the run left on disk, and another run's
+    curves laid over its own. Fewer steps are shown until the page is small. ValueError if there is no run."""
+    folder, runs = Path(folder), [collect_run(Path(f)) for f in (folder, other) if f]
+    for steps, responses in ((24, 16), (12, 16), (6, 8), (2, 4), (0, 0)):
+        runs[0] |= collect_responses(folder, runs[0]["settings"], steps, responses)
+        text = json.dumps(runs).replace("<", "\\u003c")      # no response can close the script element it is in
+        if len(text) < 4_500_000:
+            break
+    page = Path(__file__).with_name("assets") / "report.html"
+    data.write_atomically(folder / "report.html", page.read_text(encoding="utf-8").replace("{{runs}}", text))
+    return folder / "report.html"
+
+
+def collect_run(folder: Path) -> dict:
+    """Metrics, configuration, held-out table and data funnel of a run. What there is none of is empty."""
+    settings, rows, funnel = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
+    if not (settings and rows):
+        raise ValueError(f"{folder} holds no run: give the folder of a stage, such as runs/tiny/pagrpo")
+    for place in (folder.parent / "cot", Path(settings["data"]).parent):
+        if (place / "dropped.jsonl").is_file():
+            reasons = Counter(row["reason"] for row in read_jsonl(place / "dropped.jsonl")[0])
+            kept = (place / "traces.jsonl").read_bytes().count(b"\n")
+            funnel = {"steps": data.STEPS, "kept": kept, "dropped": reasons, "dropped_at": data.DROPPED}
+    heldout = [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()]
+    state = read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json")
+    return {"name": folder.as_posix(), "settings": settings, "state": state, "segments": [s.name for s in SEGMENTS],
+            "metrics": thin(rows, 500) + heldout, "results": read_json(folder / "results.json"), "funnel": funnel}
+
+
+def collect_responses(folder: Path, settings: dict, steps: int, responses: int) -> dict:
+    """Recorded responses of at most so many steps, so many of each; and small pictures of their clips, by path."""
+    found, clips = {}, {}
+    for name in LOGS[1:]:
+        groups = {}
+        for row in read_jsonl(folder / name)[0]:
+            groups.setdefault(row["step"], []).append(row)
+        found[name] = {"steps": len(groups), "groups": [thin(g, responses) for g in thin([*groups.values()], steps)]}
+        for row, *_ in found[name]["groups"]:
+            with suppress(data.MediaError):                  # the media may be elsewhere now
+                frames, *_ = data.read_media(argparse.Namespace(**row), Path(settings["media"]),
+                                             argparse.Namespace(**settings))
+                clips[row["path"]] = [data.picture(f) for f in thin([*data.resize(frames, 0, 128 ** 2)], 8)]
+    return found | {"clips": clips}
+
+
+def thin(rows: list, most: int) -> list:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    return rows if len(rows) <= most else [rows[i * (len(rows) - 1) // max(1, most - 1)] for i in range(most)]
 
 
 # ------------------------------------------------------------------------------------ memory, start and errors
