@@ -70,7 +70,7 @@ def is_open(source: str, function: str) -> bool:
 def start(folder: Path) -> None:
     """Writes the copy. SystemExit if the folder holds anything: it may be somebody's work."""
     if folder.exists() and any(folder.iterdir()):
-        raise SystemExit(f"{folder} is not empty and stays as it is. Go on with `check {folder}`, or name a new folder.")
+        raise SystemExit(f"{folder} is not empty and stays as it is. Go on with `check {folder}`, or name a new one.")
     for item in ROOT.iterdir():
         if item.name.startswith(".") or item.name in LEFT_OUT or item.resolve() == folder.resolve():
             continue

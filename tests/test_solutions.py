@@ -87,7 +87,8 @@ def test_the_gradient_of_k2_is_that_of_the_divergence_and_those_of_k3_and_k1_are
     def estimate(loss):
         def expected(new, ref):                              # the probabilities are those of sampling, without gradient
             none = torch.zeros(1, 1, 3)
-            return loss(new[None, None], new.detach()[None, None], ref[None, None], none, new.detach().exp(), 0.2, 1.0)[0]
+            one = new[None, None]
+            return loss(one, one.detach(), ref[None, None], none, one.detach().exp(), 0.2, 1.0)[0]
         return expected
 
     reverse = gradient(lambda new, ref: (new.exp() * (new - ref)).sum())      # KL(π ‖ π_ref)
@@ -189,7 +190,7 @@ def test_the_empty_functions_are_red_and_the_original_ones_green(tmp_path, capsy
 
 
 def test_a_wrong_function_is_told_from_those_that_use_it(tmp_path, capsys):
-    """A wrong `normalize` makes tests of `group_advantages` red; alone, beside an original `normalize`, that is right."""
+    """A wrong `normalize` makes tests of `group_advantages` red; beside the original `normalize`, it is right."""
     folder = tmp_path / "exercises"
     exercises.start(folder)
     original = (ROOT / "pagrpo.py").read_text()
@@ -198,6 +199,6 @@ def test_a_wrong_function_is_told_from_those_that_use_it(tmp_path, capsys):
     (folder / "pagrpo.py").write_text(source.replace("return torch.where(known", "return 2 * torch.where(known"))
     (folder / "rewards.py").write_text("def extract_tag(:")
     states, said = exercises.check(folder), capsys.readouterr().out
-    assert states == {"extract_tag": "wrong", "normalize": "wrong", "group_advantages": "solved", "segment_ids": "wrong",
-                      "pa_grpo_loss": "open"}
+    assert states == {"extract_tag": "wrong", "normalize": "wrong", "group_advantages": "solved",
+                      "segment_ids": "wrong", "pa_grpo_loss": "open"}
     assert "test_normalize_by_hand" in said and "rewards.py, line 1: " in said
