@@ -20,7 +20,7 @@ TINY = pagrpo.PRESETS["tiny"]
 ACCURACY = ["perception/accuracy", "reasoning/accuracy"]
 RUNS = {  # name → flags beside those of all runs; what is drawn
     "healthy": ([], [*ACCURACY, "loss"]),
-    "high-learning-rate": (["--lr", str(20 * TINY["lr"])], [*ACCURACY, "kl"]),
+    "high-learning-rate": (["--lr", str(10 * TINY["lr"])], [*ACCURACY, "kl"]),
     "no-kl": (["--kl-beta", "1e-9"], [*ACCURACY, "kl"]),     # not 0: without a reference the KL could not be measured
     "gamed-judge": (["--judge", "relevance"], ["perception/accuracy", "perception/sufficient", "reasoning/accuracy"]),
     "low-length-cap": (["--max-response", str(TINY["max_response"] // 2)], ["truncated", *ACCURACY[::-1]]),

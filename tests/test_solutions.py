@@ -5,6 +5,7 @@ Plain `pytest` leaves these out, so that a student's own edit does not turn them
 """
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -202,3 +203,12 @@ def test_a_wrong_function_is_told_from_those_that_use_it(tmp_path, capsys):
     assert states == {"extract_tag": "wrong", "normalize": "wrong", "group_advantages": "solved",
                       "segment_ids": "wrong", "pa_grpo_loss": "open"}
     assert "test_normalize_by_hand" in said and "rewards.py, line 1: " in said
+
+
+def test_the_course_names_every_solution_and_only_tests_that_exist():
+    course = (ROOT / "docs/course.md").read_text()
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for diff in (ROOT / "docs/solutions").glob("*.diff"):
+        assert f"`{diff.name}`" in course
+    named = re.findall(r"`(test_\w+|Test\w+)`", course)
+    assert len(named) > 12 and [name for name in named if f"{name}(" not in tests and f"class {name}:" not in tests] == []
