@@ -35,6 +35,7 @@ def run(steps: int) -> None:
         with tempfile.TemporaryDirectory() as code:          # of this run: one of them needs a bad judge
             for file in ROOT.glob("*.py"):
                 shutil.copy(file, code)
+            shutil.copytree(ROOT / "assets", Path(code) / "assets")
             if name == "gamed-judge":
                 subprocess.run(["git", "apply", ROOT / "docs/solutions/gameable-judge.diff"], cwd=code, check=True)
             subprocess.run([sys.executable, "pagrpo.py", "--preset", "tiny", "--out", WORK / name, "--model",

@@ -29,6 +29,7 @@ def solved(tmp_path, monkeypatch):
     def apply(name: str) -> SimpleNamespace:
         for file in ROOT.glob("*.py"):
             shutil.copy(file, tmp_path)
+        shutil.copytree(ROOT / "assets", tmp_path / "assets")
         diff = ROOT / "docs/solutions" / f"{name}.diff"
         run = subprocess.run(["git", "apply", str(diff)], cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, f"{name}.diff does not apply any more: {run.stderr}"
