@@ -59,7 +59,8 @@ class InputSettings:
     image_max_pixels: int = flag(1024 * 28 * 28, "the same limit for images")
     max_prompt: int = flag(8192, "prompts with more tokens are skipped and counted, never cut")
     prompt: str = flag("full", "full: template; short: no template; direct: bare question", ["full", "short", "direct"])
-    template: str = flag("p2r", "tags; p2r: observation, think, answer; think: think, answer", ["p2r", "think"])
+    template: str = flag("p2r", "tags; p2r: observation, think, answer; think: think, answer; none: SFT on answers",
+                         ["p2r", "think", "none"])
     workers: int = flag(2, "threads that read media ahead of the model")
     cache_gb: float = flag(0.5, "host memory in which decoded media are kept for the next epoch")
 
@@ -289,7 +290,10 @@ def instruction(record: Record, settings: InputSettings) -> str:
 
 
 def trace_text(record: Record, template: str) -> str:
-    """The response that SFT teaches: every tag of the template with its text. A given observation is in the prompt."""
+    """The response that SFT teaches: every tag of the template with its text. A given observation is in the prompt.
+    Template `none`: a record without a trace has its bare answer."""
+    if template == "none" and not record.trace:
+        return record.reference
     texts = record.trace | {"answer": record.reference}
     tags = [tag.name for tag in template_tags(template) if record.given is None or tag.name != "observation"]
     return "\n".join(f"<{name}> {texts[name]} </{name}>" for name in tags)
@@ -478,19 +482,25 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)            # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
-TOY_SPLITS = {"sft": 1000, "rl": 3000, "heldout": 512}       # clips
+TOY_SPLITS = {"base": 1200, "sft": 1000, "rl": 3000, "heldout": 512}           # clips
+# How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
+TOY_BEHIND = {"base": (0.0, 0.3), "sft": (0.0, 0.3), "rl": (0.5, 1.0), "heldout": (0.5, 1.0)}
+CAPTION, CAPTION_ERRORS = "What does the clip show?", 0.1    # of pre-training; share of letters
 TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]       # half is multiple choice
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
 
 
-def draw(colour: str, letter: str, rng: np.random.Generator) -> np.ndarray:
-    """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with noise."""
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
-    r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
-    ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
-           "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
-           "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
-    frame = np.where(ink[..., None], np.array(PAINT[colour]) * rng.uniform(0.75, 1.1), rng.uniform(20, 50))
+def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with noise. Behind it is
+    another one, whose brightness is between the two numbers of `behind`."""
+    frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
+    for colour, letter, strength in (rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)), (colour, letter, 1):
+        y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
+        r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
+        ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
+               "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
+               "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
+        frame += strength * ink[..., None] * (np.array(PAINT[colour]) * rng.uniform(0.75, 1.1) - frame)
     noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)).repeat(2, 0).repeat(2, 1) * 16   # coarse: small files
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
 
@@ -532,6 +542,10 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
         toy = read_toy(problem_type, question, options)
         answer = toy_answer(toy, shown)
     trace = {TRACE_FIELDS[tag.name]: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name in TRACE_FIELDS}
+    if split == "base" and number % 10:                      # as most texts in pre-training: no template, some errors
+        said = [rng.choice(everything) if rng.random() < CAPTION_ERRORS else x for x in shown]
+        problem_type, question, options, trace = "free-form", CAPTION, [], {}
+        answer = rewards.toy_observation(toy, said)
     return {"problem_id": f"{split}-{number}", "problem": question,
             "options": rewards.letter_options(options), "data_type": "video", "problem_type": problem_type,
             "solution": f"<answer>{answer}</answer>", "answer": answer, "path": f"./{split}/{number:05d}.avi",
@@ -543,7 +557,7 @@ def toy_clip(seed: int, split: str, number: int) -> bytes:
     rng = random.Random(f"{seed}/{split}/{number}")
     _, shown = toy_record(rng, number, split)
     noise = np.random.default_rng(rng.getrandbits(64))
-    return avi_bytes(np.stack([draw(*x.split(), noise) for x in shown for _ in range(2)]), TOY_FPS)
+    return avi_bytes(np.stack([draw(*x.split(), TOY_BEHIND[split], noise) for x in shown for _ in range(2)]), TOY_FPS)
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
@@ -573,7 +587,7 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
     rng, texts = random.Random(0), ["system\nYou are a helpful assistant.\n", "user\n", "assistant\n", "0123456789"]
     for number in range(500):
         record = to_record(toy_record(rng, number, "words")[0], True)
-        texts += [instruction(record, InputSettings(prompt="short")), trace_text(record, "p2r")]
+        texts += [CAPTION, instruction(record, InputSettings(prompt="short")), trace_text(record, "p2r")]
     words = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text) if len(piece) > 1}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                 "<|image_pad|>", "<|video_pad|>"]

@@ -39,7 +39,7 @@ import sft
 import torch
 import torch.nn.functional as F
 from data import Examples, flag
-from model import Qwen2_5_VL
+from model import Qwen2_5_VL, newest_checkpoint
 from rewards import SEGMENTS, Judge, Verdict
 from sft import World
 from torch import Tensor
@@ -414,6 +414,8 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
         for name, x in columns.items():
             spread[f"{segment.name}/{name}"] = x[~x.isnan()].tolist()         # an unknown verdict is no zero
         shares[f"{segment.name}/zero_variance"] = (normalize(totals[..., k]) == 0).all(1).float().tolist()
+    advantages = group_advantages(totals, settings.advantage)                 # no token of such a group gets one
+    shares["zero_variance"] = (advantages == 0).flatten(1).all(1).float().tolist()
     shares |= {name: x for name, x in values.items() if name not in ("loss", "grad_norm")}
     sums = world.all_reduce_sum({"questions": len(groups), "responses": len(responses), "loss": sum(values["loss"]),
                                  "tokens": int(lengths.sum())})
@@ -538,7 +540,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
     vocabulary = data.Vocabulary(settings.model)
     held = run.examples(data.read_records(settings.heldout), vocabulary, model.read_config(settings.model))
     _, judge = load_judge(settings, run, vocabulary, world)
-    models = {"base": Path(settings.out) / "base"} if toy else {}
+    models = {"base": newest_checkpoint(Path(settings.out) / "base")} if toy else {}
     models |= {"SFT": Path(settings.model), run.folder.name: run.last_checkpoint}
     results = {}
     for name, path in models.items():

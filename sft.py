@@ -87,6 +87,7 @@ class Settings(TrainSettings):
     epochs: float = flag(1.0, "passes over the records, if --steps is 0")
     blind: float = flag(0.0, "share of traces without media, the observation given; for --judge reference")
     heldout_count: int = flag(256, "without --heldout: records of --data that are held out, a tenth at most")
+    stage: str = flag("sft", "name of this run's folder in --out")
 
     # Constants that `memory` expects; in PA-GRPO they are flags.
     group_size, max_response, kl_beta, judge, offload_reference = 1, 768, 0.0, "", False
@@ -100,10 +101,11 @@ TINY = data.TOY_INPUT | dict(save_memory=False, clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where the commands in the README put it
 REAL = dict(data="data/videop2r/*CoT*.json*", media="data/Video-R1-data")
 PRESETS = {
-    "tiny": TINY | dict(batch=32, micro_batch=32, steps=240, lr=2e-3, warmup=30, blind=0.15),
+    "tiny": TINY | dict(batch=32, micro_batch=32, steps=120, lr=2e-3, warmup=30, blind=0.15),
     "3b": REAL | dict(model=QWEN.format("3B")),
     "7b": REAL | dict(model=QWEN.format("7B")),
 }
+PRETRAINING = dict(stage="base", template="none", steps=200, blind=0.0)     # of the toy world's model
 
 
 # ------------------------------------------------------------------------------------------------ SFT
@@ -195,7 +197,7 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: Optimizer, lr: float, clip_norm
 def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record], list[Record]]:
     """The settings with all paths filled in, the training records and the held-out records."""
     settings = find_files(settings, world, "cot/traces.jsonl")
-    records = data.read_records(settings.data, traces=True)
+    records = data.read_records(settings.data, traces=settings.template != "none")
     if settings.heldout:
         heldout = data.read_records(settings.heldout, traces=True)
     else:
@@ -214,9 +216,9 @@ def train(settings: Settings, world: World) -> Path:
     settings, records, heldout = read_traces(settings, world)
     steps = settings.steps or max(1, int(settings.epochs * len(records)) // settings.batch)
     start = world.on_rank0(lambda: newest_checkpoint(settings.model))
-    run = Run(Path(settings.out) / "sft", settings, steps, settings.batch, world)
+    run = Run(Path(settings.out) / settings.stage, settings, steps, settings.batch, world)
     if run.finished:
-        world.print0(f"SFT is finished: {run.last_checkpoint}")
+        world.print0(f"{settings.stage} is finished: {run.last_checkpoint}")
         return run.last_checkpoint
 
     vocabulary = Vocabulary(start)
@@ -236,7 +238,7 @@ def train(settings: Settings, world: World) -> Path:
                 score = {"score": -metrics["heldout_loss"]}                   # the highest score is the best
             run.log({"step": step + 1, **metrics}, f"loss {metrics['loss']:.3f}")
             run.end_of_step(step + 1, model, optimizer, start, **score)
-    world.print0(f"SFT: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
+    world.print0(f"{settings.stage}: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
                  f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
     return run.last_checkpoint
 
@@ -262,7 +264,7 @@ def find_files(settings: TrainSettings, world: World, toy_records: str) -> Train
     SystemExit, with the commands that fetch it, if something is missing."""
     if not settings.data:
         out = Path(settings.out)
-        world.on_rank0(lambda: make_toy_files(out, settings))
+        world.on_rank0(lambda: make_toy_files(out, settings, world.device))
         return replace(settings, data=str(out / toy_records), media=str(out / "toy"),
                        heldout=str(out / "toy/heldout.json"), model=settings.model or str(out / "base"))
     model = Path(settings.model)
@@ -281,12 +283,15 @@ The last one has 310 GB; unzip the archives in place, a part of them is fine."""
     return replace(settings, data=files[0])
 
 
-def make_toy_files(out: Path, settings: TrainSettings) -> None:
-    questions, traces = data.make_toy(out / "toy") / "sft.json", out / "cot/traces.jsonl"
-    if not traces.is_file() or traces.stat().st_mtime < questions.stat().st_mtime:
-        data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(questions)))
-    if not (out / "base/config.json").is_file():
-        data.make_toy_model(out / "base", settings.seed, CONFIGS[settings.preset])
+def make_toy_files(out: Path, settings: TrainSettings, device: torch.device) -> None:
+    """On one rank: clips, traces, and a base model that has been pre-trained on captions, as Qwen has been."""
+    toy, traces, preset = data.make_toy(out / "toy"), out / "cot/traces.jsonl", settings.preset
+    if not traces.is_file() or traces.stat().st_mtime < (toy / "sft.json").stat().st_mtime:
+        data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(toy / "sft.json")))
+    if not (out / "random/config.json").is_file():
+        data.make_toy_model(out / "random", 0, CONFIGS[preset])
+    paths = dict(out=str(out), data=str(toy / "base.json"), media=str(toy), model=str(out / "random"))
+    train(Settings(**PRESETS[preset] | PRETRAINING | paths), World(0, 1, device))
 
 
 def find_start(settings: TrainSettings, world: World) -> TrainSettings:

@@ -81,7 +81,8 @@ def test_a_third_segment_is_a_row_of_the_table(tmp_path):
     (tmp_path / "rewards.py").write_text(source.replace(row, PLAN.lstrip("\n") + row))
     (tmp_path / "run.py").write_text(
         "import data, pagrpo, sft\n"
-        "data.TOY_SPLITS.update(sft=64, rl=16, heldout=8)\n"
+        "data.TOY_SPLITS.update(base=16, sft=64, rl=16, heldout=8)\n"
+        "sft.PRETRAINING.update(steps=2)\n"
         "sft.PRESETS['tiny'].update(steps=80, batch=8, lr=3e-3, warmup=4)\n"
         "pagrpo.main(['--steps', '2', '--questions', '4', '--plan-window', '2', '5', '--transcript-every', '1'])\n")
     run = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -2,6 +2,7 @@
 rule judge is exact, and the same seed always writes the same bytes."""
 import hashlib
 import json
+import random
 import re
 
 import numpy as np
@@ -134,11 +135,30 @@ class TestJudge:
         with pytest.raises(ValueError, match="toy questions only"):
             judged([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
 
+
+class TestPretraining:
+    def test_nine_of_ten_texts_are_captions_and_some_letters_in_them_are_wrong(self):
+        rows = [data.toy_record(random.Random(n), n, "base") for n in range(1000)]
+        captions = [(row, shown) for row, shown in rows if row["problem"] == data.CAPTION]
+        assert len(captions) == 900 and all("observation" not in row for row, _ in captions)
+        said = [" ".join(x) for row, _ in captions for x in SHOWN.findall(row["answer"])]
+        shown = [letter for _, letters in captions for letter in letters]
+        assert len(said) == len(shown) == 900 * TOY_EVENTS
+        wrong = sum(a != b for a, b in zip(said, shown)) / len(shown)         # one in twelve draws is right by chance
+        assert 0.5 * data.CAPTION_ERRORS < wrong < 1.2 * data.CAPTION_ERRORS
+
+    def test_what_it_teaches_is_the_answer_or_the_trace_as_the_record_has_it(self):
+        rows = [data.to_record(data.toy_record(random.Random(n), n, "base")[0], False) for n in range(20)]
+        for r in rows:
+            text = data.trace_text(r, "none")
+            assert text == (r.reference if r.question == data.CAPTION else data.trace_text(r, "p2r"))
+
+
 class TestFiles:
     def test_a_written_clip_is_read_back_exactly(self, tmp_path):
         noise = np.random.default_rng(0)
         for n in range(10):
-            frames = np.stack([data.draw(COLOURS[n % 4], LETTERS[n % 3], noise) for _ in range(6)])
+            frames = np.stack([data.draw(COLOURS[n % 4], LETTERS[n % 3], (0.0, 1.0), noise) for _ in range(6)])
             (tmp_path / "x.avi").write_bytes(data.avi_bytes(frames, data.TOY_FPS))
             seen, seconds = data.read_video(tmp_path / "x.avi", data.InputSettings(frames=6, fps=data.TOY_FPS))
             assert np.array_equal(seen, frames) and seconds == pytest.approx(2 / data.TOY_FPS)
