@@ -13,6 +13,12 @@ torch.set_num_threads(1)                                     # tiny matrices: th
 import data  # noqa: E402  (found through the line above)
 
 
+def pytest_configure(config):
+    """Plain `pytest` leaves the worked solutions out: they test docs/solutions, not the project (-m solutions)."""
+    config.addinivalue_line("markers", "solutions: the course's worked solutions, applied to a copy and tried")
+    config.option.markexpr = config.option.markexpr or "not solutions"
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """A run that is stopped in a lesson leaves the process as it was."""
