@@ -482,7 +482,7 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)            # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
-TOY_SPLITS = {"base": 1200, "sft": 1000, "rl": 3000, "heldout": 512}           # clips
+TOY_SPLITS = {"base": 2000, "sft": 1000, "rl": 3000, "heldout": 512}           # clips
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
 TOY_BEHIND = {"base": (0.0, 0.3), "sft": (0.0, 0.3), "rl": (0.5, 1.0), "heldout": (0.5, 1.0)}
 CAPTION, CAPTION_ERRORS = "What does the clip show?", 0.1    # of pre-training; share of letters
@@ -542,7 +542,7 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
         toy = read_toy(problem_type, question, options)
         answer = toy_answer(toy, shown)
     trace = {TRACE_FIELDS[tag.name]: tag.toy(toy, shown) for tag in template_tags("p2r") if tag.name in TRACE_FIELDS}
-    if split == "base" and number % 10:                      # as most texts in pre-training: no template, some errors
+    if split == "base" and rng.random() < 0.5:               # a caption, with errors as captions have them
         said = [rng.choice(everything) if rng.random() < CAPTION_ERRORS else x for x in shown]
         problem_type, question, options, trace = "free-form", CAPTION, [], {}
         answer = rewards.toy_observation(toy, said)

@@ -109,7 +109,7 @@ PRESETS = {
     "3b": REAL | dict(model=QWEN.format("3B")),
     "7b": REAL | dict(model=QWEN.format("7B")),
 }
-PRETRAINING = dict(stage="base", template="none", steps=200, blind=0.0)     # of the toy world's model
+PRETRAINING = dict(stage="base", template="none", steps=320, blind=0.8)     # of the toy world's model
 
 
 # ------------------------------------------------------------------------------------------------ SFT
@@ -210,7 +210,7 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
         records, heldout = records[count:], records[:count]
     rng = random.Random(settings.seed)
     for i, r in enumerate(records):
-        if rng.random() < settings.blind:
+        if r.trace and rng.random() < settings.blind:
             records[i] = replace(r, blind=True, given=r.trace["observation"])
     return settings, records, heldout
 
@@ -242,8 +242,9 @@ def train(settings: Settings, world: World) -> Path:
                 score = {"score": -metrics["heldout_loss"]}                   # the highest score is the best
             run.log({"step": step + 1, **metrics}, f"loss {metrics['loss']:.3f}")
             run.end_of_step(step + 1, model, optimizer, start, **score)
-    world.print0(f"{settings.stage}: held-out loss {metrics.get('heldout_loss', math.nan):.3f} over {len(heldout)} records; "
-                 f"{len(examples.skipped)} records skipped. Checkpoint: {run.last_checkpoint}")
+    loss = metrics.get("heldout_loss", math.nan)
+    world.print0(f"{settings.stage}: held-out loss {loss:.3f} over {len(heldout)} records; {len(examples.skipped)} records "
+                 f"skipped. Checkpoint: {run.last_checkpoint}")
     world.print0(world.on_rank0(lambda: report(run.folder)))
     return run.last_checkpoint
 

@@ -100,7 +100,7 @@ def test_a_new_flag_with_its_default_does_not_lock_an_old_run(trained, toy, base
     settings.write_text(json.dumps(old))
     same = sft_flags(tmp_path / "a", toy, base, steps=6, blind=0.0, beta2=0.999)
     sft.main(same)
-    assert "SFT is finished" in capsys.readouterr().out
+    assert "sft is finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--blind was 0.0, is now 0.5"):
         sft.main([*same, "--blind", "0.5"])
 
@@ -113,7 +113,7 @@ def test_changed_code_is_named(trained, toy, base, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sft, "code_hashes", lambda settings: hashes(settings) | {"rewards.py": "edited"})
     sft.main(sft_flags(trained, toy, base, steps=6))
     assert "rewards.py changed since" in (said := capsys.readouterr().out) and "old code's results" in said
-    assert "another --out begins anew" in said and "SFT is finished" in said
+    assert "another --out begins anew" in said and "sft is finished" in said
     sft.main(sft_flags(tmp_path / "cut", toy, base, steps=6))
     assert "rewards.py changed since" in (said := capsys.readouterr().out) and "goes on with the new code" in said
 
