@@ -484,7 +484,7 @@ TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 2
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels, frames a second; two frames for each letter
 TOY_SPLITS = {"base": 2000, "sft": 1000, "rl": 3000, "heldout": 512}           # clips
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
-TOY_BEHIND = {"base": (0.0, 0.3), "sft": (0.0, 0.3), "rl": (0.5, 1.0), "heldout": (0.5, 1.0)}
+TOY_BEHIND = {"base": (0.0, 0.3), "sft": (0.0, 0.3), "rl": (0.7, 1.0), "heldout": (0.7, 1.0)}
 CAPTION, CAPTION_ERRORS = "What does the clip show?", 0.1    # of pre-training; share of letters
 TOY_MIX = [t for other in PROBLEM_TYPES[1:] for t in (PROBLEM_TYPES[0], other)]       # half is multiple choice
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
