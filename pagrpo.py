@@ -79,7 +79,7 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
 
 REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference")
 PRESETS = {
-    "tiny": sft.TINY | dict(questions=16, micro_batch=16, steps=300, lr=1.5e-4, warmup=15, max_response=64,
+    "tiny": sft.TINY | dict(questions=16, micro_batch=16, steps=160, lr=3e-4, warmup=15, max_response=64,
                             perception_window=(8, 16), reasoning_window=(10, 48)),
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),

@@ -31,7 +31,7 @@ def test_help_names_every_setting_with_its_reason_and_presets(module, capsys):
     page = " ".join(capsys.readouterr().out.split())
     for name, setting in module.Settings.__dataclass_fields__.items():
         assert "--" + name.replace("_", "-") in page and " ".join(setting.metadata["help"].split())[:30] in page
-    assert "tiny 0.002" in page if module is sft else "tiny 0.0001" in page
+    assert "tiny 0.002" in page if module is sft else "tiny 0.0003" in page
 
 
 @pytest.mark.parametrize("module, flags, complaint", [
