@@ -1,7 +1,9 @@
 """Curves of a healthy run and of four broken ones, for docs/course.md.
 
-    python tests/curves.py run [--steps N]    the five runs, one after another; the same command goes on after a stop
-    python tests/curves.py draw               draws what docs/results/curves holds: NAME.jsonl → NAME.svg
+    python tests/curves.py run      three broken runs, one after another; the same command goes on after a stop
+    python tests/curves.py draw     docs/results/curves/NAME.jsonl → NAME.svg
+
+The healthy run and the one with a high learning rate are rows of tests/miniature.py, which writes their metrics.
 """
 import argparse
 import json
@@ -15,23 +17,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import pagrpo  # noqa: E402  (found through the line above)
 
-TOY, WORK, RESULTS, EVERY = ROOT / "runs/tiny", ROOT / "runs/curves", ROOT / "docs/results/curves", 5
+WORK, RESULTS, EVERY = ROOT / "runs/curves", ROOT / "docs/results/curves", 5
 TINY = pagrpo.PRESETS["tiny"]
 ACCURACY = ["perception/accuracy", "reasoning/accuracy"]
-RUNS = {  # name → flags beside those of all runs; what is drawn
-    "healthy": ([], [*ACCURACY, "loss"]),
-    "high-learning-rate": (["--lr", str(10 * TINY["lr"])], [*ACCURACY, "kl"]),
-    "no-kl": (["--kl-beta", "1e-9"], [*ACCURACY, "kl"]),     # not 0: without a reference the KL could not be measured
-    "gamed-judge": (["--judge", "relevance"], ["perception/accuracy", "perception/sufficient", "reasoning/accuracy"]),
-    "low-length-cap": (["--max-response", str(TINY["max_response"] // 2)], ["truncated", *ACCURACY[::-1]]),
+MINIATURE = {"healthy": "metrics-default.jsonl", "high-learning-rate": "metrics-lr-x10.jsonl"}
+RUNS = {  # name → flags beside those of all runs
+    "no-kl": ["--kl-beta", "1e-9"],                          # not 0: without a reference the KL could not be measured
+    "gamed-judge": ["--judge", "relevance"],
+    "low-length-cap": ["--max-response", str(TINY["max_response"] // 2)],
 }
-KEPT = sorted({metric for _, drawn in RUNS.values() for metric in drawn} | {"step", "entropy", "reasoning/tokens"})
+DRAWN = {
+    "healthy": [*ACCURACY, "loss"],
+    "high-learning-rate": [*ACCURACY, "kl"],
+    "no-kl": [*ACCURACY, "kl"],
+    "gamed-judge": ["perception/accuracy", "perception/sufficient", "reasoning/accuracy"],
+    "low-length-cap": ["truncated", *ACCURACY[::-1]],
+}
+KEPT = sorted({"step", "entropy", "reasoning/tokens"}.union(*DRAWN.values()))
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
-def run(steps: int) -> None:
-    subprocess.run([sys.executable, "sft.py"], cwd=ROOT, check=True)
-    for name, (flags, _) in RUNS.items():
+def run(start: Path) -> None:
+    """start: a folder with clips and a finished SFT, as `python sft.py` leaves it."""
+    for name, flags in RUNS.items():
         with tempfile.TemporaryDirectory() as code:          # of this run: one of them needs a bad judge
             for file in ROOT.glob("*.py"):
                 shutil.copy(file, code)
@@ -39,11 +47,18 @@ def run(steps: int) -> None:
             if name == "gamed-judge":
                 subprocess.run(["git", "apply", ROOT / "docs/solutions/gameable-judge.diff"], cwd=code, check=True)
             subprocess.run([sys.executable, "pagrpo.py", "--preset", "tiny", "--out", WORK / name, "--model",
-                            TOY / "sft", "--data", TOY / "toy/rl.json", "--media", TOY / "toy", "--steps",
-                            str(steps), *flags], cwd=code, check=True)
-        rows = [json.loads(row) for row in (WORK / name / "pagrpo/metrics.jsonl").read_text().splitlines()]
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(rows)))
+                            start / "sft", "--data", start / "toy/rl.json", "--media", start / "toy", *flags],
+                           cwd=code, check=True)
+        keep(name, WORK / name / "pagrpo/metrics.jsonl")
+    for name, file in MINIATURE.items():
+        keep(name, RESULTS.parent / file)
+
+
+def keep(name: str, log: Path) -> None:
+    """Writes the thinned metrics of a run beside the others."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(row) for row in log.read_text().splitlines()]
+    (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(rows)))
 
 
 def thin(rows: list[dict]) -> list[dict]:
@@ -72,8 +87,8 @@ def panel(x: int, name: str, curves: list[tuple[str, list[dict]]]) -> str:
 
 
 def draw() -> None:
-    runs = {name: [json.loads(row) for row in (RESULTS / f"{name}.jsonl").read_text().splitlines()] for name in RUNS}
-    for name, (_, metrics) in RUNS.items():
+    runs = {name: [json.loads(row) for row in (RESULTS / f"{name}.jsonl").read_text().splitlines()] for name in DRAWN}
+    for name, metrics in DRAWN.items():
         curves = [(BLUE, runs["healthy"])] + ([(ORANGE, runs[name])] if name != "healthy" else [])
         title = f'<text x="15" y="28" fill="{BLUE}">healthy{", dashed" * (len(curves) > 1)}</text>' + (
             f'<text x="185" y="28" fill="{ORANGE}" font-weight="bold">{name}</text>' if len(curves) > 1 else "")
@@ -87,6 +102,6 @@ def draw() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "draw"])
-    parser.add_argument("--steps", type=int, default=150, help="steps of each run (150); the rest is the tiny preset")
+    parser.add_argument("--start", type=Path, default=ROOT / "runs/tiny", help="folder of a finished sft.py [runs/tiny]")
     args = parser.parse_args()
-    run(args.steps) if args.what == "run" else draw()
+    run(args.start.resolve()) if args.what == "run" else draw()

@@ -1,0 +1,66 @@
+"""Promise: what the documents say is so. Their commands can be given, their links lead somewhere, and the README's
+figures are those in docs/results."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import data
+import eval as evaluation
+import pagrpo
+import sft
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = re.compile(r"(?:python|torchrun)((?: --[\w-]+=\S+)*) ((?:tests/)?\w+\.py)([^`#|&\n]*)")
+COLUMNS = ("perception, greedy", "answer, greedy", "perception, sampled", "answer, sampled")
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(script, its words) of every command in a document."""
+    found = set()
+    for document in DOCUMENTS:
+        for _, script, rest in COMMAND.findall(document.read_text().replace("\\\n", " ")):
+            found.add((script, tuple(shlex.split(rest))))
+    return [(script, list(words)) for script, words in sorted(found)]
+
+
+@pytest.mark.parametrize("script, words", commands(), ids=" ".join)
+def test_a_command_can_be_given(script, words, capsys):
+    """Settings are read by the scripts' own parsers. Of the others, every flag has to be known."""
+    if "--help" in words or not words:
+        return
+    if script in ("sft.py", "pagrpo.py"):
+        module = sft if script == "sft.py" else pagrpo
+        sft.parse_flags(module.Settings, module.PRESETS, words, "")
+    elif script == "eval.py":
+        evaluation.parse_args(words)
+    elif script == "data.py":
+        with pytest.raises(SystemExit):
+            data.main([words[0], "--help"])
+        page = capsys.readouterr().out
+        assert all(word in page for word in words if word.startswith("--"))
+    else:
+        source = (ROOT / script).read_text()
+        assert all(f'"{word}"' in source for word in words if re.match("--|[a-z]+$", word))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_link_to_a_file_leads_somewhere(document):
+    for link in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+        assert link.startswith("https://") or link.startswith("http://") or (document.parent / link).exists(), link
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    rows = json.loads((ROOT / "docs/results/miniature.json").read_text())["rows"]
+    wanted = {row["title"]: row for row in rows.values()}
+    checked = 0
+    for line in (ROOT / "README.md").read_text().splitlines():
+        title, *cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        if line.startswith("|") and title in wanted:
+            row = wanted[title]
+            assert cells == [f"{row[name]['value']:.1f}" if name in row else "–" for name in COLUMNS], title
+            checked += 1
+    assert checked >= 5
