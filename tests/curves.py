@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import pagrpo  # noqa: E402  (found through the line above)
 
-WORK, RESULTS, EVERY = ROOT / "runs/curves", ROOT / "docs/results/curves", 5
+WORK, RESULTS = ROOT / "runs/curves", ROOT / "docs/results/curves"
+STEPS, EVERY = 100, 5                                        # of a broken run; steps behind one point
 TINY = pagrpo.PRESETS["tiny"]
 ACCURACY = ["perception/accuracy", "reasoning/accuracy"]
 MINIATURE = {"healthy": "metrics-default.jsonl", "high-learning-rate": "metrics-lr-x10.jsonl"}
@@ -47,8 +48,8 @@ def run(start: Path) -> None:
             if name == "gamed-judge":
                 subprocess.run(["git", "apply", ROOT / "docs/solutions/gameable-judge.diff"], cwd=code, check=True)
             subprocess.run([sys.executable, "pagrpo.py", "--preset", "tiny", "--out", WORK / name, "--model",
-                            start / "sft", "--data", start / "toy/rl.json", "--media", start / "toy", *flags],
-                           cwd=code, check=True)
+                            start / "sft", "--data", start / "toy/rl.json", "--media", start / "toy", "--steps",
+                            str(STEPS), *flags], cwd=code, check=True)
         keep(name, WORK / name / "pagrpo/metrics.jsonl")
     for name, file in MINIATURE.items():
         keep(name, RESULTS.parent / file)
