@@ -494,7 +494,8 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with noise. Behind it is
     another one, whose brightness is between the two numbers of `behind`."""
     frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
-    for colour, letter, strength in (rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)), (colour, letter, 1):
+    other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
+    for colour, letter, strength in (other, (colour, letter, 1)):
         y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
         r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
         ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
@@ -1000,7 +1001,7 @@ def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[
 def write_atomically(file: Path, text: str) -> None:
     """After a kill the old text or the whole new one is there."""
     aside = file.with_name(file.name + ".writing")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)
 
 

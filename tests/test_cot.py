@@ -289,7 +289,8 @@ def test_a_checkpoint_teaches_and_the_reference_judges(toy, started, tmp_path):
     rows = lines(tmp_path / "cot" / "1-generated.jsonl")
     assert len(rows) == 40 and sum(row["output"].startswith("<observation>") for row in rows) > 20
     for row in lines(tmp_path / "cot" / "3-judged.jsonl"):
-        assert row["explanation"].startswith(("answering blind: ", "a bare answer")) and row["sufficient"] in (True, False)
+        assert row["explanation"].startswith(("answering blind: ", "a bare answer"))
+        assert row["sufficient"] in (True, False)
     assert cot(replace(s, out=str(tmp_path / "again"), batch=16)).read_bytes() == first, "greedy, whatever the batch"
 
 

@@ -74,7 +74,7 @@ def garble(file: Path) -> None:
 
 DAMAGE = {
     "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 999_999), "model.safetensors differs in size"),
-    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors differs in size"),
+    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors differs"),
     "a header": (lambda f: garble(f / "model.safetensors"), "model.safetensors is damaged"),
     "emptied": (lambda f: os.truncate(f / "config.json", 0), "config.json differs in size"),
     "a file lost": (lambda f: (f / "tokenizer.json").unlink(), "No such file .*tokenizer.json"),
