@@ -39,7 +39,8 @@ GLYPHS = ("C", "E", "A", "F")                                # options that are 
     ("I. There is not enough evidence", TEN, "I"),
     # 2. the last "answer is X", or "X is the best"
     ("The correct answer is (C).", CATS, "C"), ("Final answer: **C**", CATS, "C"),
-    ("The answer is B, I think", CATS, "B"), ("The answer is B. Wait, the answer is C.", CATS, "C"), ("The answer is a dog.", CATS, "B"),
+    ("The answer is B, I think", CATS, "B"), ("The answer is B. Wait, the answer is C.", CATS, "C"),
+    ("The answer is a dog.", CATS, "B"),
     ("answer: b", CATS, "B"),
     ("The answer is A because it purrs.", CATS, "A"), ("So the answer should be option D.", SEEN, "D"),
     ("Based on the video, the correct answer is:\n\nC. a green cone", SEEN, "C"), ("Answer: (A) C", GLYPHS, "A"),
