@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
-                   save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, init_weights, load_model, mrope_positions,
+                   newest_checkpoint, read_config, save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image
@@ -693,8 +693,7 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
     """Vocabulary, model and device of the newest checkpoint in a folder."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model = load_model(path, torch.bfloat16 if bf16 else torch.float32, device)
+    model = load_model(path, compute_dtype(torch.device(device), read_config(path)), device)
     return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
