@@ -85,7 +85,7 @@ class TrainSettings(InputSettings):
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    model: str = flag("", "checkpoint folder to start from (toy: a random tiny model, made when missing)")
+    model: str = flag("", "checkpoint folder to start from (toy: a tiny model, pre-trained when missing)")
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs makes")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps is 0")
@@ -604,10 +604,10 @@ def report(folder: Path) -> str:
 def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
     """Writes report.html into a run's folder: assets/report.html with what the run left on disk, and another run's
     curves laid over its own. Fewer steps are shown until the page is small. ValueError if there is no run."""
-    runs, file = [collect_run(Path(f)) for f in (folder, other) if f], Path(folder) / "report.html"
+    second, file = [collect(Path(other), 0, 0)] if other else [], Path(folder) / "report.html"
     for steps, responses in ((24, 16), (12, 16), (6, 8), (2, 4), (0, 0)):
-        runs[0] |= collect_responses(Path(folder), runs[0]["settings"], steps, responses)
-        text = json.dumps(runs).replace("<", "\\u003c")      # no response can close the script element it is in
+        runs = [collect(Path(folder), steps, responses), *second]
+        text = json.dumps(runs).replace("<", "\\u003c")     # no response can close the script element it is in
         if len(text) < 4_500_000:
             break
     page = Path(__file__).with_name("assets") / "report.html"
@@ -615,36 +615,32 @@ def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
     return file
 
 
-def collect_run(folder: Path) -> dict:
-    """Metrics, configuration, held-out table and data funnel of a run. What there is none of is empty."""
-    settings, rows, funnel = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
+def collect(folder: Path, steps: int, responses: int) -> dict:
+    """Configuration, metrics, held-out table and data funnel of a run; recorded responses of at most so many steps, so
+    many of each, and small pictures of their clips, by path. What there is none of is empty."""
+    settings, rows, clips = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
     if not (settings and rows):
         raise ValueError(f"{folder} holds no run: give the folder of a stage, such as runs/tiny/pagrpo")
+    run = {"name": folder.as_posix(), "settings": settings, "segments": [s.name for s in SEGMENTS], "clips": clips,
+           "metrics": thin(rows, 500) + [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()],
+           "state": read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json"), "funnel": {},
+           "results": read_json(folder / "results.json")}
     for place in (folder.parent / "cot", Path(settings["data"]).parent):
         if (place / "dropped.jsonl").is_file():
             reasons = Counter(row["reason"] for row in read_jsonl(place / "dropped.jsonl")[0])
             kept = (place / "traces.jsonl").read_bytes().count(b"\n")
-            funnel = {"steps": data.STEPS, "kept": kept, "dropped": reasons, "dropped_at": data.DROPPED}
-    metrics = thin(rows, 500) + [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()]
-    return {"name": folder.as_posix(), "settings": settings, "segments": [s.name for s in SEGMENTS], "metrics": metrics,
-            "state": read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json"), "funnel": funnel,
-            "results": read_json(folder / "results.json")}
-
-
-def collect_responses(folder: Path, settings: dict, steps: int, responses: int) -> dict:
-    """Recorded responses of at most so many steps, so many of each; and small pictures of their clips, by path."""
-    found, clips = {}, {}
+            run["funnel"] = {"steps": data.STEPS, "kept": kept, "dropped": reasons, "dropped_at": data.DROPPED}
     for name in LOGS[1:]:
         groups = {}
         for row in read_jsonl(folder / name)[0]:
             groups.setdefault(row["step"], []).append(row)
-        found[name] = {"steps": len(groups), "groups": [thin(g, responses) for g in thin([*groups.values()], steps)]}
-        for row, *_ in found[name]["groups"]:
+        run[name] = {"steps": len(groups), "groups": [thin(g, responses) for g in thin([*groups.values()], steps)]}
+        for row, *_ in run[name]["groups"]:
             with suppress(data.MediaError):                  # the media may be elsewhere now
                 frames, *_ = data.read_media(argparse.Namespace(**row), Path(settings["media"]),
                                              argparse.Namespace(**settings))
                 clips[row["path"]] = [data.picture(f) for f in thin([*data.resize(frames, 0, 128 ** 2)], 8)]
-    return found | {"clips": clips}
+    return run
 
 
 def thin(rows: list, most: int) -> list:
