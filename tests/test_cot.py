@@ -108,7 +108,7 @@ def test_sft_reads_the_result(toy, base, tmp_path, capsys):
     kept = cot(settings(toy, tmp_path))
     sft.main(["--preset", "tiny", "--out", str(tmp_path / "run"), "--model", str(base), "--data", str(kept), "--media",
               str(toy), "--steps", "1", "--batch", "4"])
-    assert "SFT: held-out loss" in capsys.readouterr().out
+    assert "sft: held-out loss" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ it survives
@@ -234,15 +234,6 @@ def test_other_settings_need_another_folder(toy, tmp_path):
     cot(settings(toy, tmp_path))
     with pytest.raises(SystemExit, match="--perception-mistakes was 0.1, is now 0.5"):
         cot(settings(toy, tmp_path, perception_mistakes=0.5))
-
-
-def test_a_setting_that_did_not_exist_yet_counts_as_its_default(toy, tmp_path):
-    kept = cot(settings(toy, tmp_path)).read_bytes()
-    old = json.loads((tmp_path / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps({k: v for k, v in old.items() if k != "luck"}))
-    with pytest.raises(SystemExit, match="--luck was 0.5, is now 0.25"):
-        cot(settings(toy, tmp_path, luck=0.25))
-    assert cot(settings(toy, tmp_path)).read_bytes() == kept
 
 
 def test_what_was_never_begun_may_change(toy, tmp_path):
