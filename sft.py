@@ -607,7 +607,8 @@ def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
     second, file = [collect(Path(other), 0, 0)] if other else [], Path(folder) / "report.html"
     for steps, responses in ((24, 16), (12, 16), (6, 8), (2, 4), (0, 0)):
         runs = [collect(Path(folder), steps, responses), *second]
-        text = json.dumps(runs).replace("<", "\\u003c")     # no response can close the script element it is in
+        text = json.dumps(json.loads(json.dumps(runs), parse_constant=str))   # JSON knows no inf, as in --clip-norm inf
+        text = text.replace("<", "\\u003c")                  # no response can close the script element it is in
         if len(text) < 4_500_000:
             break
     page = Path(__file__).with_name("assets") / "report.html"
