@@ -433,9 +433,8 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
 
 def think_differs(r: Response) -> float | None:
     """Is the answer another option than the one that the reasoning ends on? None where one of them names no option."""
-    said, options = r.parsed.contents, r.example.record.options
-    if r.example.record.problem_type != "multiple choice":
-        return None
+    said, record = r.parsed.contents, r.example.record
+    options = record.options if record.problem_type == "multiple choice" else ()
     thought, answered = rewards.ends_on(said.get("think") or "", options), rewards.choice(said["answer"] or "", options)
     return float(thought != answered) if thought and answered else None
 
@@ -612,22 +611,17 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
 
 # ------------------------------------------------------------------------------------------------ from flags to a table
 
-def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
-    """Finds the files (in the toy world it makes them, SFT included) and the state of the run. SystemExit if not."""
-    settings = sft.find_start(settings, world)
-    records = [data.read_records(file) for file in (settings.data, settings.heldout) if file]   # damage is told at once
-    if settings.judge == "rule" and not data.is_toy(records[0]):
+def run_stage(settings: Settings, world: World) -> None:
+    """Finds the files (in the toy world it makes them, SFT included), runs or continues PA-GRPO, then evaluates where
+    there are held-out records. SystemExit if it cannot start."""
+    toy, settings = not settings.data, sft.find_start(settings, world)
+    are_toy = [data.is_toy(data.read_records(file)) for file in (settings.data, settings.heldout) if file]
+    if settings.judge == "rule" and not are_toy[0]:          # a damaged file has been named by now
         raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
-    return settings, sft.Run(folder, settings, settings.steps, settings.questions, world)
-
-
-def run_stage(settings: Settings, world: World) -> None:
-    """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
-    toy = not settings.data
-    settings, run = open_run(settings, world)
+    run = sft.Run(folder, settings, settings.steps, settings.questions, world)
     if run.finished and (results := world.on_rank0(lambda: sft.read_json(run.folder / "results.json"))):
         return world.print0(f"{run.folder} is finished:\n{results_table(results)}")
     if not run.finished:
