@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions, newest_checkpoint,
-                   save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, init_weights, load_model, mrope_positions,
+                   newest_checkpoint, read_config, save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image
@@ -494,7 +494,8 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with noise. Behind it is
     another one, whose brightness is between the two numbers of `behind`."""
     frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
-    for colour, letter, strength in (rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)), (colour, letter, 1):
+    other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
+    for colour, letter, strength in (other, (colour, letter, 1)):
         y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
         r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
         ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
@@ -692,8 +693,7 @@ def load_local(folder: str) -> tuple[Vocabulary, Qwen2_5_VL, str]:
     """Vocabulary, model and device of the newest checkpoint in a folder."""
     path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     vocabulary = Vocabulary(path)
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model = load_model(path, torch.bfloat16 if bf16 else torch.float32, device)
+    model = load_model(path, compute_dtype(torch.device(device), read_config(path)), device)
     return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
@@ -1000,7 +1000,7 @@ def check_settings(folder: Path, settings: dict, defaults: dict, free: Sequence[
 def write_atomically(file: Path, text: str) -> None:
     """After a kill the old text or the whole new one is there."""
     aside = file.with_name(file.name + ".writing")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)
 
 

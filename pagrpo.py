@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, make_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -59,8 +60,8 @@ class Settings(Windows, sft.TrainSettings, data.JudgeSettings):
     max_response: int = flag(768, "tokens after which a response is cut off")
     temperature: float = flag(1.0, "of the softmax, in sampling and in log-probabilities")
     advantage: str = flag("pa", "pa: each segment its own; grpo: A_R on all tokens; joint: that of R_P + R_R; gdpo: "
-                          "A_P + A_R (GDPO without its normalization over the batch)", ["pa", "gdpo", "grpo", "joint"])
-    token_mean: str = flag("response", "the mean over the tokens of a response, or the sum of the means of its segments "
+                          "A_P + A_R (GDPO without normalization over the batch)", ["pa", "gdpo", "grpo", "joint"])
+    token_mean: str = flag("response", "the mean over the tokens of a response, or the sum of those of its segments "
                            "(the KL term then counts once per segment)", ["response", "segment"])
     reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward is --advantage grpo",
                            ["none", *(s.name for s in SEGMENTS), "length"])
@@ -432,9 +433,8 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, va
 
 def think_differs(r: Response) -> float | None:
     """Is the answer another option than the one that the reasoning ends on? None where one of them names no option."""
-    said, options = r.parsed.contents, r.example.record.options
-    if r.example.record.problem_type != "multiple choice":
-        return None
+    said, record = r.parsed.contents, r.example.record
+    options = record.options if record.problem_type == "multiple choice" else ()
     thought, answered = rewards.ends_on(said.get("think") or "", options), rewards.choice(said["answer"] or "", options)
     return float(thought != answered) if thought and answered else None
 
@@ -508,11 +508,11 @@ def record(step: int, policy: Qwen2_5_VL, batches: list[MicroBatch], groups: lis
     the same for the whole run. All ranks run the same passes, rank 0 writes. parts (B, G, K, 3)"""
     s = run.settings
     after = [policy.logprobs(*batch.inputs)[0] for batch in batches[:1]]      # by the updated weights, (B, G, T)
-    same = next(filter(None, map(questions.__getitem__, range(min(20, len(questions))))), None)       # a readable one
-    same = [same] if same and run.world.first else []
+    readable = filter(None, map(questions.__getitem__, range(min(20, len(questions)))))
+    same = [*islice(readable, 1)] if run.world.first else []
     answers = rollout(policy, same, questions.vocabulary, s, "the same question", 4, s.temperature)
-    opinions = [Verdict(None, "not judged")] * 4             # the run's judge may cost money
-    if data.is_toy([example.record for example in same]):
+    opinions = [Verdict(None, "not judged")] * 4 * len(answers)               # the run's judge may cost money
+    if data.is_toy(example.record for example in same):
         opinions = start_judging(Judge(rewards.rule_judge), answers)()
     for r, verdict, part in zip(sum(answers, []), opinions, reward_tensor(answers, opinions, s).flatten(0, 1)):
         run.append("question.jsonl", response_row(step, r, verdict, part, questions))
@@ -526,11 +526,10 @@ def record(step: int, policy: Qwen2_5_VL, batches: list[MicroBatch], groups: lis
     zeros = torch.zeros_like(received)                       # there is no value network, and perhaps no reference
     columns = {"logprobs_after": after[0], "ref_logprobs": zeros if batch.reference is None else batch.reference,
                "weights": batch.weights, "token_rewards": received, "values": zeros}
-    for g, r in enumerate(groups[b]):
-        row = response_row(step, r, verdicts[b * s.group_size + g], parts[b, g], questions)
-        row |= {name: rounded(x[b, g, :len(r.tokens)]) for name, x in columns.items()}
-        row |= {"advantages": {mode: rounded(x[b, g]) for mode, x in credit.items()}, "totals": rounded(totals[b, g])}
-        run.append("rollouts.jsonl", row | {"reward": rounded(totals[b, g].nansum())})
+    for g, (r, verdict) in enumerate(zip(groups[b], verdicts[b * s.group_size:])):
+        run.append("rollouts.jsonl", response_row(step, r, verdict, parts[b, g], questions) | {
+            "advantages": {mode: x[b, g] for mode, x in credit.items()}, "totals": totals[b, g],
+            "reward": totals[b, g].nansum(), **{name: x[b, g, :len(r.tokens)] for name, x in columns.items()}})
     tqdm.write(f"Before step {step}, one of {s.group_size} responses:\n" + transcript(
         groups[b][0], verdicts[b * s.group_size], parts[b, 0], credit[s.advantage][b, 0]))
 
@@ -540,16 +539,8 @@ def response_row(step: int, r: Response, verdict: Verdict, parts: Tensor, questi
     return asdict(r.example.record) | {
         "step": step, "prompt": data.instruction(r.example.record, questions.settings), "response": r.text,
         "response_tokens": [questions.vocabulary.bytes[i].decode(errors="replace") for i in r.tokens],
-        "segments": r.segments, "logprobs": rounded(r.logprobs), "finished": r.finished, "parts": rounded(parts),
+        "segments": r.segments, "logprobs": r.logprobs, "finished": r.finished, "parts": parts,
         "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation}
-
-
-def rounded(x: Tensor | list | float) -> list | float | None:
-    """A tensor as lists of numbers with five digits, for JSON; NaN becomes null."""
-    x = x.tolist() if isinstance(x, Tensor) else x
-    if isinstance(x, list):
-        return [rounded(part) for part in x]
-    return None if math.isnan(x) else float(f"{x:.5g}")
 
 
 # ------------------------------------------------------------------------------------------------ held-out table
@@ -576,8 +567,8 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, stop: Callable[[s
                 rows.append([*(accuracy for accuracy, _, _ in before), answer > 1 - 1e-9, all(r.parsed.formats)])
     columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
     rows = sum(world.gather(rows), [])
-    for name, values in zip(columns, zip(*rows)):
-        known = [float(value) for value in values if not math.isnan(value)]
+    for i, name in enumerate(columns):
+        known = [float(row[i]) for row in rows if not math.isnan(row[i])]
         low, high = wilson(sum(known) / max(1, len(known)), max(1, len(known)))
         result[name] = {"value": 100 * sum(known) / max(1, len(known)), "low": 100 * low, "high": 100 * high,
                         "n": len(known)}
@@ -620,22 +611,17 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
 
 # ------------------------------------------------------------------------------------------------ from flags to a table
 
-def open_run(settings: Settings, world: World) -> tuple[Settings, sft.Run]:
-    """Finds the files (in the toy world it makes them, SFT included) and the state of the run. SystemExit if not."""
-    settings = sft.find_start(settings, world)
-    records = [data.read_records(file) for file in (settings.data, settings.heldout) if file]   # damage is told at once
-    if settings.judge == "rule" and not data.is_toy(records[0]):
+def run_stage(settings: Settings, world: World) -> None:
+    """Finds the files (in the toy world it makes them, SFT included), runs or continues PA-GRPO, then evaluates where
+    there are held-out records. SystemExit if it cannot start."""
+    toy, settings = not settings.data, sft.find_start(settings, world)
+    are_toy = [data.is_toy(data.read_records(file)) for file in (settings.data, settings.heldout) if file]
+    if settings.judge == "rule" and not are_toy[0]:          # a damaged file has been named by now
         raise SystemExit("--judge rule knows toy questions only: choose reference, a folder or an http address")
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
-    return settings, sft.Run(folder, settings, settings.steps, settings.questions, world)
-
-
-def run_stage(settings: Settings, world: World) -> None:
-    """Runs or continues PA-GRPO, then evaluates where there are held-out records."""
-    toy = not settings.data
-    settings, run = open_run(settings, world)
+    run = sft.Run(folder, settings, settings.steps, settings.questions, world)
     if run.finished and (results := world.on_rank0(lambda: sft.read_json(run.folder / "results.json"))):
         return world.print0(f"{run.folder} is finished:\n{results_table(results)}")
     if not run.finished:

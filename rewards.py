@@ -315,7 +315,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judge:
-    """Returns a verdict for each claim of a batch; `decide` judges a batch. All judges read cleaned observations and are
+    """Returns a verdict for each claim of a batch; `decide` judges one. All judges read cleaned observations and are
     asked equal claims once. An empty observation or a bare answer is a No without asking."""
     decide: Callable[[list[Claim]], list[Verdict]]
     refuse_leaks: bool = True

@@ -56,7 +56,7 @@ from rewards import SEGMENTS, read_jsonl
 @dataclass(frozen=True)
 class TrainSettings(InputSettings):
     """What SFT and PA-GRPO have in common."""
-    preset: str = flag("", "a set of settings that flags override; default: 7b on several GPUs, else tiny", list(CONFIGS))
+    preset: str = flag("", "settings that flags override; default: 7b on several GPUs, else tiny", list(CONFIGS))
     out: str = flag("", "folder of the run, default runs/PRESET; each stage has its own folder in it")
     data: str = flag("", "record file to train on (toy: made when missing)")
     media: str = flag("", "folder to which the records' paths are relative")
@@ -85,7 +85,7 @@ class TrainSettings(InputSettings):
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    model: str = flag("", "checkpoint folder to start from (toy: a random tiny model, made when missing)")
+    model: str = flag("", "checkpoint folder to start from (toy: a tiny model, pre-trained when missing)")
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs makes")
     batch: int = flag(16, "traces in one optimizer step, over all ranks")
     epochs: float = flag(1.0, "passes over the records, if --steps is 0")
@@ -201,10 +201,9 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: Optimizer, lr: float, clip_norm
 def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record], list[Record]]:
     """The settings with all paths filled in, the training records and the held-out records."""
     settings = find_files(settings, world, "cot/traces.jsonl")
-    records = data.read_records(settings.data, traces=settings.template != "none")
-    if settings.heldout:
-        heldout = data.read_records(settings.heldout, traces=True)
-    else:
+    traces = settings.template != "none"
+    records, heldout = (data.read_records(file, traces) if file else [] for file in (settings.data, settings.heldout))
+    if not heldout:
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         records, heldout = records[count:], records[:count]
@@ -243,8 +242,8 @@ def train(settings: Settings, world: World) -> Path:
             run.log({"step": step + 1, **metrics}, f"loss {metrics['loss']:.3f}")
             run.end_of_step(step + 1, model, optimizer, start, **score)
     loss = metrics.get("heldout_loss", math.nan)
-    world.print0(f"{settings.stage}: held-out loss {loss:.3f} over {len(heldout)} records; {len(examples.skipped)} records "
-                 f"skipped. Checkpoint: {run.last_checkpoint}")
+    world.print0(f"{settings.stage}: held-out loss {loss:.3f} over {len(heldout)} records; {len(examples.skipped)} "
+                 f"records skipped. Checkpoint: {run.last_checkpoint}")
     world.print0(world.on_rank0(lambda: report(run.folder)))
     return run.last_checkpoint
 
@@ -266,11 +265,13 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, descr
 
 
 def find_files(settings: TrainSettings, world: World, toy_records: str) -> TrainSettings:
-    """The settings with all paths filled in. Without --data this makes the toy world, its traces and a random model.
-    SystemExit, with the commands that fetch it, if something is missing."""
+    """The settings with all paths filled in. Without --data this makes the toy world, its traces, and a base model that
+    is pre-trained on captions, as Qwen is. SystemExit, with the commands that fetch it, if something is missing."""
     if not settings.data:
         out = Path(settings.out)
-        world.on_rank0(lambda: make_toy_files(out, settings, world.device))
+        world.on_rank0(lambda: make_toy_files(out, settings.preset))
+        paths = dict(out=str(out), data=str(out / "toy/base.json"), media=str(out / "toy"), model=str(out / "random"))
+        train(Settings(**PRESETS[settings.preset] | PRETRAINING | paths), world)
         return replace(settings, data=str(out / toy_records), media=str(out / "toy"),
                        heldout=str(out / "toy/heldout.json"), model=settings.model or str(out / "base"))
     model = Path(settings.model)
@@ -289,15 +290,12 @@ The last one has 310 GB; unzip the archives in place, a part of them is fine."""
     return replace(settings, data=files[0])
 
 
-def make_toy_files(out: Path, settings: TrainSettings, device: torch.device) -> None:
-    """On one rank: clips, traces, and a base model that has been pre-trained on captions, as Qwen has been."""
-    toy, traces, preset = data.make_toy(out / "toy"), out / "cot/traces.jsonl", settings.preset
-    if not traces.is_file() or traces.stat().st_mtime < (toy / "sft.json").stat().st_mtime:
-        data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(toy / "sft.json")))
+def make_toy_files(out: Path, preset: str) -> None:
+    questions, traces = data.make_toy(out / "toy") / "sft.json", out / "cot/traces.jsonl"
+    if not traces.is_file() or traces.stat().st_mtime < questions.stat().st_mtime:
+        data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(questions)))
     if not (out / "random/config.json").is_file():
         data.make_toy_model(out / "random", 0, CONFIGS[preset])
-    paths = dict(out=str(out), data=str(toy / "base.json"), media=str(toy), model=str(out / "random"))
-    train(Settings(**PRESETS[preset] | PRETRAINING | paths), World(0, 1, device))
 
 
 def find_start(settings: TrainSettings, world: World) -> TrainSettings:
@@ -464,8 +462,8 @@ class Run:
         after a step, and adds to an error how the run continues."""
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
             for log in map(self.folder.joinpath, LOGS if self.world.first else ()):
-                if rows := read_jsonl(log)[0]:
-                    data.write_rows(log, [row for row in rows if row.get("step", 0) <= self.step])
+                if log.is_file():                            # its last line may be cut short by a kill
+                    data.write_rows(log, [row for row in read_jsonl(log)[0] if row.get("step", 0) <= self.step])
             handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield
@@ -509,9 +507,9 @@ class Run:
                              f"{row['step']}: try a lower --lr in another --out.")
 
     def append(self, name: str, row: dict) -> None:
-        """Adds a line to one of LOGS; `guard` removes those of steps after the last checkpoint."""
+        """Adds a line to one of LOGS; `guard` removes those after the last checkpoint. Tensors become lists."""
         with (self.folder / name).open("a") as file:
-            print(json.dumps(row), file=file)
+            print(json.dumps(row, default=lambda x: rounded(x.tolist())), file=file)
 
     def end_of_step(self, done: int, model: Qwen2_5_VL, optimizer: Optimizer, source: Path, **state) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal. `state` goes into
@@ -569,15 +567,6 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)}
 
 
-def made_by() -> dict[str, str]:
-    """The command, the versions it runs on, and the git commit, "" if there is none."""
-    root, ranks = Path(__file__).parent, os.environ.get("LOCAL_WORLD_SIZE")
-    failed, commit = subprocess.getstatusoutput(f'git -C "{root}" describe --always --dirty')
-    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
-    return {"command": shlex.join(launcher + sys.argv), "python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": version("transformers"), "commit": "" if failed or not (root / ".git").exists() else commit}
-
-
 def read_json(file: Path) -> dict:
     """The object in a JSON file; {} if there is none, or the file is damaged."""
     try:
@@ -587,6 +576,22 @@ def read_json(file: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ the report
+
+def made_by() -> dict[str, str]:
+    """The command, the versions it runs on, and the git commit, "" if there is none."""
+    root, ranks = Path(__file__).parent, os.environ.get("LOCAL_WORLD_SIZE")
+    failed, commit = subprocess.getstatusoutput(f'git -C "{root}" describe --always --dirty')
+    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
+    return {"command": shlex.join(launcher + sys.argv), "python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": version("transformers"), "commit": "" if failed or not (root / ".git").exists() else commit}
+
+
+def rounded(x: list | float) -> list | float | None:
+    """Numbers with five digits; NaN, which JSON lacks, becomes null."""
+    if isinstance(x, list):
+        return [rounded(part) for part in x]
+    return None if math.isnan(x) else float(f"{x:.5g}")
+
 
 def report(folder: Path) -> str:
     """At the end of a run: where its page is, or why there is none. The run is finished either way."""
@@ -599,47 +604,44 @@ def report(folder: Path) -> str:
 def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
     """Writes report.html into a run's folder: assets/report.html with what the run left on disk, and another run's
     curves laid over its own. Fewer steps are shown until the page is small. ValueError if there is no run."""
-    folder, runs = Path(folder), [collect_run(Path(f)) for f in (folder, other) if f]
+    second, file = [collect(Path(other), 0, 0)] if other else [], Path(folder) / "report.html"
     for steps, responses in ((24, 16), (12, 16), (6, 8), (2, 4), (0, 0)):
-        runs[0] |= collect_responses(folder, runs[0]["settings"], steps, responses)
-        text = json.dumps(runs).replace("<", "\\u003c")      # no response can close the script element it is in
+        runs = [collect(Path(folder), steps, responses), *second]
+        text = json.dumps(json.loads(json.dumps(runs), parse_constant=str))   # JSON knows no inf, as in --clip-norm inf
+        text = text.replace("<", "\\u003c")                  # no response can close the script element it is in
         if len(text) < 4_500_000:
             break
     page = Path(__file__).with_name("assets") / "report.html"
-    data.write_atomically(folder / "report.html", page.read_text(encoding="utf-8").replace("{{runs}}", text))
-    return folder / "report.html"
+    data.write_atomically(file, page.read_text(encoding="utf-8").replace("{{runs}}", text))
+    return file
 
 
-def collect_run(folder: Path) -> dict:
-    """Metrics, configuration, held-out table and data funnel of a run. What there is none of is empty."""
-    settings, rows, funnel = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
+def collect(folder: Path, steps: int, responses: int) -> dict:
+    """Configuration, metrics, held-out table and data funnel of a run; recorded responses of at most so many steps, so
+    many of each, and small pictures of their clips, by path. What there is none of is empty."""
+    settings, rows, clips = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
     if not (settings and rows):
         raise ValueError(f"{folder} holds no run: give the folder of a stage, such as runs/tiny/pagrpo")
+    run = {"name": folder.as_posix(), "settings": settings, "segments": [s.name for s in SEGMENTS], "clips": clips,
+           "metrics": thin(rows, 500) + [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()],
+           "state": read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json"), "funnel": {},
+           "results": read_json(folder / "results.json")}
     for place in (folder.parent / "cot", Path(settings["data"]).parent):
         if (place / "dropped.jsonl").is_file():
             reasons = Counter(row["reason"] for row in read_jsonl(place / "dropped.jsonl")[0])
             kept = (place / "traces.jsonl").read_bytes().count(b"\n")
-            funnel = {"steps": data.STEPS, "kept": kept, "dropped": reasons, "dropped_at": data.DROPPED}
-    heldout = [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()]
-    state = read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json")
-    return {"name": folder.as_posix(), "settings": settings, "state": state, "segments": [s.name for s in SEGMENTS],
-            "metrics": thin(rows, 500) + heldout, "results": read_json(folder / "results.json"), "funnel": funnel}
-
-
-def collect_responses(folder: Path, settings: dict, steps: int, responses: int) -> dict:
-    """Recorded responses of at most so many steps, so many of each; and small pictures of their clips, by path."""
-    found, clips = {}, {}
+            run["funnel"] = {"steps": data.STEPS, "kept": kept, "dropped": reasons, "dropped_at": data.DROPPED}
     for name in LOGS[1:]:
         groups = {}
         for row in read_jsonl(folder / name)[0]:
             groups.setdefault(row["step"], []).append(row)
-        found[name] = {"steps": len(groups), "groups": [thin(g, responses) for g in thin([*groups.values()], steps)]}
-        for row, *_ in found[name]["groups"]:
+        run[name] = {"steps": len(groups), "groups": [thin(g, responses) for g in thin([*groups.values()], steps)]}
+        for row, *_ in run[name]["groups"]:
             with suppress(data.MediaError):                  # the media may be elsewhere now
                 frames, *_ = data.read_media(argparse.Namespace(**row), Path(settings["media"]),
                                              argparse.Namespace(**settings))
                 clips[row["path"]] = [data.picture(f) for f in thin([*data.resize(frames, 0, 128 ** 2)], 8)]
-    return found | {"clips": clips}
+    return run
 
 
 def thin(rows: list, most: int) -> list:

@@ -166,9 +166,9 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):
-        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB allocated, {row['reserved_memory_gb']:.1f} reserved, said / "
-              f"allocated {told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, reference "
-              f"{row['seconds_scoring']:.1f} s, learning {row['seconds_training']:.1f} s, "
+        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB allocated, {row['reserved_memory_gb']:.1f} "
+              f"reserved, allocated {told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, "
+              f"reference {row['seconds_scoring']:.1f} s, learning {row['seconds_training']:.1f} s, "
               f"{row['tokens'] / row['seconds_sampling']:.0f} tokens/s sampled, gap {row['logprob_gap_max']:.3f}")
 
 

@@ -186,8 +186,8 @@ def test_prompt_and_template_can_be_chosen_for_a_model_from_elsewhere(clip, base
     shown, real = [], evaluation.pagrpo.rollout
     monkeypatch.setattr(evaluation.pagrpo, "rollout", lambda model, examples, vocabulary, *rest: (
         shown.extend(vocabulary.decode(e.ids.tolist()) for e in examples), real(model, examples, vocabulary, *rest))[1])
-    command = ["--bench", "mmvu", "--data", str(tmp_path), "--model", str(base), "--preset", "tiny", "--max-pixels", "784",
-               "--max-response", "2", "--out", str(tmp_path / "out")]
+    command = ["--bench", "mmvu", "--data", str(tmp_path), "--model", str(base), "--preset", "tiny",
+               "--max-pixels", "784", "--max-response", "2", "--out", str(tmp_path / "out")]
     evaluation.main([*command, "--prompt", "full", "--template", "think"])
     assert "<think>" in shown[0] and "<observation>" not in shown[0]
     assert "template think, full prompt" in capsys.readouterr().out

@@ -108,7 +108,7 @@ def test_sft_reads_the_result(toy, base, tmp_path, capsys):
     kept = cot(settings(toy, tmp_path))
     sft.main(["--preset", "tiny", "--out", str(tmp_path / "run"), "--model", str(base), "--data", str(kept), "--media",
               str(toy), "--steps", "1", "--batch", "4"])
-    assert "SFT: held-out loss" in capsys.readouterr().out
+    assert "sft: held-out loss" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ it survives
@@ -236,15 +236,6 @@ def test_other_settings_need_another_folder(toy, tmp_path):
         cot(settings(toy, tmp_path, perception_mistakes=0.5))
 
 
-def test_a_setting_that_did_not_exist_yet_counts_as_its_default(toy, tmp_path):
-    kept = cot(settings(toy, tmp_path)).read_bytes()
-    old = json.loads((tmp_path / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps({k: v for k, v in old.items() if k != "luck"}))
-    with pytest.raises(SystemExit, match="--luck was 0.5, is now 0.25"):
-        cot(settings(toy, tmp_path, luck=0.25))
-    assert cot(settings(toy, tmp_path)).read_bytes() == kept
-
-
 def test_what_was_never_begun_may_change(toy, tmp_path):
     """A wrong name for the teacher's model is mended by giving the right one."""
     with serving(lambda n, request: Fault(404, body=b"model not found")) as server:
@@ -289,7 +280,8 @@ def test_a_checkpoint_teaches_and_the_reference_judges(toy, started, tmp_path):
     rows = lines(tmp_path / "cot" / "1-generated.jsonl")
     assert len(rows) == 40 and sum(row["output"].startswith("<observation>") for row in rows) > 20
     for row in lines(tmp_path / "cot" / "3-judged.jsonl"):
-        assert row["explanation"].startswith(("answering blind: ", "a bare answer")) and row["sufficient"] in (True, False)
+        assert row["explanation"].startswith(("answering blind: ", "a bare answer"))
+        assert row["sufficient"] in (True, False)
     assert cot(replace(s, out=str(tmp_path / "again"), batch=16)).read_bytes() == first, "greedy, whatever the batch"
 
 

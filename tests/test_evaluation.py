@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data
 import eval as evaluation
 import pagrpo
+import sft
 from eval import CHANGES, change, compare, mean, mismatch, sign_test, summarise
+from model import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +76,13 @@ def test_what_was_not_read_counts_as_wrong_and_what_was_not_there_does_not_count
 def test_a_benchmark_of_which_nothing_can_be_read_has_a_table_all_the_same():
     rows = [row(i, 0) | {"missing": "media: gone"} for i in range(3)]
     assert "0 questions scored" in evaluation.report(summarise("mvbench", rows))
+
+
+def test_so_has_the_held_out_table_of_a_run(toy, base, vocabulary):
+    settings, policy = pagrpo.Settings(max_prompt=1), load_model(base)
+    held = data.Examples(data.read_records(toy / "heldout.json"), toy, vocabulary, policy.config, settings)
+    result = pagrpo.evaluate(policy, held, None, None, settings, 0.0, sft.World(0, 1, "cpu"))
+    assert [cell["n"] for cell in result.values()] == [0, 0, 0] and "answer" in pagrpo.results_table({"SFT": result})
 
 
 @pytest.mark.parametrize("wins, losses, p", [

@@ -1,4 +1,4 @@
-"""Promise: an answer is read by one short rule that favours no letter, and numbers are scored as the official code does."""
+"""Promise: an answer is read by one short rule that favours no letter, and numbers are scored as official code does."""
 from fractions import Fraction
 
 import numpy as np
@@ -20,24 +20,28 @@ GLYPHS = ("C", "E", "A", "F")                                # options that are 
 @pytest.mark.parametrize("response, options, wanted", [
     # where an answer is looked for
     ("<observation>o</observation><think>A? No.</think>\n<answer> (b) </answer>", CATS, "B"),
-    ("<answer>B</answer> I mean <answer>C</answer>", CATS, "C"), ("<answer>B", CATS, "B"), ("<answer></answer>", CATS, None),
-    ("<think>The man dunks, so it is A", LETTERED, None), ("<observation>I see a cat, B", CATS, None),
+    ("<answer>B</answer> I mean <answer>C</answer>", CATS, "C"), ("<answer>B", CATS, "B"),
+    ("<answer></answer>", CATS, None), ("<think>The man dunks, so it is A", LETTERED, None),
+    ("<observation>I see a cat, B", CATS, None),
     ("<think>so it must be C.</think> B", CATS, "B"), ("<think>so it must be C.</think>", CATS, None),
     ("<observation>a dog</observation> B", CATS, "B"), ("", CATS, None), ("   \n ", CATS, None),
     # an exact letter, an exact text
-    *[(text, CATS, "B") for text in ("B", "b", "B.", "(B).", "[B]", "**B**", "\\boxed{B}", "$\\boxed{\\text{B}}$", "`B`",
-                                     "“B”", "'B'", "a dog", "A dog.")],
+    *[(text, CATS, "B") for text in ("B", "b", "B.", "(B).", "[B]", "**B**", "\\boxed{B}", "$\\boxed{\\text{B}}$",
+                                     "`B`", "“B”", "'B'", "a dog", "A dog.")],
     ("E", CATS, None), ("I", TEN, "I"), ("J.", TEN, "J"), ("a", CATS, "A"), ("two cats and a dog", CATS, "D"),
     ("dribbling a basketball", LETTERED, "B"), ("13", BARE, "B"), ("C", GLYPHS, "C"), ("f", GLYPHS, "D"),
     ("−2", ("-2", "2", "4"), "A"), ("-3", ("3", "4", "5"), None), ("1/2", ("1/3", "1/2", "1", "2"), "B"),
     # 1. a letter that begins the text
-    *[(text, CATS, "B") for text in ("B) a dog", "B: a dog", "(B) a dog", "**B.** a dog", "b) a dog", "B, because A purrs",
-                                     "B\nExplanation: it barks, unlike A.", "Option B: it barks, unlike A.")],
+    *[(text, CATS, "B") for text in ("B) a dog", "B: a dog", "(B) a dog", "**B.** a dog", "b) a dog",
+                                     "B, because A purrs", "B\nExplanation: it barks, unlike A.",
+                                     "Option B: it barks, unlike A.")],
     ("(D) F", GLYPHS, "D"), ("C. 2.86 A", AMPERE, "C"), ("J. HENRI DE C", TEN, "J"),
     ("I. There is not enough evidence", TEN, "I"),
     # 2. the last "answer is X", or "X is the best"
-    ("The correct answer is (C).", CATS, "C"), ("Final answer: **C**", CATS, "C"), ("The answer is B, I think", CATS, "B"),
-    ("The answer is B. Wait, the answer is C.", CATS, "C"), ("The answer is a dog.", CATS, "B"), ("answer: b", CATS, "B"),
+    ("The correct answer is (C).", CATS, "C"), ("Final answer: **C**", CATS, "C"),
+    ("The answer is B, I think", CATS, "B"), ("The answer is B. Wait, the answer is C.", CATS, "C"),
+    ("The answer is a dog.", CATS, "B"),
+    ("answer: b", CATS, "B"),
     ("The answer is A because it purrs.", CATS, "A"), ("So the answer should be option D.", SEEN, "D"),
     ("Based on the video, the correct answer is:\n\nC. a green cone", SEEN, "C"), ("Answer: (A) C", GLYPHS, "A"),
     ("The answer is l.", ("l", "v", "e"), "A"), ("The answer is A minor.", ("C major", "A minor", "B flat"), "B"),
@@ -74,9 +78,9 @@ def test_a_response_that_was_cut_off_has_no_answer_but_a_begun_one():
 
 
 @pytest.mark.parametrize("response, wanted", [
-    ("The answer is 1", "A"), ("The best option is 2.", "B"), ("Option 2", "B"), ("Option 2: a dog barks", "B"), ("2", "B"),
-    ("The best option is Option 1: a cat sleeps. Option 2 does not fit: a dog barks.", "A"), ("a dog barks", "B"),
-    ("Option 2 matches better than Option 1.", "B"), ("B", "B"), ("Option 3", None)])
+    ("The answer is 1", "A"), ("The best option is 2.", "B"), ("Option 2", "B"), ("Option 2: a dog barks", "B"),
+    ("2", "B"), ("The best option is Option 1: a cat sleeps. Option 2 does not fit: a dog barks.", "A"),
+    ("a dog barks", "B"), ("Option 2 matches better than Option 1.", "B"), ("B", "B"), ("Option 3", None)])
 def test_options_may_have_names(response, wanted):
     assert read_choice(response, ("a cat sleeps", "a dog barks"), ("Option 1", "Option 2")) == wanted
 
@@ -107,7 +111,8 @@ def test_the_first_number_is_the_answer(text, wanted):
 
 
 @pytest.mark.parametrize("predicted, wanted, score", [
-    (4, 4, 1.0), (5, 4, 0.6), (10, 8, 0.6), (4, 5, 0.6), (2, 4, 0.1), (100, 4, 0.0), (-4, 4, 0.0), (0, 0, 1.0), (1, 0, 0.0)])
+    (4, 4, 1.0), (5, 4, 0.6), (10, 8, 0.6), (4, 5, 0.6), (2, 4, 0.1), (100, 4, 0.0), (-4, 4, 0.0), (0, 0, 1.0),
+    (1, 0, 0.0)])
 def test_mra_of_counts(predicted, wanted, score):
     assert mean_relative_accuracy(predicted, wanted) == score
 

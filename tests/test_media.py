@@ -9,7 +9,8 @@ from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as official
 
 import data
-from data import InputSettings, MediaError, Record, frame_indices, patchify, read_image, read_media, read_video, smart_resize
+from data import (InputSettings, MediaError, Record, frame_indices, patchify, read_image, read_media, read_video,
+                  smart_resize)
 
 
 def noise(*shape, seed=0) -> np.ndarray:

@@ -65,8 +65,9 @@ def test_the_short_loop_takes_the_same_steps(advantage, toy, started, tmp_path):
 
 
 PLAN = '''
-    Segment("plan", (Tag("plan", "Say in a few words how you will find the answer.", lambda toy, shown: f"{toy.name} it"),),
-            (2, 8), lambda response, verdict: float("it" in (response.parsed.contents["plan"] or ""))),
+    Segment("plan", (
+        Tag("plan", "Say in a few words how you will find the answer.", lambda toy, shown: f"{toy.name} it"),
+    ), (2, 8), lambda response, verdict: float("it" in (response.parsed.contents["plan"] or ""))),
 '''
 
 

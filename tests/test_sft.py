@@ -1,5 +1,6 @@
 """Promise: SFT teaches the response and nothing else, with one denominator however a step is cut up."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +99,12 @@ def test_a_short_run_learns_logs_and_reports_held_out_loss(toy, base, tmp_path, 
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert {"lr", "grad_norm", "tokens_per_second", "seconds", "skipped"} <= lines[0].keys()
+
+
+def test_the_base_model_of_the_toy_world_is_pre_trained_by_all_ranks(tmp_path, monkeypatch):
+    """Not by rank 0 while others wait: sharded weights need all of them, and so does a stop after Ctrl-C."""
+    begun, world = [], SimpleNamespace(on_rank0=lambda work: None)            # a rank other than the first
+    monkeypatch.setattr(sft, "train", lambda *given: begun.append(given))
+    found = sft.find_files(Settings(preset="tiny", out=str(tmp_path)), world, "cot/traces.jsonl")
+    (settings, ranks), = begun
+    assert ranks is world and settings.stage == "base" and found.model == str(tmp_path / "base")

@@ -133,7 +133,8 @@ def test_cutting_prompts_to_their_length_is_masking_their_padding(lengths):
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_plain_products_is_that_of_the_kernel(masked):
     q, k, v = (x.detach() for x in tensors((3, 4, 5, 8), (3, 2, 9, 8), (3, 2, 9, 8)))
-    mask = torch.zeros(3, 1, 1, 9).masked_fill(torch.arange(9) >= torch.tensor([9, 4, 7])[:, None, None, None], -torch.inf)
+    padding = torch.arange(9) >= torch.tensor([9, 4, 7])[:, None, None, None]
+    mask = torch.zeros(3, 1, 1, 9).masked_fill(padding, -torch.inf)
     for a, b in zip(attention_and_lse(q, k, v, mask if masked else None),
                     plain_attention_and_lse(q, k, v, mask if masked else None)):
         assert torch.allclose(a, b, atol=1e-5)

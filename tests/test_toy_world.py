@@ -222,4 +222,3 @@ class TestTokenizer:
     def test_the_same_seed_makes_the_same_model(self, base, tmp_path):
         data.make_toy_model(tmp_path / "base", seed=0)
         assert files(tmp_path / "base") == files(base)
-        assert not (tmp_path / "base.source").exists()
