@@ -204,8 +204,8 @@ def total_rewards(parts: Tensor, off: str) -> Tensor:
 def normalize(totals: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4) over the group. (B, G, …) → (B, G, …)
 
-    A group whose rewards are all equal, up to rounding (std below 1e-6), carries no signal: its advantages are 0. An
-    unknown reward (NaN) is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
+    A group whose rewards are equal up to rounding (std below 1e-6) carries no signal: its advantages are 0. An unknown
+    reward (NaN) is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
         [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
     known = ~totals.isnan()
