@@ -204,8 +204,8 @@ def total_rewards(parts: Tensor, off: str) -> Tensor:
 def normalize(totals: Tensor) -> Tensor:
     """Group-relative advantages (eq. 6): (R - mean) / (unbiased std + 1e-4) over the group. (B, G, …) → (B, G, …)
 
-    A group whose rewards are all equal carries no signal: its advantages are 0. An unknown reward (NaN) is left out of
-    the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
+    A group whose rewards are equal up to rounding (std below 1e-6) carries no signal: its advantages are 0. An unknown
+    reward (NaN) is left out of the statistics and gets advantage 0; fewer than two known rewards give 0 for all.
         [2, 2, 1, 1] → [+0.87, +0.87, -0.87, -0.87]        [2, NaN, 1, 1] → [+1.15, 0, -0.58, -0.58]
     """
     known = ~totals.isnan()
@@ -295,7 +295,8 @@ def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advant
         loss = 1/2 (-1 + 0.04 · 0) + 1/2 (+1 + 0.04 · 0.1065) = 0.00213
     The loss is nearly 0, its gradient is not: d loss / d logprobs = (-1/2, 1/2 + 0.02 (1 - e^-0.5)) = (-0.5, 0.508).
 
-    Returns the loss (a sum: divide it by the responses of the whole step), KL and "was clipped" of each token.
+    Returns the loss (a sum: divide it by the responses of the whole step), and for each token, without gradient, its KL
+    (0 without a reference) and whether it was clipped: whether the minimum is the clipped term, and not the other.
     """
     ratio = torch.exp(logprobs - old)                                         # (B, G, T); 1 after the end, weight 0
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)

@@ -113,8 +113,8 @@ def parse(text: str) -> Parsed:
 
 
 def extract_tag(tag: str, text: str) -> str | None:
-    """The content of the one pair <tag>…</tag> in text; None if the pair is missing, repeated (two answers are no
-    answer) or left open."""
+    """The content of the one pair <tag>…</tag> in text, without the white space around it; None if the pair is missing,
+    repeated (two answers are no answer), left open or closed before it is opened."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
     inside = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
@@ -134,7 +134,8 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
-    …, K - 1. If any closing tag before the last segment is missing, every token gets K (unknown).
+    …, K - 1: a token belongs to the segment in which its first byte lies. If any closing tag before the last segment is
+    missing, every token gets K (unknown).
 
     Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
         [b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]

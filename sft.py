@@ -621,7 +621,8 @@ def collect(folder: Path, steps: int, responses: int) -> dict:
     many of each, and small pictures of their clips, by path. What there is none of is empty."""
     settings, rows, clips = read_json(folder / "settings.json"), read_jsonl(folder / LOGS[0])[0], {}
     if not (settings and rows):
-        raise ValueError(f"{folder} holds no run: give the folder of a stage, such as runs/tiny/pagrpo")
+        raise ValueError(f"{folder} holds no run with a finished step: give the folder of a stage, such as "
+                         "runs/tiny/pagrpo")
     run = {"name": folder.as_posix(), "settings": settings, "segments": [s.name for s in SEGMENTS], "clips": clips,
            "metrics": thin(rows, 500) + [row for row in rows if {"heldout/answer", "heldout_loss"} & row.keys()],
            "state": read_json(max(folder.glob(CHECKPOINTS), default=folder) / "state.json"), "funnel": {},

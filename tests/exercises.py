@@ -69,8 +69,9 @@ def is_open(source: str, function: str) -> bool:
 
 def start(folder: Path) -> None:
     """Writes the copy. SystemExit if the folder holds anything: it may be somebody's work."""
-    if folder.exists() and any(folder.iterdir()):
-        raise SystemExit(f"{folder} is not empty and stays as it is. Go on with `check {folder}`, or name a new one.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SystemExit(f"{folder} is not empty and stays as it is. Go on with it (`python tests/exercises.py check "
+                         f"{folder}` says how far it is), or name another folder.")
     for item in ROOT.iterdir():
         if item.name.startswith(".") or item.name in LEFT_OUT or item.resolve() == folder.resolve():
             continue
@@ -118,12 +119,15 @@ def check(folder: Path) -> dict[str, str]:
     for exercise in EXERCISES:
         file = folder / exercise.file
         if not file.is_file():
-            raise SystemExit(f"{folder} holds no copy of the project: python tests/exercises.py start {folder}")
+            raise SystemExit(f"{folder} holds no copy of the project. To make one: "
+                             f"python tests/exercises.py start {folder}")
         try:
             source, failure = file.read_text(), ""
             states[exercise.function] = "open" if is_open(source, exercise.function) else ""
         except SyntaxError as error:
-            states[exercise.function], failure = "wrong", f"{exercise.file}, line {error.lineno}: {error.msg}"
+            states[exercise.function] = "wrong"
+            failure = (f"{exercise.file}, line {error.lineno}: {error.msg}. Mend this first: until then no function of "
+                       "this file can be tested.")
         except ValueError as error:
             states[exercise.function], failure = "wrong", f"{exercise.file}: {error}"
         if not states[exercise.function]:
