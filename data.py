@@ -495,13 +495,13 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     another one, whose brightness is between the two numbers of `behind`."""
     frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
     other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
-    for colour, letter, strength in (other, (colour, letter, 1)):
+    for paint, shape, strength in (other, (colour, letter, 1)):
         y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
         r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
         ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
                "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r),
-               "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[letter]
-        frame += strength * ink[..., None] * (np.array(PAINT[colour]) * rng.uniform(0.75, 1.1) - frame)
+               "T": (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)}[shape]
+        frame += strength * ink[..., None] * (np.array(PAINT[paint]) * rng.uniform(0.75, 1.1) - frame)
     noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)).repeat(2, 0).repeat(2, 1) * 16   # coarse: small files
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
 

@@ -200,8 +200,8 @@ def judge(out: Path, delay: float, flags: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True)
-    learn = commands.add_parser("learning", help="base, SFT, PA-GRPO and GRPO over seeds, about 15 minutes on two cores; "
-                                                 "further flags go to pagrpo.py")
+    learn = commands.add_parser("learning", help="base, SFT, PA-GRPO and GRPO over seeds, about 15 minutes on two "
+                                                 "cores; further flags go to pagrpo.py")
     learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     measured = commands.add_parser("memory", help="half a minute on a CPU; some minutes on GPUs, with further "

@@ -103,6 +103,6 @@ def draw() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "draw"])
-    parser.add_argument("--start", type=Path, default=ROOT / "runs/tiny", help="folder of a finished sft.py [runs/tiny]")
+    parser.add_argument("--start", type=Path, default=ROOT / "runs/tiny", help="folder of a finished SFT [runs/tiny]")
     args = parser.parse_args()
     run(args.start.resolve()) if args.what == "run" else draw()
