@@ -45,12 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     sys.exit(f"torch 2.11 or later is needed, this is {torch.__version__}: pip install -r requirements.txt")
-from torch.nn.attention.varlen import varlen_attn
-
-try:                                                         # CUDA only and optional
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 HALF = (torch.bfloat16, torch.float16)                       # what flash kernels on CUDA accept
 
@@ -141,14 +136,15 @@ class SwiGLU(nn.Module):
 
 
 def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (…, E), for all heads alike. Frequency i rotates the pair (i, i + E/2). angles (…, E/2)"""
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """For `apply_rotary`: (cos, cos) and (-sin, sin), each (…, E), for all heads alike. angles (…, E/2)"""
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotary
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    """Frequency i rotates the pair (a, b) = (x_i, x_{i + E/2}) to (a cos - b sin, b cos + a sin). x (…, E)"""
+    cos, sin = rotary
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def inverse_frequencies(count: int, theta: float, device) -> Tensor:
@@ -172,8 +168,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Softmax attention inside each block. q, k, v and the result (S, H, E)."""
     lengths, longest = blocks.lengths, max(blocks.lengths)
     if q.is_cuda and q.dtype in HALF:
-        attention = flash_attn_varlen_func or varlen_attn
-        return attention(q, k, v, blocks.cu_seqlens, blocks.cu_seqlens, longest, longest)
+        return varlen_attn(q, k, v, blocks.cu_seqlens, blocks.cu_seqlens, longest, longest)
     if min(lengths) == longest:                              # one call for all blocks
         q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))           # (N, H, L, E)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -305,11 +300,19 @@ def make_row(lengths: list[int], prompt: int, group: int, response: int, device:
 
 
 class KV(NamedTuple):
-    """Keys and values in one layer: of the prompts, computed once for a question's G responses, or of the tokens
-    sampled so far."""
-    k: Tensor                                                # (B, K, P, E) or (B·G, K, T, E)
+    """Keys and values of the prompts in one layer, computed once for a question's G responses."""
+    k: Tensor                                                # (B, K, P, E)
     v: Tensor
-    mask: Tensor | None = None                               # (B, 1, 1, P) -inf at padding, None if no prompt is padded
+    mask: Tensor | None                                      # (B, 1, 1, P) -inf at padding, None if no prompt is padded
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens sampled so far, in one layer, with room for the longest response. On CUDA no shape
+    depends on t, so that a step that was recorded once serves every token."""
+    k: Tensor                                                # (B·G, T, K, E)
+    v: Tensor
+    place: Tensor                                            # (1,) t: where the current token's go
+    used: Tensor                                             # (B·G,) int32: t + 1
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
@@ -319,12 +322,13 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     the end of a prompt, so causality hides it from the prompt. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
     """
     p, g, b = row.prompt, row.group, len(q)
-    prompt = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, enable_gqa=True)
+    parts, responses = zip(*(x.split([p, x.shape[2] - p], dim=2) for x in (q, k, v)))
+    prompt = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
     if q.shape[2] == p:                                      # responses of one token: the prompt predicts it
         return prompt
-    own = [x[:, :, p:].unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]             # (B·G, …)
+    own = [x.unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in responses]           # each (B·G, …, T, E)
     attend = attend_cut if q.is_cuda else attend_masked
-    out = attend(*own, k[:, :, :p], v[:, :, :p], row)        # (B·G, H, T, E)
+    out = attend(*own, *parts[1:], row)                      # (B·G, H, T, E)
     return torch.cat([prompt, out.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
@@ -350,21 +354,34 @@ def attend_cut(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tens
     return torch.cat(outs)
 
 
-def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
-    """Attention of one new token of every response, without G copies of the prompt's keys. q (B·G, H, 1, E), as result.
+def decode_attention(q: Tensor, prompt: KV, own: Cache) -> Tensor:
+    """Attention of a new token of every response, without G copies of the prompt's keys. q (B·G, H, 1, E), as result.
 
     A softmax over prompt and response is computed in two parts. Where a part's scores are s, its output o is weighted
     by exp(s), so with the log-sum-exp of both parts:  o = (1 - w) o_response + w o_prompt,  w = sigmoid(lse_prompt -
     lse_response).
     """
-    n, h, _, e = q.shape
-    b, g = len(prompt.k), n // len(prompt.k)
-    grouped = q.view(b, g, h, e).transpose(1, 2)                                               # (B, H, G, E)
-    out_p, lse_p = attention_and_lse(grouped, *prompt)
-    out_r, lse_r = attention_and_lse(q, *own)
-    out_p, lse_p = out_p.transpose(1, 2).reshape(n, h, 1, e), lse_p.transpose(1, 2).reshape(n, h, 1)
-    weight = torch.sigmoid(lse_p - lse_r)[..., None]                                           # (B·G, H, 1, 1)
-    return torch.lerp(out_r.float(), out_p.float(), weight).to(q.dtype)
+    (n, h, _, e), (b, kv) = q.shape, prompt.k.shape[:2]
+    g, r = n // b, h // kv
+    # Query heads with one key head are rows of one product: (B, K, G·r, E).
+    out_p, lse_p = attention_and_lse(q.view(b, g, kv, r, e).transpose(1, 2).reshape(b, kv, g * r, e), *prompt)
+    out_r, lse_r = attend_cache(q, own)
+    out_p = out_p.view(b, kv, g, r, e).transpose(1, 2).reshape(q.shape)
+    lse_p = lse_p.view(b, kv, g, r).transpose(1, 2).reshape(n, h)
+    return torch.lerp(out_r.float(), out_p.float(), torch.sigmoid(lse_p - lse_r)[..., None, None]).to(q.dtype)
+
+
+def attend_cache(q: Tensor, own: Cache) -> tuple[Tensor, Tensor]:
+    """Attention of q (N, H, 1, E) to the places in use, (N, H, 1, E), and the log-sum-exp of its scores, (N, H)."""
+    n, room, kv, e = own.k.shape
+    if q.is_cuda and q.dtype in HALF:                        # a query each, and `used` of `room` keys
+        first = torch.arange(n + 1, device=q.device, dtype=torch.int32)
+        out, lse = varlen_attn(q[:, :, 0], own.k.flatten(0, 1), own.v.flatten(0, 1), first, first * room, 1, room,
+                               enable_gqa=True, seqused_k=own.used, return_aux=AuxRequest(lse=True))
+        return out[:, :, None], lse.T
+    used = int(own.used[0])
+    out, lse = attention_and_lse(q.view(n, kv, -1, e), *(x[:, :used].transpose(1, 2) for x in (own.k, own.v)))
+    return out.reshape(q.shape), lse.reshape(n, -1)
 
 
 def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -402,12 +419,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
-                prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                prompt: KV | None = None, own: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
 
         caller     passes           x
         prefill                     prompts, causal among themselves; their keys and values are kept for sampling
-        decoding   prompt and own   one token of each response; its key and value go to the last position of `own`
+        decoding   prompt and own   one token of each response; its key and value are written to `own`
         training   row              a prompt and its responses in one row
         """
         n, t, _ = x.shape
@@ -417,7 +434,8 @@ class Attention(nn.Module):
         if row is not None:
             out = packed_attention(q, k, v, row)
         elif own is not None:
-            own.k[:, :, -1], own.v[:, :, -1] = k[:, :, 0], v[:, :, 0]
+            own.k.index_copy_(1, own.place, k.transpose(1, 2))
+            own.v.index_copy_(1, own.place, v.transpose(1, 2))
             out = decode_attention(q, prompt, own)
         else:                                                # padding is at the end: causality hides it
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -432,9 +450,11 @@ class DecoderLayer(nn.Module):
         self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
-                prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                prompt: KV | None = None, own: Cache | None = None, first: int = 0
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Attention.forward`. `first`: in the last layer, the first place whose result is used."""
         attended, k, v = self.self_attn(self.input_layernorm(x), rotary, row, prompt, own)
-        x = x + attended
+        x = (x + attended)[:, first:]
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
@@ -513,18 +533,43 @@ def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
 
     Temperature 0 takes the most likely token (its log-probability is that of temperature 1).
     """
-    logprobs = (logits / temperature if temperature else logits).log_softmax(-1)
     if not temperature:
         tokens = logits.argmax(-1)
     else:
+        logits = logits / temperature
         if top_p < 1:  # the smallest set of tokens that holds top_p, always with the most likely one
-            ranked, order = logprobs.exp().sort(descending=True)
+            ranked, order = logits.softmax(-1).sort(descending=True)
             cut = ranked.cumsum(-1) - ranked >= top_p         # the tokens before it already hold enough
-            logprobs = logprobs.masked_fill(cut.scatter(-1, order, cut), -torch.inf).log_softmax(-1)
-        cumulative = logprobs.double().exp().cumsum(-1)       # fp64: a draw can then never reach past the last token
+            logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)      # fp64: no draw reaches past the last token
         target = uniforms.double()[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
+class Step:
+    """One step of decoding, the plain way: token t of every response goes through the network, its keys and values into
+    the caches. Call it with tokens (B·G,) and t = 0, 1, …; it returns the logits of the next tokens, (B·G, V)."""
+
+    def __init__(self, model: "Qwen2_5_VL", prompts: Prompts, prompt_kv: list[KV], group: int, limit: int):
+        self.model, self.prompt_kv = model, prompt_kv
+        self.start = prompts.next_position.repeat_interleave(group, 0)        # (B·G,) position of the first token
+        self.place = torch.zeros_like(self.start[:1])
+        self.used = torch.zeros_like(self.start, dtype=torch.int32)
+        shape = len(self.start), limit, model.config.num_key_value_heads, model.config.head_dim
+        self.caches = [Cache(kv.k.new_zeros(shape), kv.k.new_zeros(shape), self.place, self.used) for kv in prompt_kv]
+
+    def __call__(self, tokens: Tensor, t: int) -> Tensor:
+        self.place.fill_(t)
+        self.used.fill_(t + 1)
+        return self.forward(tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.model.model.embed_tokens(tokens[:, None])                                     # (B·G, 1, D)
+        rotary = self.model.rotary((self.start + self.place).expand(3, -1)[..., None], x.dtype)
+        for layer, prompt, own in zip(self.model.model.layers, self.prompt_kv, self.caches):
+            x, _, _ = layer.forward(x, rotary, None, prompt, own)
+        return self.model.logits(self.model.model.norm(x)[:, 0])
 
 
 LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # at most so many fp32 logits exist at a time in training
@@ -543,10 +588,17 @@ class Qwen2_5_VL(nn.Module):
 
     # Every probability that leaves the model is computed from these: sampling, training and the KL reference agree.
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) → logits (N, V) in fp32, with -1e30 at the masked ids (-inf gives 0 · inf in the entropy)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        self.masked_token_ids = self.masked_token_ids.to(hidden.device)       # moves once
-        return F.linear(hidden, head.weight).float().index_fill(-1, self.masked_token_ids, -1e30)
+        """hidden (N, D) → logits (N, V) in fp32, -1e30 at the masked ids (-inf would give 0 · inf in the entropy)."""
+        return self.mask(F.linear(hidden, self.head.weight).float())
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def mask(self, logits: Tensor) -> Tensor:
+        self.masked_token_ids = self.masked_token_ids.to(logits.device)       # moves once
+        with torch.no_grad():                                # the probability there is 0, and so is the gradient
+            return logits.index_fill_(-1, self.masked_token_ids, -1e30)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of `mrope_section`."""
@@ -569,14 +621,14 @@ class Qwen2_5_VL(nn.Module):
             x = x + 0 * blank.sum()
         return x
 
-    def prefill(self, prompts: Prompts) -> tuple[Tensor, list[KV]]:
-        """Hidden states of the prompts (B, P, D), and every layer's keys and values."""
+    def prefill(self, prompts: Prompts, first: int = 0) -> tuple[Tensor, list[KV]]:
+        """Hidden states of the prompts (B, P - first, D), and every layer's keys and values."""
         x = self.embed(prompts)
         padding = torch.arange(x.shape[1], device=x.device) >= prompts.lengths[:, None]        # (B, P)
         mask = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None] if padding.any() else None
         rotary, prompt_kv = self.rotary(prompts.positions, x.dtype), []
-        for layer in self.model.layers:
-            x, k, v = layer(x, rotary)
+        for i, layer in enumerate(self.model.layers, 1):
+            x, k, v = layer(x, rotary, first=first if i == len(self.model.layers) else 0)
             prompt_kv.append(KV(k, v, mask))
         return self.model.norm(x), prompt_kv
 
@@ -595,14 +647,18 @@ class Qwen2_5_VL(nn.Module):
         """
         (b, g, limit), device = uniforms.shape, prompts.ids.device
         uniforms, stops = uniforms.to(device).flatten(0, 1), torch.tensor(stop_ids, device=device)
-        hidden, prompt_kv = self.prefill(prompts)
-        logits = self.logits(hidden[torch.arange(b, device=device), prompts.lengths - 1]).repeat_interleave(g, 0)
-        shape = (b * g, self.config.num_key_value_heads, limit, self.config.head_dim)
-        caches = [(hidden.new_empty(shape), hidden.new_empty(shape)) for _ in prompt_kv]
+        first = int(prompts.lengths.min()) - 1
+        hidden, prompt_kv = self.prefill(prompts, first)
+        last = hidden[torch.arange(b, device=device), prompts.lengths - 1 - first]             # (B, D)
+        logits = self.logits(last).repeat_interleave(g, 0)
         tokens = torch.zeros(b * g, limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(b * g, limit, device=device)
         lengths, active = torch.zeros_like(tokens[:, 0]), torch.ones_like(tokens[:, 0], dtype=torch.bool)
-        start = prompts.next_position.repeat_interleave(g, 0)                                  # (B·G,)
+        step = Step(self, prompts, prompt_kv, g, limit)
+        if not tokens.is_cuda:                               # both compute the same, faster
+            shorten_step(step)
+        elif hidden.dtype in HALF:
+            record_step(step)
         check_every = 16 if tokens.is_cuda else 1            # reading `active` makes the CPU wait for the GPU
         for t in range(limit):
             token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
@@ -611,11 +667,7 @@ class Qwen2_5_VL(nn.Module):
             active = active & ~torch.isin(token, stops)
             if t + 1 == limit or (t + 1) % check_every == 0 and not bool(active.any()):
                 break
-            x = self.model.embed_tokens(tokens[:, t, None])                                    # (B·G, 1, D)
-            rotary = self.rotary((start + t).expand(3, -1)[..., None], x.dtype)
-            for layer, prompt, (k, v) in zip(self.model.layers, prompt_kv, caches):
-                x, _, _ = layer.forward(x, rotary, None, prompt, KV(k[:, :, :t + 1], v[:, :, :t + 1]))
-            logits = self.logits(self.model.norm(x)[:, 0])
+            logits = step(tokens[:, t], t)
         longest = int(lengths.max())
         return Sampled(tokens[:, :longest].unflatten(0, (b, g)), lengths.view(b, g),
                        logprobs[:, :longest].unflatten(0, (b, g)), ~active.view(b, g))
@@ -634,10 +686,13 @@ class Qwen2_5_VL(nn.Module):
         following = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
         positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2)
         rotary, row = self.rotary(positions, x.dtype), make_row(prompts.lengths.tolist(), p, g, t - 1, device)
-        for layer in self.model.layers:
+        for layer in self.model.layers[:-1]:
             x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
-        last = x[torch.arange(b, device=device), prompts.lengths - 1]                          # (B, D) predicts token 0
-        hidden = torch.cat([last[:, None, None].expand(b, g, 1, -1), x[:, p:].unflatten(1, (g, t - 1))], dim=2)
+        first = min(row.lengths) - 1                         # places before it are of no use after the last attention
+        x, _, _ = run_block(self.model.layers[-1], self.save_memory, x, rotary, row, None, None, first)
+        prompt, others = x.split([p - first, x.shape[1] - p + first], dim=1)
+        last = prompt[torch.arange(b, device=device), prompts.lengths - 1 - first]             # (B, D) predicts token 0
+        hidden = torch.cat([last[:, None, None].expand(b, g, 1, -1), others.unflatten(1, (g, t - 1))], dim=2)
         real = torch.arange(t, device=device) < lengths[..., None]                             # (B, G, T)
         hidden = self.model.norm(hidden[real])                                                 # (N, D)
         logprobs, entropies = self.token_logprobs(hidden, tokens[real], temperature)
@@ -647,9 +702,11 @@ class Qwen2_5_VL(nn.Module):
     def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """log p(target) and entropy, in chunks recomputed in backward. hidden (N, D), targets (N,) → (N,), (N,)"""
         def chunk(hidden, targets):
-            logprobs = (self.logits(hidden) / temperature).log_softmax(-1)
+            logits = self.logits(hidden)
+            logits = logits if temperature == 1 else logits / temperature
+            logprobs = logits.log_softmax(-1)
             with torch.no_grad():
-                entropy = -(logprobs.exp() * logprobs).sum(-1)
+                entropy = -(logits.softmax(-1) * logprobs).sum(-1)            # `exp` of -1e30 is slow on a CPU
             return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
         size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size)
@@ -672,6 +729,70 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
 
 
 # ================================ a first reader may stop here ================================
+
+# ------------------------------------------------------------------------------------------------ faster decoding
+
+def record_step(step: Step) -> None:
+    """Makes `step` one launch a token: a GPU computes faster than a CPU launches a step's thousand kernels.
+
+    The first call runs as it is, and warms the libraries up. The second is recorded as a CUDA graph, which is replayed
+    from then on: the same kernels at the same addresses. So tokens are copied to a tensor that stays, logits are valid
+    until the next call, and weights must not move: a graph serves one rollout.
+    """
+    plain, graph, tokens, logits = step.forward, torch.cuda.CUDAGraph(), torch.empty_like(step.start), []
+
+    def forward(new_tokens: Tensor) -> Tensor:
+        if not logits:                                       # the first call
+            logits.append(plain(new_tokens))
+            return logits[0]
+        tokens.copy_(new_tokens)
+        if len(logits) == 1:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+                logits.append(plain(tokens))
+        graph.replay()
+        return logits[1]
+    step.forward = forward
+
+
+def for_threads(weight: Tensor) -> Tensor:
+    """The rows of a matrix (O, D) in as many parts as there are threads, (parts, D, O / parts), for `product`. MKL by
+    itself gives each thread all weights and some rows of x; with one row it leaves all threads but one without work."""
+    parts = torch.get_num_threads() if len(weight) % torch.get_num_threads() == 0 else 1
+    return weight.view(parts, -1, weight.shape[1]).mT
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:            # (N, D), (parts, D, O / parts) → (N, O)
+    return torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).flatten(1)
+
+
+def shorten_step(step: Step) -> None:
+    """Makes `step` half the operations; their number is what it costs on a CPU. Matrices with one input are joined, and
+    all rotary tables are made beforehand."""
+    model, layers, (n, room, kv, e) = step.model, [], step.caches[0].k.shape
+    positions = (step.start[:, None] + torch.arange(room)).expand(3, -1, -1)                   # (3, N, T)
+    cos, sin = (x.transpose(1, 2).unbind(1) for x in model.rotary(positions, step.caches[0].k.dtype))   # T × (N, 1, E)
+    for layer in model.model.layers:
+        a, mlp = layer.self_attn, layer.mlp
+        qkv, bias = (torch.cat(x) for x in zip(*((p.weight, p.bias) for p in (a.q_proj, a.k_proj, a.v_proj))))
+        layers.append((layer.input_layernorm, for_threads(qkv), bias, for_threads(a.o_proj.weight),
+                       layer.post_attention_layernorm, torch.stack([mlp.gate_proj.weight, mlp.up_proj.weight]).mT,
+                       for_threads(mlp.down_proj.weight)))
+    head, heads = for_threads(model.head.weight), model.config.num_attention_heads
+
+    def forward(tokens: Tensor) -> Tensor:
+        t, x = int(step.place), model.model.embed_tokens(tokens)                               # (N, D)
+        for (norm_1, qkv, bias, o, norm_2, gate_up, down), prompt, own in zip(layers, step.prompt_kv, step.caches):
+            qk, v = (product(norm_1(x), qkv) + bias).view(n, -1, e).split([heads + kv, kv], dim=1)
+            q, k = apply_rotary(qk, (cos[t], sin[t])).split([heads, kv], dim=1)                # (N, H or K, E)
+            own.k[:, t], own.v[:, t] = k, v
+            x = x + product(decode_attention(q[:, :, None], prompt, own).view(n, -1), o)
+            gate, up = torch.bmm(norm_2(x).expand(2, -1, -1), gate_up)
+            x = x + product(F.silu(gate) * up, down)
+        return model.mask(product(model.model.norm(x), head))
+    step.forward = forward
+
+
+# ------------------------------------------------------------------------------------------------ shards and files
 
 SMALLEST_IN_BF16 = 512                                       # hidden_size
 SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file

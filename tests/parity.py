@@ -176,9 +176,8 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     config = model.config
-    windows = "flash-attn" if ours.flash_attn_varlen_func and flags.device == "cuda" and not exact else "torch"
-    print(f"{flags.model} on {flags.device} in {flags.dtype}, attention of the vision tower by {windows}; "
-          f"transformers {transformers.__version__}; tolerance {tolerance:g}")
+    print(f"{flags.model} on {flags.device} in {flags.dtype}; transformers {transformers.__version__}; "
+          f"tolerance {tolerance:g}")
     batches = {name: make_prompts(case, config, seed=0).to(flags.device) for name, case in CASES.items()}
     answers = {name: ask_ours(model, prompts, length=16) for name, prompts in batches.items()}
     del model                                                # the two networks are never in memory together

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data import Examples, collate, read_records
+import model as network
 from model import (LOGITS_AT_ONCE, Prompts, attend_cut, attend_masked, attention_and_lse, load_model, make_row,
                    plain_attention_and_lse)
 
@@ -103,6 +104,62 @@ def test_a_group_samples_what_its_members_would_sample_alone(batch, vocabulary):
         width = alone.tokens.shape[-1]
         assert torch.equal(together.tokens[:, g, :width], alone.tokens[:, 0])
         assert torch.equal(together.lengths[:, g], alone.lengths[:, 0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_shortened_step_samples_the_tokens_of_the_plain_one(batch, vocabulary, monkeypatch, threads):
+    """`Step` as it stands is the reference, for padded prompts and for one row as well."""
+    model, prompts, _, _ = batch
+    uniforms, before = torch.rand(3, 4, 30, generator=torch.Generator().manual_seed(4)), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    alone = Prompts(prompts.ids[:1, :prompts.lengths[0]], prompts.lengths[:1], prompts.positions[:, :1, :prompts.lengths[0]],
+                    prompts.next_position[:1], None, [])
+    for some, numbers in ((prompts, uniforms), (alone, uniforms[:1, :1])):
+        fast = model.generate(some, numbers, [-1])
+        with monkeypatch.context() as patch:
+            patch.setattr(network, "shorten_step", lambda step: None)
+            plain = model.generate(some, numbers, [-1])
+        assert torch.equal(fast.tokens, plain.tokens) and (fast.logprobs - plain.logprobs).abs().max() < 1e-5
+    torch.set_num_threads(before)
+
+
+def test_the_recorded_step_replays_the_plain_one(batch, monkeypatch):
+    """With a stand-in for the CUDA graph that calls what was recorded again: the first step runs as it is, the second is
+    recorded, all later ones are replayed, and each gets its own tokens and its own place."""
+    class Graph:
+        def replay(self):
+            self.logits.copy_(self.work())
+
+    class Recorder:
+        def __init__(self, graph, capture_error_mode):
+            calls.append(graph)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    calls, seen, (model, prompts, _, _) = [], [], batch
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recorder)
+    with torch.no_grad():
+        _, prompt_kv = model.prefill(prompts)
+        plain, recorded = (network.Step(model, prompts, prompt_kv, 2, 5) for _ in range(2))
+        forward = recorded.forward
+
+        def watched(tokens):
+            logits = forward(tokens)
+            if calls:
+                calls[0].work, calls[0].logits = lambda: forward(tokens), logits
+            seen.append(tokens)
+            return logits
+        recorded.forward = watched
+        network.record_step(recorded)
+        for t in range(5):
+            tokens = torch.arange(6) + 10 * (t + 1)
+            assert torch.allclose(recorded(tokens, t), plain(tokens, t), atol=1e-5)
+    assert len(calls) == 1 and len(seen) == 2, "five steps, of which one is recorded"
 
 
 def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from(batch):
