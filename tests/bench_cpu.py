@@ -63,13 +63,13 @@ def text_prompts(count: int, ids: Tensor) -> Prompts:
     return Prompts(ids.expand(count, -1), lengths, torch.arange(p).expand(3, count, p), lengths, None, [])
 
 
-def words(*shape: int) -> Tensor:
+def token_ids(*shape: int) -> Tensor:
     return torch.randint(8, 3000, shape, generator=torch.Generator().manual_seed(0))
 
 
 def make_group(g: int, p: int, t: int) -> Group:
     weights = torch.randn(1, g, t, generator=torch.Generator().manual_seed(0))
-    return Group(text_prompts(1, words(1, p)), words(1, g, t), torch.full((1, g), t), weights)
+    return Group(text_prompts(1, token_ids(1, p)), token_ids(1, g, t), torch.full((1, g), t), weights)
 
 
 def training_pass(model: Qwen2_5_VL, group: Group) -> Tensor:
@@ -90,41 +90,46 @@ def sizes(g: int, p: int, t: int) -> str:
 
 # ------------------------------------------------------------------------------------------------ against transformers
 
+def compare(b: Bench, what: str, size: str, ours: Callable, asked: dict[str, tuple], repeats: int, **more) -> None:
+    """A row for each peer: a call of ours against what the peer's process is asked for. more: for `Ruler.row`."""
+    calls = {"ours": ours} | {name: partial(b.peer.ask, *words) for name, words in asked.items()}
+    seconds = in_turn(calls, repeats)
+    bytes = {"ours": peak(ours)} | {name: b.peer.ask("bytes_of", *words) for name, words in asked.items()}
+    for name in asked:
+        b.ruler.row(what, size, seconds, peer=name, bytes=bytes, **more)
+
+
 def rollouts(b: Bench) -> None:
     for questions, g, p, target in ((8, 8, 300, 5.0), (4, 8, 1000, None), (1, 1, 300, 1.8)):
-        prompts, t = text_prompts(questions, words(questions, p)), 64
+        prompts, t = text_prompts(questions, token_ids(questions, p)), 64
         uniforms = torch.rand(questions, g, t)
         greedy = b.model.generate(prompts, uniforms, [-1], 0.0).tokens                         # (B, G, T)
         expected = b.peer.ask("generate", prompts.ids, 1, t, False, False)                     # (B, T)
         if not torch.equal(greedy, expected[:, None].expand_as(greedy)):
             raise SystemExit(f"Greedy tokens after {questions} prompts of {p} tokens are not those of transformers.")
-        ours, static = partial(b.model.generate, prompts, uniforms, [-1]), {"static cache": True} if target == 5 else {}
-        asked = {name: ("generate", prompts.ids, g, t, True, fixed)
-                 for name, fixed in ({"transformers": False} | static).items()}
-        seconds = in_turn({"ours": ours} | {name: partial(b.peer.ask, *ask) for name, ask in asked.items()}, b.repeats)
-        bytes = {"ours": peak(ours)} | {name: b.peer.ask("bytes_of", *ask) for name, ask in asked.items()}
-        for name in asked:
-            b.ruler.row("rollout", f"{questions}×{g}, prompt {p:,}, {t} new", seconds, peer=name, target=target,
-                        bytes=bytes, note="same greedy tokens")
+        asked = {"transformers": ("generate", prompts.ids, g, t, True, False)}
+        if questions == 8:
+            asked["static cache"] = "generate", prompts.ids, g, t, True, True
+        compare(b, "rollout", f"{questions}×{g}, prompt {p:,}, {t} new",
+                partial(b.model.generate, prompts, uniforms, [-1]), asked, b.repeats, target=target,
+                note="same greedy tokens")
 
 
 def training(b: Bench) -> None:
     """transformers reads full sequences and computes logits where responses are predicted."""
     shape = g, p, t = 8, 1000, 200
     group = make_group(*shape)
+    ours = partial(training_pass, b.model, group)
     asked = "forward_backward", group.sequences(), group.weights[0], t + 1
-    calls = {"ours": partial(training_pass, b.model, group), "transformers": partial(b.peer.ask, *asked)}
     b.model.zero_grad()
     b.peer.ask("gradients")                                  # forgets those of other rows
-    apart = (calls["ours"]()[0] - calls["transformers"]()).abs().max()
+    apart = (ours()[0] - b.peer.ask(*asked)).abs().max()
     expected, own = b.peer.ask("gradients"), dict(b.model.named_parameters())
     worst = max((own[name].grad - x).abs().max() for name, x in expected.items())
     largest = max(x.abs().max() for x in expected.values())
-    seconds = in_turn(calls, b.repeats)
-    bytes = {"ours": peak(calls["ours"]), "transformers": b.peer.ask("bytes_of", *asked)}
-    b.ruler.row("training pass", sizes(*shape), seconds, peer="transformers", target=3.3, bytes=bytes,
-                note=f"ceiling {ceiling(*shape):.2f}; log-probabilities differ by {apart:.0e} at most, gradients by "
-                     f"{worst:.0e}, the largest is {largest:.0f}")
+    compare(b, "training pass", sizes(*shape), ours, {"transformers": asked}, b.repeats, target=3.3,
+            note=f"ceiling by tokens {ceiling(*shape):.2f}; largest differences: log-probability {apart:.0e}, gradient "
+                 f"{worst:.0e} of {largest:.0f}")
 
 
 def layers(b: Bench) -> None:
@@ -134,12 +139,9 @@ def layers(b: Bench) -> None:
         rotary = b.model.rotary(torch.arange(length).expand(3, rows, length), x.dtype)
         apart = (b.peer.ask("layer_input", x) - layer(x, rotary)[0]).abs().max()
         x.requires_grad_()
-        calls = {"ours": lambda: layer(x, rotary)[0].sum().backward(),
-                 "transformers": partial(b.peer.ask, "layer_pass")}
-        seconds = in_turn(calls, 4 * b.repeats)              # they are short
-        bytes = {"ours": peak(calls["ours"]), "transformers": b.peer.ask("bytes_of", "layer_pass")}
-        b.ruler.row("one layer, forward, backward", f"{rows} × {length:,}", seconds, peer="transformers", target=1.0,
-                    bytes=bytes, note=f"outputs differ by {apart:.0e} at most")
+        compare(b, "one layer, forward, backward", f"{rows} × {length:,}",
+                lambda: layer(x, rotary)[0].sum().backward(), {"transformers": ("layer_pass",)}, 4 * b.repeats,
+                target=1.0, note=f"largest difference {apart:.0e}")
 
 
 def vocabulary(b: Bench) -> None:
@@ -164,7 +166,7 @@ def steps(b: Bench) -> None:
     """PA-GRPO against TRL's GRPO, both with KL term, one update, and responses of the same lengths."""
     for questions, g, p, t, target in ((8, 8, 60, 48, 2.6), (4, 8, 300, 64, 6.0)):
         pieces, count = (" red", " blue", " green", " yellow", " letter", " after"), (b.repeats + 2) * questions
-        texts = ["".join(pieces[i % len(pieces)] for i in row) for row in words(count, p).tolist()]
+        texts = ["".join(pieces[i % len(pieces)] for i in row) for row in token_ids(count, p).tolist()]
         ours = our_step(b, texts, questions, g, t)
         b.peer.ask("train", texts, questions, g, t)          # the first step
         seconds = in_turn({"ours": ours, "TRL": partial(b.peer.ask, "go")}, b.repeats)
@@ -194,7 +196,8 @@ def our_step(b: Bench, texts: list[str], questions: int, g: int, t: int) -> Call
             raise SystemExit(f"A response of ours is not {t} tokens long.")
         batches = pagrpo.make_batches(groups, policy, reference, tokenizer, settings, b.world)
         parts = pagrpo.reward_tensor(groups, [pagrpo.UNCLOSED] * len(responses), settings)
-        totals = pagrpo.total_rewards(parts + torch.rand_like(parts), settings.reward_off)    # random text earns nothing
+        parts = parts + torch.rand_like(parts)               # random text earns nothing
+        totals = pagrpo.total_rewards(parts, settings.reward_off)
         advantages = pagrpo.group_advantages(totals, settings.advantage)
         pagrpo.update(policy, optimizer, batches, advantages, 1e-6, settings, b.world)
     return step
@@ -206,8 +209,8 @@ def waiting(b: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
         data.make_toy_model(base, 0)
-        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | dict(
-            preset="tiny", out=folder, model=str(base), data=str(toy / "rl.json"), media=str(toy), steps=steps, cache_gb=0))
+        where = dict(preset="tiny", out=folder, model=str(base), data=str(toy / "rl.json"), media=str(toy))
+        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps, cache_gb=0))
         run = sft.Run(Path(folder) / "pagrpo", settings, steps, settings.questions, b.world)
         prepared = pagrpo.prepare(settings, run, b.world)
         questions = prepared[4]
@@ -232,23 +235,23 @@ def timed(prefetch: Callable, blocked: list[float], steps: Iterable) -> Iterator
 # ------------------------------------------------------------------------------------------------ how they grow
 
 def sampling_growth(b: Bench) -> None:
-    prompts, news = text_prompts(8, words(8, 300)), (32, 64, 128, 256)
+    prompts, news = text_prompts(8, token_ids(8, 300)), (32, 64, 128, 256)
     calls = {f"8×8, prompt 300, {t} new": partial(b.model.generate, prompts, torch.rand(8, 8, t), [-1]) for t in news}
     for (name, times), t in zip(in_turn(calls, b.repeats).items(), news):
         b.ruler.row("sampling", name, {"ours": times}, note=f"{1000 * median(times) / t:.2f} ms for each new token")
 
 
 def training_growth(b: Bench) -> None:
-    """Tokens of a row: those of G responses, and one prompt."""
-    p, by_length, by_group = 1000, [(8, t) for t in (50, 100, 200, 400)], [(g, 200) for g in (2, 4, 8, 16)]
-    calls = {shape: partial(training_pass, b.model, make_group(shape[0], p, shape[1])) for shape in by_length + by_group}
+    """Time and memory follow the tokens of a row, G responses and one prompt."""
+    by_length, by_group = [(8, 1000, t) for t in (50, 100, 200, 400)], [(g, 1000, 200) for g in (2, 4, 8, 16)]
+    calls = {shape: partial(training_pass, b.model, make_group(*shape)) for shape in by_length + by_group}
     seconds, bytes = in_turn(calls, b.repeats), {shape: peak(call) for shape, call in calls.items()}
     for what, shapes in (("training pass by length", by_length), ("training pass by group", by_group)):
-        for g, t in shapes:
-            tokens, times, most = p + g * t, seconds[g, t], bytes[g, t]
-            b.ruler.row(what, sizes(g, p, t), {"ours": times}, bytes={"ours": most},
-                        note=f"{tokens:,} tokens, {1000 * median(times) / tokens:.3f} ms and "
-                             f"{most / tokens / 1024:.0f} KiB for each")
+        for shape in shapes:
+            g, p, t = shape
+            tokens, each = p + g * t, 1000 * median(seconds[shape]) / (p + g * t)
+            b.ruler.row(what, sizes(*shape), {"ours": seconds[shape]}, bytes={"ours": bytes[shape]},
+                        note=f"{tokens:,} tokens, each {each:.3f} ms and {bytes[shape] / tokens / 1024:.0f} KiB")
 
 
 def shared_prompt(b: Bench) -> None:
@@ -258,7 +261,7 @@ def shared_prompt(b: Bench) -> None:
         copies = group.separate()
         calls = {"ours": partial(training_pass, b.model, group), peer: partial(training_pass, b.model, copies)}
         b.ruler.row("shared prompt, training", sizes(*shape), in_turn(calls, b.repeats), peer=peer,
-                    note=f"ceiling {ceiling(*shape):.2f}")
+                    note=f"ceiling by tokens {ceiling(*shape):.2f}")
         calls = {"ours": partial(b.model.generate, group.prompts, uniforms, [-1]),
                  peer: partial(b.model.generate, copies.prompts, uniforms.transpose(0, 1), [-1])}
         b.ruler.row("shared prompt, sampling", sizes(*shape), in_turn(calls, b.repeats), peer=peer)

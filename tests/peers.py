@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -38,7 +39,7 @@ class Peer:
     def ask(self, name: str, *args):
         """Calls a method of `Worker` and waits for what it returns. RuntimeError with its traceback if it fails."""
         send(self.pipe, (name, args))
-        failed, answer = receive(self.pipe)
+        failed, answer = self.pipe.recv()
         if failed:
             raise RuntimeError(f"{name} failed in the process of the peers:\n{answer}")
         return answer
@@ -49,11 +50,7 @@ class Peer:
 
 
 def send(pipe: Connection, message) -> None:
-    pipe.send_bytes(pickle.dumps(message))                   # `pipe.send` would pass tensors in shared memory
-
-
-def receive(pipe: Connection):
-    return pickle.loads(pipe.recv_bytes())
+    pipe.send_bytes(pickle.dumps(message))                   # pipe.send would put tensors in shared memory
 
 
 # ------------------------------------------------------------------------------------------------ in the other process
@@ -71,9 +68,7 @@ class Worker:
         self.folder, self.model = folder, Qwen2ForCausalLM(Qwen2Config(**{name: config[name] for name in SHAPE}))
         tensors = load_file(Path(folder) / "model.safetensors")
         text = {name: x for name, x in tensors.items() if not name.startswith("visual.")}
-        missing, unexpected = self.model.load_state_dict(text, strict=False)
-        if unexpected or missing and missing != ["lm_head.weight"]:           # the head is the embedding
-            raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}")
+        self.model.load_state_dict(text | {"lm_head.weight": text["model.embed_tokens.weight"]})    # they are tied
         self.model.eval()
 
     def generate(self, ids: Tensor, group: int, tokens: int, sample: bool, static: bool) -> Tensor:
@@ -124,7 +119,7 @@ class Worker:
         class InTurn(TrainerCallback):
             def on_step_end(self, args, state, control, **others):
                 send(pipe, (False, None))
-                control.should_training_stop = receive(pipe)[0] == "stop"
+                control.should_training_stop = pipe.recv()[0] == "stop"
 
         def reward(completions, completion_ids, **others):
             lengths.update(map(len, completion_ids))
@@ -146,22 +141,19 @@ class Worker:
 
 
 def serve(pipe: Connection) -> None:
-    """Answers until the other end is closed."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     worker = Worker(pipe)
-    while True:
-        try:
-            name, args = receive(pipe)
-        except EOFError:
-            return
-        try:
-            answer = False, getattr(worker, name)(*args)
-        except Exception:
-            answer = True, traceback.format_exc()
-        send(pipe, answer)
+    with suppress(EOFError):                                 # the other end is closed
+        while True:
+            name, args = pipe.recv()
+            try:
+                answer = False, getattr(worker, name)(*args)
+            except Exception:
+                answer = True, traceback.format_exc()
+            send(pipe, answer)
 
 
 if __name__ == "__main__":

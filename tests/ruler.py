@@ -1,10 +1,11 @@
-"""Measures calls beside each other: seconds, bytes, and a table of both that is also written as JSON lines."""
+"""Measures calls beside each other, in seconds and bytes. Prints a table and writes its rows as JSON lines."""
 import json
 import os
 import platform
+import re
 import time
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Callable
@@ -13,17 +14,17 @@ import torch
 
 from counting import Counting
 
-COLUMNS = "{:<30} {:<32} {:>9} {:>9} {:<20} {:>6} {:>15} {:>16} {:>10} {:>10} {:>6}  {}"
-TITLES = ("what", "sizes", "ours", "peer", "", "ratio", "lowest–highest", "target", "MiB", "peer's MiB", "limit", "")
+TABLE = "{:<28} {:<30} {:>9} {:>9} {:<16} {:>6} {:>13} {:>14} {:>9} {:>10} {:>5}  {}"
+TITLES = ("", "", "ours, ms", "peer, ms", "peer", "ratio", "low–high", "target", "MiB", "peer's MiB", "limit", "")
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """CUDA computes behind Python's back: what is not finished is waited for, before and after."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    wait()
+    # CUDA computes behind Python's back: what is not finished is waited for.
+    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    finish()
     began = time.perf_counter()
     call()
-    wait()
+    finish()
     return time.perf_counter() - began
 
 
@@ -31,37 +32,29 @@ def in_turn(calls: dict[str, Callable[[], object]], repeats: int = 5) -> dict[st
     """Seconds of each call. After one that warms up they run in turn, so that the n-th of each see the same machine."""
     for call in calls.values():
         call()
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            seconds[name].append(seconds_of(call))
-    return seconds
+    rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
+    return {name: [seconds[name] for seconds in rounds] for name in calls}
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes of all tensors that a call makes, at their most."""
+    """Bytes of the tensors that a call makes, at their most."""
     if not torch.cuda.is_initialized():
         with Counting() as count:
             call()
         return count.peak
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
-    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
 def machine() -> dict:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    found = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    found = {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-    for package in ("torch", "transformers", "trl"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    found |= {name: version(name) for name in ("torch", "transformers", "trl") if find_spec(name)}
     return found | {"date": time.strftime("%Y-%m-%d")}
 
 
@@ -72,38 +65,26 @@ class Ruler:
         self.file, on = Path(file), machine()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(on) + "\n")
-        print(", ".join(f"{name} {value}" for name, value in on.items()))
-        print(COLUMNS.format(*TITLES).rstrip(), flush=True)
+        print(", ".join(f"{name} {value}" for name, value in on.items()), TABLE.format(*TITLES), sep="\n", flush=True)
 
     def row(self, what: str, sizes: str, seconds: dict[str, list[float]], ours: str = "ours", peer: str | None = None,
             target: float | None = None, bytes: dict[str, int] | None = None, roofline: float | None = None,
-            note: str = "") -> dict:
-        """Adds a row. The ratio is peer / ours, pair by pair, of seconds, or of bytes where no seconds are given; the
-        target is the least that its median should be. roofline: the share of what the hardware allows, 0 to 1."""
-        bytes, found, verdict = bytes or {}, {}, ""
-        values = seconds or {name: [n] for name, n in bytes.items()}
+            note: str = "") -> None:
+        """Adds a row. Its ratio is peer / ours, pair by pair, of seconds, or of bytes where there are no seconds; the
+        target is the least that the median should be. roofline: the share of what the hardware allows, 0 to 1."""
+        bytes, times, ratio = bytes or {}, {name: median(x) for name, x in seconds.items()}, {}
         if peer:
-            ratios = [theirs / own for own, theirs in zip(values[ours], values[peer], strict=True)]
-            found = {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-        if target is not None:
-            verdict = "reached" if found["median"] >= target else "missed"
-        row = {"what": what, "sizes": sizes, "ours": ours, "peer": peer, "ratio": found, "target": target,
-               "verdict": verdict, "median": {name: median(x) for name, x in seconds.items()}, "seconds": seconds,
-               "bytes": bytes, "roofline": roofline, "note": note}
+            values = seconds or {name: [n] for name, n in bytes.items()}
+            pairs = [theirs / own for own, theirs in zip(values[ours], values[peer], strict=True)]
+            ratio = {"median": median(pairs), "lowest": min(pairs), "highest": max(pairs)}
+        verdict = "" if target is None else "reached" if ratio["median"] >= target else "missed"
         with self.file.open("a") as file:
-            print(json.dumps(row), file=file)
-        times, sizes_in = ([kind(row[key].get(name)) for name in (ours, peer)]
-                           for kind, key in ((shown, "median"), (mebibytes, "bytes")))
-        cells = [what, sizes, *times, peer or ""]
-        cells += [f"{found['median']:.2f}", f"{found['lowest']:.2f}–{found['highest']:.2f}"] if found else ["", ""]
-        cells += [f"≥ {target:g} {verdict}" if verdict else "", *sizes_in, f"{roofline:.0%}" if roofline else "", note]
-        print(COLUMNS.format(*cells).rstrip(), flush=True)
-        return row
-
-
-def shown(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-
-
-def mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2 ** 20:,.1f}"
+            print(json.dumps({
+                "what": what, "sizes": sizes, "ours": ours, "peer": peer, "ratio": ratio, "target": target,
+                "verdict": verdict, "median": times, "seconds": seconds, "bytes": bytes, "roofline": roofline,
+                "note": note}), file=file)
+        parts = (times, ours, 1e-3), (times, peer, 1e-3), (bytes, ours, 2 ** 20), (bytes, peer, 2 ** 20)
+        a, b, *held = [f"{x[name] / unit:,.1f}" if name in x else "" for x, name, unit in parts]
+        found = ["{median:.2f}".format(**ratio), "{lowest:.2f}–{highest:.2f}".format(**ratio)] if ratio else ["", ""]
+        print(TABLE.format(what, sizes, a, b, peer or "", *found, f"≥ {target:g} {verdict}" if verdict else "", *held,
+                           "" if roofline is None else f"{roofline:.0%}", note).rstrip(), flush=True)
