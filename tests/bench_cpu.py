@@ -1,7 +1,7 @@
 """The rows of `python tests/bench.py cpu`. Each function measures some of them; all use one small model of text.
 
-A peer is asked for the same work on the same weights: transformers, TRL, or this code without a shared prompt. Results
-are compared before they are timed. Targets are what a change of this code must not fall below on two cores.
+A peer is asked for the same work on the same weights: transformers, TRL, or this code without a shared prompt. Where
+transformers computes the same numbers, they are compared first. Targets are for two cores.
 """
 import io
 import os
