@@ -1,15 +1,14 @@
-"""Figures that can be reproduced with one command each. Not tests: they measure, print, and judge nothing.
+"""Figures that can be reproduced with one command each. Not tests: they measure and print.
 
-    python tests/bench.py learning            base / SFT / PA-GRPO / GRPO on the toy world, averaged over seeds 0, 1, 2
-    python tests/bench.py prefix              what computing a prompt once for its group saves, in training and sampling
+    python tests/bench.py cpu                 seconds and bytes beside transformers and TRL, and how they grow
+    python tests/bench.py gpu                 the same on a GPU
     python tests/bench.py memory              the peak of a step beside what --dry-run says; on a GPU five steps of 3b
     python tests/bench.py judge               what a judge behind http costs a step: a loopback server that takes 2 s
 
-Run them with nothing else on the machine.
+Run them with nothing else on the machine. `cpu` needs pip install -r tests/requirements-bench.txt.
 """
 import argparse
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-KINDS = ("perception", "answer", "format")
 LARGE = 512 * 28 * 28                                        # pixels of a frame in the bench of the judge
 
 
@@ -29,75 +27,6 @@ def command(script: str, *flags) -> float:
     began = time.perf_counter()
     subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
-
-
-def loses(start: dict, end: dict) -> bool:
-    """Is `end` significantly below `start`? Two proportions, z-test at 95 %."""
-    a, b, n = start["value"] / 100, end["value"] / 100, start["n"]
-    spread = math.sqrt((a * (1 - a) + b * (1 - b)) / n)
-    return b - a < -1.96 * spread
-
-
-def learning(out: Path, seeds: list[int], flags: list[str]) -> None:
-    """Every seed: its own random weights, data order and sampling; PA-GRPO and GRPO start from the same SFT model."""
-    results, seconds = {}, []
-    for seed in seeds:
-        folder = out / f"seed{seed}"
-        seconds.append(command("pagrpo.py", "--out", folder, "--seed", seed, *flags))
-        command("pagrpo.py", "--out", folder, "--seed", seed, "--advantage", "grpo", *flags)
-        for stage in ("pagrpo", "grpo"):
-            results[seed] = results.get(seed, {}) | json.loads((folder / stage / "results.json").read_text())
-    rows = [f"{name}, {how}" for how in ("greedy", "sampled") for name in ("base", "SFT", "pagrpo", "grpo")]
-    print(f"\n{'percent of 512 held-out clips':<30}" + "".join(f"{k:>32}" for k in KINDS))
-    print(f"{'':<30}" + "".join(f"{'mean':>10}  {'by seed':>20}" for _ in KINDS))
-    for row in rows:
-        cells = [[results[s][row][k]["value"] for s in seeds] for k in KINDS]
-        print(f"{row:<30}" + "".join(f"{sum(c) / len(c):>10.1f}  {' '.join(f'{x:.1f}' for x in c):>20}" for c in cells))
-    print()
-    for stage in ("pagrpo", "grpo"):
-        for how in ("sampled", "greedy"):
-            for kind in KINDS[:2]:
-                pairs = [(results[s][f"SFT, {how}"][kind], results[s][f"{stage}, {how}"][kind]) for s in seeds]
-                gains = [b["value"] - a["value"] for a, b in pairs]
-                worse = [s for s, pair in zip(seeds, pairs) if loses(*pair)]
-                told = f"   significantly worse: seed {worse}" if worse else ""
-                print(f"{stage:<8}{how:<9}{kind:<12}{sum(gains) / len(gains):+6.1f} points over SFT   by seed "
-                      + " ".join(f"{g:+.1f}" for g in gains) + told)
-    print("\n`python pagrpo.py` took " + ", ".join(f"{s:.0f} s" for s in seconds))
-
-
-def seconds_of(work, repeats: int = 3) -> float:
-    """Median seconds of a call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
-
-
-def prefix() -> None:
-    """A group that shares its prompt against the same responses, each behind a prompt of its own."""
-    import torch
-
-    from model import CONFIGS, Prompts, Qwen2_5_VL, init_weights
-
-    model = init_weights(Qwen2_5_VL(CONFIGS["tiny"]), seed=0)
-    print(f"{'G × (prompt, response)':<28}{'training':>12}{'sampling':>12}    shared against separate, tiny model on "
-          f"{torch.get_num_threads()} threads")
-    for group, p, t in ((8, 1000, 200), (8, 300, 48), (4, 1000, 50), (8, 60, 48)):
-        ids = torch.randint(8, 300, (1, p), generator=torch.Generator().manual_seed(0))
-        prompt = Prompts(ids, torch.tensor([p]), torch.arange(p).expand(3, 1, p), torch.tensor([p]), None, [])
-        copies = Prompts(ids.expand(group, p), torch.full((group,), p), torch.arange(p).expand(3, group, p),
-                         torch.full((group,), p), None, [])
-        tokens, lengths = torch.randint(8, 300, (1, group, t)), torch.full((1, group), t)
-        uniforms = torch.rand(1, group, t)
-        shared = lambda: model.logprobs(prompt, tokens, lengths)[0].sum().backward()
-        separate = lambda: model.logprobs(copies, tokens.transpose(0, 1), lengths.T)[0].sum().backward()
-        training = seconds_of(separate) / seconds_of(shared)
-        sampling = (seconds_of(lambda: model.generate(copies, uniforms.transpose(0, 1), [-1]))
-                    / seconds_of(lambda: model.generate(prompt, uniforms, [-1])))
-        print(f"{f'{group} × ({p}, {t})':<28}{training:>11.1f}×{sampling:>11.1f}×", flush=True)
 
 
 def on_cpu() -> None:
@@ -200,30 +129,35 @@ def judge(out: Path, delay: float, flags: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True)
-    learn = commands.add_parser("learning", help="base, SFT, PA-GRPO and GRPO over seeds, about 15 minutes on two "
-                                                 "cores; further flags go to pagrpo.py")
-    learn.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
-    learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    cpu = commands.add_parser("cpu", help="one table, about eight minutes on two cores")
+    cpu.add_argument("--json", type=Path, default=Path("runs/bench-cpu.jsonl"), help="its rows [%(default)s]")
+    cpu.add_argument("--repeats", type=int, default=5, help="timings of each call [%(default)s]")
+    cpu.add_argument("--only", nargs="+", default=[], metavar="ROWS", help="functions of bench_cpu.py; default: all")
+    gpu = commands.add_parser("gpu", help="one table, on one GPU")
+    gpu.add_argument("--json", type=Path, default=Path("runs/bench-gpu.jsonl"), help="its rows [%(default)s]")
+    gpu.add_argument("--small", action="store_true", help="a small model, to try it")
     measured = commands.add_parser("memory", help="half a minute on a CPU; some minutes on GPUs, with further "
                                                   "flags for pagrpo.py")
     measured.add_argument("--out", type=Path, default=Path("runs/bench-memory"), help="folder, on GPUs [%(default)s]")
     measured.add_argument("--preset", choices=["3b", "7b"], default="3b", help="shape, on GPUs [%(default)s]")
-    commands.add_parser("prefix", help="speed-up of the shared prompt, half a minute")
     judged = commands.add_parser("judge", help="what a slow judge costs a step, five minutes; further flags go to "
                                                "pagrpo.py")
     judged.add_argument("--out", type=Path, default=Path("runs/bench-judge"), help="folder [%(default)s]")
     judged.add_argument("--delay", type=float, default=2.0, help="seconds that the server takes [2]")
     args, flags = parser.parse_known_args()
-    if args.bench == "prefix":
+    if args.bench in ("cpu", "gpu"):
         parser.parse_args()                                  # no further flags here
-        prefix()
+    if args.bench == "cpu":
+        import bench_cpu
+        bench_cpu.run(args)
+    elif args.bench == "gpu":
+        import bench_gpu
+        bench_gpu.run(args)
     elif args.bench == "memory":
         import torch
         on_gpu(args.out, args.preset, flags) if torch.cuda.is_available() else on_cpu()
-    elif args.bench == "judge":
-        judge(args.out, args.delay, flags)
     else:
-        learning(args.out, args.seeds, flags)
+        judge(args.out, args.delay, flags)
 
 
 if __name__ == "__main__":

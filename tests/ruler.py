@@ -1,0 +1,90 @@
+"""Measures calls beside each other, in seconds and bytes. Prints a table and writes its rows as JSON lines."""
+import json
+import os
+import platform
+import re
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Callable
+
+import torch
+
+from counting import Counting
+
+TABLE = "{:<28} {:<30} {:>9} {:>9} {:<16} {:>6} {:>13} {:>14} {:>9} {:>10} {:>5}  {}"
+TITLES = ("", "", "ours, ms", "peer, ms", "peer", "ratio", "low–high", "target", "MiB", "peer's MiB", "limit", "")
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    # CUDA computes behind Python's back: what is not finished is waited for.
+    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    finish()
+    began = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - began
+
+
+def in_turn(calls: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
+    """Seconds of each call. After one that warms up they run in turn, so that the n-th of each see the same machine."""
+    for call in calls.values():
+        call()
+    rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
+    return {name: [seconds[name] for seconds in rounds] for name in calls}
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes of the tensors that a call makes, at their most."""
+    if not torch.cuda.is_initialized():
+        with Counting() as count:
+            call()
+        return count.peak
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def machine() -> dict:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    found = {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    found |= {name: version(name) for name in ("torch", "transformers", "trl") if find_spec(name)}
+    return found | {"date": time.strftime("%Y-%m-%d")}
+
+
+class Ruler:
+    """One table. `file` is made anew: its first line says on which machine, each other one is a row."""
+
+    def __init__(self, file: str | Path):
+        self.file, on = Path(file), machine()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(on) + "\n")
+        print(", ".join(f"{name} {value}" for name, value in on.items()), TABLE.format(*TITLES), sep="\n", flush=True)
+
+    def row(self, what: str, sizes: str, seconds: dict[str, list[float]], ours: str = "ours", peer: str | None = None,
+            target: float | None = None, bytes: dict[str, int] | None = None, roofline: float | None = None,
+            note: str = "") -> None:
+        """Adds a row. Its ratio is peer / ours, pair by pair, of seconds, or of bytes where there are no seconds; the
+        target is the least that the median should be. roofline: the share of what the hardware allows, 0 to 1."""
+        bytes, times, ratio = bytes or {}, {name: median(x) for name, x in seconds.items()}, {}
+        if peer:
+            values = seconds or {name: [n] for name, n in bytes.items()}
+            pairs = [theirs / own for own, theirs in zip(values[ours], values[peer], strict=True)]
+            ratio = {"median": median(pairs), "lowest": min(pairs), "highest": max(pairs)}
+        verdict = "" if target is None else "reached" if ratio["median"] >= target else "missed"
+        with self.file.open("a") as file:
+            print(json.dumps({
+                "what": what, "sizes": sizes, "ours": ours, "peer": peer, "ratio": ratio, "target": target,
+                "verdict": verdict, "median": times, "seconds": seconds, "bytes": bytes, "roofline": roofline,
+                "note": note}), file=file)
+        parts = (times, ours, 1e-3), (times, peer, 1e-3), (bytes, ours, 2 ** 20), (bytes, peer, 2 ** 20)
+        a, b, *held = [f"{x[name] / unit:,.1f}" if name in x else "" for x, name, unit in parts]
+        found = ["{median:.2f}".format(**ratio), "{lowest:.2f}–{highest:.2f}".format(**ratio)] if ratio else ["", ""]
+        print(TABLE.format(what, sizes, a, b, peer or "", *found, f"≥ {target:g} {verdict}" if verdict else "", *held,
+                           "" if roofline is None else f"{roofline:.0%}", note).rstrip(), flush=True)

@@ -1,0 +1,79 @@
+"""Promise: the ruler of tests/bench.py measures what it says, and its peers have the same weights."""
+import json
+import os
+
+import pytest
+import torch
+
+import ruler
+from model import Prompts, load_model
+from peers import Peer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rows(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_calls_run_in_turn_after_one_that_warms_up():
+    order = []
+    seconds = ruler.in_turn({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3)
+    assert order == ["a", "b"] * 4
+    assert [len(seconds[name]) for name in "ab"] == [3, 3] and min(seconds["a"]) > 0
+
+
+def test_a_ratio_is_taken_pair_by_pair(tmp_path, capsys):
+    """The second pair ran while the machine was slow: the ratio of the medians would be 9 / 2."""
+    table = ruler.Ruler(tmp_path / "new" / "rows.jsonl")
+    table.row("rollout", "8×8", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}, peer="theirs", target=4.0)
+    table.row("rollout", "8×8", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}, peer="theirs", target=4.1)
+    machine, first, second = rows(tmp_path / "new" / "rows.jsonl")
+    assert machine["cores"] and machine["torch"] == torch.__version__
+    assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5}
+    assert first["median"] == {"ours": 2.0, "theirs": 9.0} and first["seconds"]["ours"] == [1.0, 9.0, 2.0]
+    assert (first["verdict"], second["verdict"]) == ("reached", "missed")
+    *_, titles, line, _ = capsys.readouterr().out.splitlines()
+    assert "3.00–4.50" in line and "≥ 4 reached" in line and titles.index("ratio") + 5 == line.index("4.00") + 4
+
+
+def test_a_row_of_bytes_and_a_row_without_a_peer(tmp_path, capsys):
+    table = ruler.Ruler(tmp_path / "rows.jsonl")
+    table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
+    table.row("growth", "", {"ours": [0.5]}, roofline=0.4, note="told")
+    _, memory, growth = rows(tmp_path / "rows.jsonl")
+    assert memory["ratio"]["median"] == 3.0 and memory["verdict"] == "missed"
+    assert growth["ratio"] == {} and growth["target"] is None and growth["verdict"] == ""
+    *_, last = capsys.readouterr().out.splitlines()
+    assert "500.0" in last and last.endswith("40%  told")
+
+
+def test_a_file_is_made_anew(tmp_path):
+    for _ in range(2):
+        ruler.Ruler(tmp_path / "rows.jsonl").row("once", "", {"ours": [1.0]})
+    assert len(rows(tmp_path / "rows.jsonl")) == 2
+
+
+def test_peak_is_what_a_call_makes_at_its_most():
+    kept = torch.zeros(4096, device=DEVICE)
+
+    def call():
+        for _ in range(3):                                   # one after the other, never two at once
+            torch.zeros(1024, device=DEVICE)
+        return kept
+    assert ruler.peak(call) == 4096
+    assert ruler.peak(lambda: [torch.zeros(1024, device=DEVICE) for _ in range(3)]) == 3 * 4096
+
+
+def test_the_peer_has_the_same_weights_and_says_why_it_fails(base):
+    model, ids = load_model(base), torch.randint(8, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    lengths, positions = torch.full((2,), 20), torch.arange(20).expand(3, 2, 20)
+    ours = model.generate(Prompts(ids, lengths, positions, lengths, None, []), torch.zeros(2, 1, 8), [-1], 0.0)
+    peer = Peer(base, os.environ | {"OMP_NUM_THREADS": "1"})
+    assert torch.equal(peer.ask("generate", ids, 1, 8, False, False), ours.tokens[:, 0])
+    assert peer.ask("bytes_of", "forward_backward", ids, torch.ones(2, 4), 5) > 0
+    assert len(peer.ask("gradients")) == 4 * 12 + 2 and peer.ask("gradients") == {}
+    with pytest.raises(RuntimeError, match="(?s)load failed in the process of the peers.*config.json"):
+        peer.ask("load", "nowhere")
+    peer.close()
+    assert peer.process.returncode == 0
