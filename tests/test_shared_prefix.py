@@ -112,8 +112,9 @@ def test_the_shortened_step_samples_the_tokens_of_the_plain_one(batch, vocabular
     model, prompts, _, _ = batch
     uniforms, before = torch.rand(3, 4, 30, generator=torch.Generator().manual_seed(4)), torch.get_num_threads()
     torch.set_num_threads(threads)
-    alone = Prompts(prompts.ids[:1, :prompts.lengths[0]], prompts.lengths[:1], prompts.positions[:, :1, :prompts.lengths[0]],
-                    prompts.next_position[:1], None, [])
+    p = prompts.lengths[0]
+    alone = Prompts(prompts.ids[:1, :p], prompts.lengths[:1], prompts.positions[:, :1, :p], prompts.next_position[:1],
+                    None, [])
     for some, numbers in ((prompts, uniforms), (alone, uniforms[:1, :1])):
         fast = model.generate(some, numbers, [-1])
         with monkeypatch.context() as patch:
@@ -124,8 +125,8 @@ def test_the_shortened_step_samples_the_tokens_of_the_plain_one(batch, vocabular
 
 
 def test_the_recorded_step_replays_the_plain_one(batch, monkeypatch):
-    """With a stand-in for the CUDA graph that calls what was recorded again: the first step runs as it is, the second is
-    recorded, all later ones are replayed, and each gets its own tokens and its own place."""
+    """With a stand-in for the CUDA graph that calls what was recorded again: the first step runs as it is, the second
+    is recorded, all later ones are replayed, and each gets its own tokens and its own place."""
     class Graph:
         def replay(self):
             self.logits.copy_(self.work())
