@@ -129,7 +129,7 @@ def judge(out: Path, delay: float, flags: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="bench", required=True)
-    cpu = commands.add_parser("cpu", help="one table, about eight minutes on two cores")
+    cpu = commands.add_parser("cpu", help="one table for two cores, beside transformers and TRL")
     cpu.add_argument("--json", type=Path, default=Path("runs/bench-cpu.jsonl"), help="its rows [%(default)s]")
     cpu.add_argument("--repeats", type=int, default=5, help="timings of each call [%(default)s]")
     cpu.add_argument("--only", nargs="+", default=[], metavar="ROWS", help="functions of bench_cpu.py; default: all")
