@@ -112,6 +112,25 @@ CONFIGS = {  # one architecture, three sizes: students train `tiny` on a laptop,
 
 # ------------------------------------------------------------------------------------------------ building blocks
 
+# MKL, which computes F.linear on CPUs, uses AVX-512 on Intel's alone. oneDNN, which is also in torch, uses it on all.
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias, for x (…, D) and weight (O, D). On a CPU as a convolution over N rows of one pixel: torch asks
+    oneDNN for convolutions, which on AMD's CPUs takes half the time. It does not for few rows."""
+    if not (ONEDNN and x.is_cpu and x.numel() > 20480):
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)             # (1, D, N, 1), in memory (N, D)
+    out = F.conv2d(pixels, weight[:, :, None, None], bias)                    # (1, O, N, 1)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight. The kernel computes in fp32 whatever the dtype of x."""
 
@@ -128,8 +147,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias), nn.Linear(width, hidden, bias)
-        self.down_proj = nn.Linear(hidden, width, bias)
+        self.gate_proj, self.up_proj = Linear(width, hidden, bias), Linear(width, hidden, bias)
+        self.down_proj = Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -180,7 +199,7 @@ class VisionAttention(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.heads = c.num_heads
-        self.qkv, self.proj = nn.Linear(c.hidden_size, 3 * c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size)
+        self.qkv, self.proj = Linear(c.hidden_size, 3 * c.hidden_size), Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: Blocks) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
@@ -208,7 +227,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, c.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:             # (S, 3·2·14·14) → (S, D)
-        return F.linear(pixels, self.proj.weight.flatten(1))
+        return linear(pixels, self.proj.weight.flatten(1))
 
 
 class PatchMerger(nn.Module):
@@ -218,8 +237,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.width = c.hidden_size * c.spatial_merge_size ** 2
         self.ln_q = RMSNorm(c.hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
-                                 nn.Linear(self.width, c.out_hidden_size))
+        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(),
+                                 Linear(self.width, c.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:                  # (S, D) → (S/4, D of the decoder)
         return self.mlp(self.ln_q(x).view(-1, self.width))
@@ -284,19 +303,6 @@ class PackedRow(NamedTuple):
     prompt: int                                              # P
     group: int                                               # G
     lengths: list[int]                                       # (B,) length of each prompt; the rest is padding
-    mask: Tensor | None                                      # (B·G or 1, 1, T, P + T) for `attend_masked`
-
-
-def make_row(lengths: list[int], prompt: int, group: int, response: int, device: torch.device) -> PackedRow:
-    """The layout of rows for prompts of these lengths. A mask is for CPUs: flash kernels on CUDA take none."""
-    if device.type == "cuda":
-        return PackedRow(prompt, group, lengths, None)
-    mask = torch.ones(response, prompt + response, dtype=torch.bool).tril(prompt)[None, None]    # all of the prompt
-    if min(lengths) < prompt:
-        padding = torch.arange(prompt + response) >= torch.tensor(lengths)[:, None]              # (B, P + T)
-        padding[:, prompt:] = False
-        mask = mask & ~padding.repeat_interleave(group, 0)[:, None, None, :]
-    return PackedRow(prompt, group, lengths, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf))
 
 
 class KV(NamedTuple):
@@ -318,40 +324,25 @@ class Cache(NamedTuple):
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     """Attention in training: the prompt attends causally to itself, each response to the prompt and causally to itself.
 
-    The prompt is computed once for its G responses, with the same numbers as in G separate sequences. Padding is at
-    the end of a prompt, so causality hides it from the prompt. q (B, H, P + G·T, E), k, v (B, K, P + G·T, E)
+    The prompt is computed once for its G responses, with the same numbers as in G separate sequences. Padding is at the
+    end of a prompt: causality hides it from the prompt, and it is cut off for the responses.
+    q (B, H, P + G·T, E), k, v (B, K, P + G·T, E) → as q
     """
-    p, g, b = row.prompt, row.group, len(q)
-    parts, responses = zip(*(x.split([p, x.shape[2] - p], dim=2) for x in (q, k, v)))
-    prompt = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-    if q.shape[2] == p:                                      # responses of one token: the prompt predicts it
-        return prompt
-    own = [x.unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1) for x in responses]           # each (B·G, …, T, E)
-    attend = attend_cut if q.is_cuda else attend_masked
-    out = attend(*own, *parts[1:], row)                      # (B·G, H, T, E)
-    return torch.cat([prompt, out.unflatten(0, (b, g)).transpose(1, 2).flatten(2, 3)], dim=2)
-
-
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, row: PackedRow) -> Tensor:
-    """Responses attend to their prompt and to themselves, in one call with a mask.
-
-    q (B·G, H, T, E), k, v (B·G, K, T, E), prompt_k, prompt_v (B, K, P, E) → (B·G, H, T, E)
-    """
-    k = torch.cat([prompt_k.repeat_interleave(row.group, 0), k], dim=2)       # (B·G, K, P + T, E)
-    v = torch.cat([prompt_v.repeat_interleave(row.group, 0), v], dim=2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=row.mask, enable_gqa=True)
-
-
-def attend_cut(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, row: PackedRow) -> Tensor:
-    """The same, prompt by prompt and each cut to its length."""
-    t, g, outs = q.shape[2], row.group, []
-    for i, n in enumerate(row.lengths):
-        some = slice(i * g, (i + 1) * g)
-        keys, values = (torch.cat([prompt[i, :, :n].expand(g, -1, -1, -1), own[some]], dim=2)
-                        for prompt, own in ((prompt_k, k), (prompt_v, v)))    # (G, K, n + T, E)
-        mask = causal_lower_right(t, n + t)                  # plain is_causal is aligned top left: wrong here
-        outs.append(F.scaled_dot_product_attention(q[some], keys, values, attn_mask=mask, enable_gqa=True))
-    return torch.cat(outs)
+    p, places = row.prompt, q.shape[2]
+    prompts, responses = zip(*(x.split([p, places - p], dim=2) for x in (q, k, v)))
+    from_prompts = F.scaled_dot_product_attention(*prompts, is_causal=True, enable_gqa=True)
+    if places == p:                                          # responses of one token: the prompt predicts it
+        return from_prompts
+    t, outs = (places - p) // row.group, []
+    for n, prompt_k, prompt_v, *own in zip(row.lengths, *prompts[1:], *responses):
+        own_q, own_k, own_v = (x.unflatten(1, (-1, t)).transpose(0, 1) for x in own)           # (G, H or K, T, E)
+        keys = torch.cat([prompt_k[:, :n].expand(row.group, -1, -1, -1), own_k], dim=2)        # (G, K, n + T, E)
+        values = torch.cat([prompt_v[:, :n].expand(row.group, -1, -1, -1), own_v], dim=2)
+        # Causal, aligned at the lower right, and not, as is_causal is, top left. Flash kernels take no other mask.
+        mask = causal_lower_right(t, n + t) if q.is_cuda else torch.ones(t, n + t, dtype=torch.bool).tril(n)
+        out = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, enable_gqa=True)
+        outs.append(out.transpose(0, 1).flatten(1, 2))       # (H, G·T, E)
+    return torch.cat([from_prompts, torch.stack(outs)], dim=2)
 
 
 def decode_attention(q: Tensor, prompt: KV, own: Cache) -> Tensor:
@@ -413,10 +404,10 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
                 prompt: KV | None = None, own: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -559,6 +550,7 @@ class Step:
         shape = len(self.start), limit, model.config.num_key_value_heads, model.config.head_dim
         self.caches = [Cache(kv.k.new_zeros(shape), kv.k.new_zeros(shape), self.place, self.used) for kv in prompt_kv]
 
+    @torch.inference_mode()                                  # no_grad without bookkeeping: 12 % of a row alone on a CPU
     def __call__(self, tokens: Tensor, t: int) -> Tensor:
         self.place.fill_(t)
         self.used.fill_(t + 1)
@@ -581,7 +573,7 @@ class Qwen2_5_VL(nn.Module):
         self.config = config
         self.visual, self.model = VisionEncoder(config.vision), Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.masked_token_ids = torch.empty(0, dtype=torch.long, device="cpu")   # never sampled, see `logits`
         self.sharded = False                                 # are the weights sharded among ranks?
         self.save_memory = False                             # activation checkpointing
@@ -589,7 +581,7 @@ class Qwen2_5_VL(nn.Module):
     # Every probability that leaves the model is computed from these: sampling, training and the KL reference agree.
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) → logits (N, V) in fp32, -1e30 at the masked ids (-inf would give 0 · inf in the entropy)."""
-        return self.mask(F.linear(hidden, self.head.weight).float())
+        return self.mask(linear(hidden, self.head.weight).float())
 
     @property
     def head(self) -> nn.Module:
@@ -685,7 +677,7 @@ class Qwen2_5_VL(nn.Module):
         x = torch.cat([self.embed(prompts), responses], dim=1)                                 # (B, P + G·(T-1), D)
         following = prompts.next_position[:, None] + torch.arange(t - 1, device=device).repeat(g)  # (B, G·(T-1))
         positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2)
-        rotary, row = self.rotary(positions, x.dtype), make_row(prompts.lengths.tolist(), p, g, t - 1, device)
+        rotary, row = self.rotary(positions, x.dtype), PackedRow(p, g, prompts.lengths.tolist())
         for layer in self.model.layers[:-1]:
             x, _, _ = run_block(layer, self.save_memory, x, rotary, row)
         first = min(row.lengths) - 1                         # places before it are of no use after the last attention
@@ -754,14 +746,19 @@ def record_step(step: Step) -> None:
     step.forward = forward
 
 
-def for_threads(weight: Tensor) -> Tensor:
-    """The rows of a matrix (O, D) in as many parts as there are threads, (parts, D, O / parts), for `product`. MKL by
-    itself gives each thread all weights and some rows of x; with one row it leaves all threads but one without work."""
+def packed(weight: Tensor, rows: int) -> Tensor:
+    """A matrix (O, D) as `product` reads it fastest with so many rows of x: in oneDNN's own layout, or its rows in as
+    many parts as there are threads, (parts, D, O / parts). MKL by itself shares out the rows of x, not those of a
+    matrix; with one row it leaves all threads but one without work."""
+    if ONEDNN and rows > 1:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     parts = torch.get_num_threads() if len(weight) % torch.get_num_threads() == 0 else 1
     return weight.view(parts, -1, weight.shape[1]).mT
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:            # (N, D), (parts, D, O / parts) → (N, O)
+def product(x: Tensor, weight: Tensor) -> Tensor:            # (N, D) → (N, O)
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).flatten(1)
 
 
@@ -774,19 +771,19 @@ def shorten_step(step: Step) -> None:
     for layer in model.model.layers:
         a, mlp = layer.self_attn, layer.mlp
         qkv, bias = (torch.cat(x) for x in zip(*((p.weight, p.bias) for p in (a.q_proj, a.k_proj, a.v_proj))))
-        layers.append((layer.input_layernorm, for_threads(qkv), bias, for_threads(a.o_proj.weight),
-                       layer.post_attention_layernorm, torch.stack([mlp.gate_proj.weight, mlp.up_proj.weight]).mT,
-                       for_threads(mlp.down_proj.weight)))
-    head, heads = for_threads(model.head.weight), model.config.num_attention_heads
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        matrices = [packed(weight, n) for weight in (qkv, a.o_proj.weight, gate_up, mlp.down_proj.weight)]
+        layers.append((layer.input_layernorm, bias, layer.post_attention_layernorm, *matrices))
+    head, heads = packed(model.head.weight, n), model.config.num_attention_heads
 
     def forward(tokens: Tensor) -> Tensor:
         t, x = int(step.place), model.model.embed_tokens(tokens)                               # (N, D)
-        for (norm_1, qkv, bias, o, norm_2, gate_up, down), prompt, own in zip(layers, step.prompt_kv, step.caches):
+        for (norm_1, bias, norm_2, qkv, o, gate_up, down), prompt, own in zip(layers, step.prompt_kv, step.caches):
             qk, v = (product(norm_1(x), qkv) + bias).view(n, -1, e).split([heads + kv, kv], dim=1)
             q, k = apply_rotary(qk, (cos[t], sin[t])).split([heads, kv], dim=1)                # (N, H or K, E)
             own.k[:, t], own.v[:, t] = k, v
             x = x + product(decode_attention(q[:, :, None], prompt, own).view(n, -1), o)
-            gate, up = torch.bmm(norm_2(x).expand(2, -1, -1), gate_up)
+            gate, up = product(norm_2(x), gate_up).chunk(2, dim=1)
             x = x + product(F.silu(gate) * up, down)
         return model.mask(product(model.model.norm(x), head))
     step.forward = forward

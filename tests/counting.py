@@ -18,17 +18,18 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.see(x.untyped_storage())
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                opaque = x.layout is torch._mkldnn           # a matrix in oneDNN's layout has no storage to look at
+                self.see(x if opaque else x.untyped_storage(), x.numel() * x.element_size() if opaque else None)
         return result
 
-    def see(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)                                    # one Python object a storage, as long as it lives
-        if key not in self.known and storage.device.type != "meta":
-            self.known[key] = storage.nbytes()
-            self.now += storage.nbytes()
+    def see(self, holder: torch.UntypedStorage | torch.Tensor, size: int | None) -> None:
+        key, size = id(holder), holder.nbytes() if size is None else size     # one object a storage, as long as it lives
+        if key not in self.known:
+            self.known[key] = size
+            self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key)
+            weakref.finalize(holder, self.forget, key)
 
     def forget(self, key: int) -> None:
         self.now -= self.known.pop(key)

@@ -5,8 +5,8 @@ import torch
 
 from data import Examples, collate, read_records
 import model as network
-from model import (LOGITS_AT_ONCE, Prompts, attend_cut, attend_masked, attention_and_lse, load_model, make_row,
-                   plain_attention_and_lse)
+from model import (LOGITS_AT_ONCE, PackedRow, Prompts, attention_and_lse, causal_lower_right, linear, load_model,
+                   packed_attention, plain_attention_and_lse)
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +176,43 @@ def tensors(*shapes):
     return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
 
 
+def whole_row_attention(q, k, v, lengths, p, group):
+    """The plain way: all places of a row see each other, except for what one large mask forbids."""
+    places = torch.arange(q.shape[2])
+    owner = ((places - p) // ((len(places) - p) // group)).masked_fill(places < p, -1)         # of a place, -1: prompt
+    allowed = (places <= places[:, None]) & ((owner == owner[:, None]) | (owner == -1))
+    padding = (places >= torch.tensor(lengths)[:, None]) & (places < p)
+    allowed = allowed & ~padding[:, None, None] | (places < p)[:, None] & (places <= places[:, None])
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
 @pytest.mark.parametrize("lengths", [[11, 11, 11], [11, 4, 7]], ids=["equal prompts", "padded prompts"])
-def test_cutting_prompts_to_their_length_is_masking_their_padding(lengths):
-    """What a GPU does and what a CPU does, both on this CPU, with gradients. 4 query heads share 2 key heads."""
+def test_packed_attention_is_attention_with_one_large_mask(lengths):
+    """With gradients. Two responses of 5 tokens to each prompt, 4 query heads share 2 key heads."""
     results = []
-    for attend in (attend_cut, attend_masked):
-        inputs = tensors((6, 4, 5, 8), (6, 2, 5, 8), (6, 2, 5, 8), (3, 2, 11, 8), (3, 2, 11, 8))
-        out = attend(*inputs, make_row(lengths, 11, 2, 5, torch.device("cpu")))
+    for attend in (lambda *qkv: packed_attention(*qkv, PackedRow(11, 2, lengths)),
+                   lambda *qkv: whole_row_attention(*qkv, lengths, 11, 2)):
+        inputs = tensors((3, 4, 21, 8), (3, 2, 21, 8), (3, 2, 21, 8))
+        out = attend(*inputs)
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*results))
+
+
+def test_the_mask_on_cuda_is_the_mask_on_a_cpu():
+    q, k, v = (x.detach() for x in tensors((2, 4, 5, 8), (2, 4, 12, 8), (2, 4, 12, 8)))
+    mask = torch.ones(5, 12, dtype=torch.bool).tril(7)
+    outs = [torch.nn.functional.scaled_dot_product_attention(q, k, v, m) for m in (mask, causal_lower_right(5, 12))]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.skipif(not network.ONEDNN, reason="F.linear itself on this CPU")
+def test_products_by_convolution_have_the_values_and_gradients_of_linear():
+    results = []
+    for product in (linear, torch.nn.functional.linear):
+        inputs = tensors((5, 100, 64), (48, 64), (48,))
+        out = product(*inputs)
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
         results.append([out, *(x.grad for x in inputs)])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*results))
