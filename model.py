@@ -1,7 +1,7 @@
 """Qwen2.5-VL from scratch: vision encoder, decoder, sampling and log-probabilities, in plain PyTorch.
 
 Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then the whole model
-with its entry points `forward`, `prefill`, `generate`, `logprobs`. Tensors have the names of the official checkpoints.
+with its entry points `prefill`, `generate`, `logprobs`. Tensors have the names of the official checkpoints.
 
 Shapes are given in end-of-line comments, in one notation for the whole project:
     B questions (prompts)   G responses to each (the group)   P prompt tokens   T response tokens
@@ -21,14 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-
-def busy() -> bool:
-    """Does another program run? Linux says how many threads can run; this one counts."""
-    loads = [Path("/proc/loadavg").read_text() for _ in range(5)] if Path("/proc/loadavg").exists() else []
-    return bool(loads) and min(int(load.split()[3].split("/")[0]) for load in loads) > 1
-
-
-if busy():  # OpenMP threads spin while they wait: beside another program a step takes three times as long
+LOADS = Path("/proc/loadavg")                               # Linux says how many threads can run; this one counts
+if LOADS.exists() and min(int(LOADS.read_text().split()[3].split("/")[0]) for _ in range(5)) > 1:
+    # OpenMP threads spin while they wait: beside another program a step takes three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # read when torch is loaded; alone it would cost 60 %
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # shapes change from step to step
 import torch
@@ -122,8 +117,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (ONEDNN and x.is_cpu and x.numel() > 20480):
         return F.linear(x, weight, bias)
     pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)             # (1, D, N, 1), in memory (N, D)
-    out = F.conv2d(pixels, weight[:, :, None, None], bias)                    # (1, O, N, 1)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -237,8 +231,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.width = c.hidden_size * c.spatial_merge_size ** 2
         self.ln_q = RMSNorm(c.hidden_size)
-        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(),
-                                 Linear(self.width, c.out_hidden_size))
+        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(), Linear(self.width, c.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:                  # (S, D) → (S/4, D of the decoder)
         return self.mlp(self.ln_q(x).view(-1, self.width))
@@ -306,19 +299,13 @@ class PackedRow(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Keys and values of the prompts in one layer, computed once for a question's G responses."""
-    k: Tensor                                                # (B, K, P, E)
+    """Keys and values in one layer: those of the prompts, computed once for a question's G responses (N = B, S = P), or
+    those of the tokens sampled so far, with room for the longest response (N = B·G, S = T)."""
+    k: Tensor                                                # (N, S, K, E)
     v: Tensor
-    mask: Tensor | None                                      # (B, 1, 1, P) -inf at padding, None if no prompt is padded
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens sampled so far, in one layer, with room for the longest response. On CUDA no shape
-    depends on t, so that a step that was recorded once serves every token."""
-    k: Tensor                                                # (B·G, T, K, E)
-    v: Tensor
-    place: Tensor                                            # (1,) t: where the current token's go
-    used: Tensor                                             # (B·G,) int32: t + 1
+    used: Tensor                                             # (N,) int32: how many of the S places; the rest is padding
+    mask: Tensor | None = None                               # (N, 1, 1, S) -inf at padding, None if rows are alike
+    place: Tensor | None = None                              # (1,) where the current token's go
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
@@ -345,55 +332,41 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     return torch.cat([from_prompts, torch.stack(outs)], dim=2)
 
 
-def decode_attention(q: Tensor, prompt: KV, own: Cache) -> Tensor:
-    """Attention of a new token of every response, without G copies of the prompt's keys. q (B·G, H, 1, E), as result.
+def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
+    """Attention of a new token of every response, without G copies of the prompt's keys. q (B·G, H, E), as result.
 
     A softmax over prompt and response is computed in two parts. Where a part's scores are s, its output o is weighted
     by exp(s), so with the log-sum-exp of both parts:  o = (1 - w) o_response + w o_prompt,  w = sigmoid(lse_prompt -
     lse_response).
     """
-    (n, h, _, e), (b, kv) = q.shape, prompt.k.shape[:2]
-    g, r = n // b, h // kv
-    # Query heads with one key head are rows of one product: (B, K, G·r, E).
-    out_p, lse_p = attention_and_lse(q.view(b, g, kv, r, e).transpose(1, 2).reshape(b, kv, g * r, e), *prompt)
-    out_r, lse_r = attend_cache(q, own)
-    out_p = out_p.view(b, kv, g, r, e).transpose(1, 2).reshape(q.shape)
-    lse_p = lse_p.view(b, kv, g, r).transpose(1, 2).reshape(n, h)
-    return torch.lerp(out_r.float(), out_p.float(), torch.sigmoid(lse_p - lse_r)[..., None, None]).to(q.dtype)
+    n, h, e = q.shape
+    (from_prompt, lse_p), (from_own, lse_r) = attend(q.view(len(prompt.k), -1, h, e), prompt), attend(q[:, None], own)
+    w = torch.sigmoid(lse_p.view(n, h, 1) - lse_r.view(n, h, 1))
+    return torch.lerp(from_own.view(q.shape).float(), from_prompt.view(q.shape).float(), w).to(q.dtype)
 
 
-def attend_cache(q: Tensor, own: Cache) -> tuple[Tensor, Tensor]:
-    """Attention of q (N, H, 1, E) to the places in use, (N, H, 1, E), and the log-sum-exp of its scores, (N, H)."""
-    n, room, kv, e = own.k.shape
-    if q.is_cuda and q.dtype in HALF:                        # a query each, and `used` of `room` keys
-        first = torch.arange(n + 1, device=q.device, dtype=torch.int32)
-        out, lse = varlen_attn(q[:, :, 0], own.k.flatten(0, 1), own.v.flatten(0, 1), first, first * room, 1, room,
-                               enable_gqa=True, seqused_k=own.used, return_aux=AuxRequest(lse=True))
-        return out[:, :, None], lse.T
-    used = int(own.used[0])
-    out, lse = attention_and_lse(q.view(n, kv, -1, e), *(x[:, :used].transpose(1, 2) for x in (own.k, own.v)))
-    return out.reshape(q.shape), lse.reshape(n, -1)
+def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
+    """Attention of Q queries a row to all places in use, and the log-sum-exp of the scores. No gradient. On CUDA no shape
+    depends on how many are in use, so that a step recorded once serves every token. q (N, Q, H, E) → as q, (N, Q, H)"""
+    (n, queries, h, e), (_, room, heads, _) = q.shape, kv.k.shape
+    if q.is_cuda and q.dtype in HALF:
+        rows = torch.arange(n + 1, device=q.device, dtype=torch.int32)
+        out, lse = varlen_attn(q.flatten(0, 1), kv.k.flatten(0, 1), kv.v.flatten(0, 1), rows * queries, rows * room,
+                               queries, room, enable_gqa=True, seqused_k=kv.used, return_aux=AuxRequest(lse=True))
+        return out.view(q.shape), lse.T.reshape(n, queries, h)
+    room = room if kv.place is None else int(kv.place) + 1
+    k, v = kv.k[:, :room].transpose(1, 2), kv.v[:, :room].transpose(1, 2)                      # (N, K, S, E)
+    q = q.view(n, queries, heads, -1, e).transpose(1, 2).flatten(2, 3)   # heads with one key head: rows of one product
+    mask = None if kv.mask is None else kv.mask.expand(-1, -1, q.shape[2], -1)
+    attention = plain_attention if q.is_cuda else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = attention(q, k, v, attn_mask=mask)            # (N, K, Q·r, E), (N, K, Q·r)
+    out, lse = out.view(n, heads, queries, -1, e).transpose(1, 2), lse.view(n, heads, queries, -1).transpose(1, 2)
+    return out.reshape(n, queries, h, e), lse.reshape(n, queries, h)
 
 
-def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention without causality, and the log-sum-exp of its scores. No gradient.
-
-    q (N, H, T, E), k, v (N, K, S, E), mask (N, 1, 1, S) added to the scores → (N, H, T, E), (N, H, T) in fp32
-    """
-    if not q.is_cuda:
-        mask = None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    if mask is None and q.dtype in HALF:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    return plain_attention_and_lse(q, k, v, mask)
-
-
-def plain_attention_and_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same in three products, where no flash kernel takes a mask or fp32."""
-    (n, h, t, e), kv = q.shape, k.shape[1]
-    scores = q.reshape(n, kv, h // kv * t, e).float() * e ** -0.5 @ k.mT.float()               # (N, K, r·T, S)
-    scores = scores if mask is None else scores + mask
-    return (scores.softmax(-1).to(v.dtype) @ v).view(n, h, t, e), scores.logsumexp(-1).view(n, h, t)
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + (0 if attn_mask is None else attn_mask)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
 # ------------------------------------------------------------------------------------------------ decoder
@@ -410,7 +383,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
-                prompt: KV | None = None, own: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                prompt: KV | None = None, own: KV | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, D) → (N, T, D), and the keys and values of x, (N, K, T, E). Three callers:
 
         caller     passes           x
@@ -427,7 +400,7 @@ class Attention(nn.Module):
         elif own is not None:
             own.k.index_copy_(1, own.place, k.transpose(1, 2))
             own.v.index_copy_(1, own.place, v.transpose(1, 2))
-            out = decode_attention(q, prompt, own)
+            out = decode_attention(q[:, :, 0], prompt, own)[:, :, None]
         else:                                                # padding is at the end: causality hides it
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(n, t, -1)), k, v
@@ -441,7 +414,7 @@ class DecoderLayer(nn.Module):
         self.self_attn, self.mlp = Attention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], row: PackedRow | None = None,
-                prompt: KV | None = None, own: Cache | None = None, first: int = 0
+                prompt: KV | None = None, own: KV | None = None, first: int = 0
                 ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Attention.forward`. `first`: in the last layer, the first place whose result is used."""
         attended, k, v = self.self_attn(self.input_layernorm(x), rotary, row, prompt, own)
@@ -548,7 +521,8 @@ class Step:
         self.place = torch.zeros_like(self.start[:1])
         self.used = torch.zeros_like(self.start, dtype=torch.int32)
         shape = len(self.start), limit, model.config.num_key_value_heads, model.config.head_dim
-        self.caches = [Cache(kv.k.new_zeros(shape), kv.k.new_zeros(shape), self.place, self.used) for kv in prompt_kv]
+        empty = prompt_kv[0].k.new_zeros(shape)
+        self.caches = [KV(empty.clone(), empty.clone(), self.used, None, self.place) for _ in prompt_kv]
 
     @torch.inference_mode()                                  # no_grad without bookkeeping: 12 % of a row alone on a CPU
     def __call__(self, tokens: Tensor, t: int) -> Tensor:
@@ -580,7 +554,7 @@ class Qwen2_5_VL(nn.Module):
 
     # Every probability that leaves the model is computed from these: sampling, training and the KL reference agree.
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) → logits (N, V) in fp32, -1e30 at the masked ids (-inf would give 0 · inf in the entropy)."""
+        """hidden (…, D) → logits (…, V) in fp32, -1e30 at the masked ids (-inf would give 0 · inf in the entropy)."""
         return self.mask(linear(hidden, self.head.weight).float())
 
     @property
@@ -621,12 +595,8 @@ class Qwen2_5_VL(nn.Module):
         rotary, prompt_kv = self.rotary(prompts.positions, x.dtype), []
         for i, layer in enumerate(self.model.layers, 1):
             x, k, v = layer(x, rotary, first=first if i == len(self.model.layers) else 0)
-            prompt_kv.append(KV(k, v, mask))
+            prompt_kv.append(KV(k.transpose(1, 2), v.transpose(1, 2), prompts.lengths.int(), mask))
         return self.model.norm(x), prompt_kv
-
-    def forward(self, prompts: Prompts) -> Tensor:
-        """Logits at every place of the prompts, (B, P, V). For comparisons; training never holds this tensor."""
-        return self.logits(self.prefill(prompts)[0].flatten(0, 1)).unflatten(0, prompts.ids.shape)
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, uniforms: Tensor, stop_ids: list[int], temperature: float = 1.0,
@@ -727,29 +697,24 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
 def record_step(step: Step) -> None:
     """Makes `step` one launch a token: a GPU computes faster than a CPU launches a step's thousand kernels.
 
-    The first call runs as it is, and warms the libraries up. The second is recorded as a CUDA graph, which is replayed
-    from then on: the same kernels at the same addresses. So tokens are copied to a tensor that stays, logits are valid
-    until the next call, and weights must not move: a graph serves one rollout.
+    They are recorded as a CUDA graph, which runs them again at the same addresses. So tokens are copied to a tensor
+    that stays, logits are valid until the next call, and weights must not move: a graph serves one rollout.
     """
-    plain, graph, tokens, logits = step.forward, torch.cuda.CUDAGraph(), torch.empty_like(step.start), []
+    plain, graph, tokens = step.forward, torch.cuda.CUDAGraph(), torch.zeros_like(step.start)
+    step(tokens, 0)                                          # warms the libraries up; the first token overwrites it
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):          # other threads may use CUDA meanwhile
+        logits = plain(tokens)
 
     def forward(new_tokens: Tensor) -> Tensor:
-        if not logits:                                       # the first call
-            logits.append(plain(new_tokens))
-            return logits[0]
         tokens.copy_(new_tokens)
-        if len(logits) == 1:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
-                logits.append(plain(tokens))
         graph.replay()
-        return logits[1]
+        return logits
     step.forward = forward
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:
-    """A matrix (O, D) as `product` reads it fastest with so many rows of x: in oneDNN's own layout, or its rows in as
-    many parts as there are threads, (parts, D, O / parts). MKL by itself shares out the rows of x, not those of a
-    matrix; with one row it leaves all threads but one without work."""
+    """A matrix (O, D) as `product` reads it fastest with so many rows of x: in oneDNN's own layout, or a part for each
+    thread, (parts, D, O / parts). MKL by itself shares out the rows of x: with one row, one thread works."""
     if ONEDNN and rows > 1:
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     parts = torch.get_num_threads() if len(weight) % torch.get_num_threads() == 0 else 1
@@ -782,7 +747,7 @@ def shorten_step(step: Step) -> None:
             qk, v = (product(norm_1(x), qkv) + bias).view(n, -1, e).split([heads + kv, kv], dim=1)
             q, k = apply_rotary(qk, (cos[t], sin[t])).split([heads, kv], dim=1)                # (N, H or K, E)
             own.k[:, t], own.v[:, t] = k, v
-            x = x + product(decode_attention(q[:, :, None], prompt, own).view(n, -1), o)
+            x = x + product(decode_attention(q, prompt, own).flatten(1), o)
             gate, up = product(norm_2(x), gate_up).chunk(2, dim=1)
             x = x + product(F.silu(gate) * up, down)
         return model.mask(product(model.model.norm(x), head))

@@ -254,10 +254,7 @@ def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> 
                                          one mean per segment            [1/2, 1/2, 1/3, 1/3, 1/3]
     After the end segments are K (unknown) and everything else is 0.
     """
-    longest = 0
-    for group in groups:
-        longest = max(longest, *(len(r.tokens) for r in group))
-    shape = len(groups), len(groups[0]), longest
+    shape = len(groups), len(groups[0]), max(len(r.tokens) for r in sum(groups, []))
     tokens, segments = torch.zeros(shape, dtype=torch.long), torch.full(shape, len(SEGMENTS))
     weights, sampled, lengths = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.long)
     for i, group in enumerate(groups):

@@ -386,8 +386,8 @@ class World:
 
 
 def keep_freed_memory() -> None:
-    """On Linux, glibc gives the memory of a freed tensor back to the system, and every page of the next tensor has to be
-    mapped anew: a sixth of a training step on a CPU. Blocks below 256 MB are kept for the next tensor instead."""
+    """On Linux, glibc gives the memory of a freed tensor back to the system, and every page of the next tensor has to
+    be mapped anew: a sixth of a training step on a CPU. Blocks below 256 MB are kept for the next tensor instead."""
     with suppress(OSError, AttributeError):                  # another system, another C library
         glibc = ctypes.CDLL("libc.so.6")
         glibc.mallopt(-3, 2 ** 28)                           # M_MMAP_THRESHOLD

@@ -24,7 +24,8 @@ class Counting(TorchDispatchMode):
         return result
 
     def see(self, holder: torch.UntypedStorage | torch.Tensor, size: int | None) -> None:
-        key, size = id(holder), holder.nbytes() if size is None else size     # one object a storage, as long as it lives
+        key = id(holder)                                     # one Python object a storage, as long as it lives
+        size = holder.nbytes() if size is None else size
         if key not in self.known:
             self.known[key] = size
             self.now += size

@@ -100,7 +100,7 @@ def placeholders(config: Config, device="cpu") -> Tensor:
 
 @torch.no_grad()
 def ask_ours(model: Qwen2_5_VL, prompts: Prompts, length: int, group: int = 2) -> Answers:
-    logits = model(prompts)[real_tokens(prompts)]
+    logits = model.logits(model.prefill(prompts)[0])[real_tokens(prompts)]
     before, model.masked_token_ids = model.masked_token_ids, placeholders(model.config)    # they would ask for pixels
     sampled = model.generate(prompts, torch.zeros(len(prompts.ids), group, length), stop_ids=[-1], temperature=0)
     scored, _ = model.logprobs(prompts, sampled.tokens, sampled.lengths)
