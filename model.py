@@ -336,8 +336,7 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
     """Attention of a new token of every response, without G copies of the prompt's keys. q (B·G, H, E), as result.
 
     A softmax over prompt and response is computed in two parts. Where a part's scores are s, its output o is weighted
-    by exp(s), so with the log-sum-exp of both parts:  o = (1 - w) o_response + w o_prompt,  w = sigmoid(lse_prompt -
-    lse_response).
+    by exp(s). With the log-sum-exp of both: o = (1 - w) o_response + w o_prompt, w = sigmoid(lse_prompt - lse_response).
     """
     n, h, e = q.shape
     (from_prompt, lse_p), (from_own, lse_r) = attend(q.view(len(prompt.k), -1, h, e), prompt), attend(q[:, None], own)
@@ -346,8 +345,8 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
 
 
 def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-    """Attention of Q queries a row to all places in use, and the log-sum-exp of the scores. No gradient. On CUDA no shape
-    depends on how many are in use, so that a step recorded once serves every token. q (N, Q, H, E) → as q, (N, Q, H)"""
+    """Attention of Q queries a row to all places in use, and the log-sum-exp of the scores. No gradient. On CUDA no
+    shape depends on how many are in use: a step that was recorded serves every token. q (N, Q, H, E) → as q, (N, Q, H)"""
     (n, queries, h, e), (_, room, heads, _) = q.shape, kv.k.shape
     if q.is_cuda and q.dtype in HALF:
         rows = torch.arange(n + 1, device=q.device, dtype=torch.int32)
@@ -520,8 +519,7 @@ class Step:
         self.start = prompts.next_position.repeat_interleave(group, 0)        # (B·G,) position of the first token
         self.place = torch.zeros_like(self.start[:1])
         self.used = torch.zeros_like(self.start, dtype=torch.int32)
-        shape = len(self.start), limit, model.config.num_key_value_heads, model.config.head_dim
-        empty = prompt_kv[0].k.new_zeros(shape)
+        empty = prompt_kv[0].k.new_zeros(len(self.start), limit, *prompt_kv[0].k.shape[2:])   # (B·G, T, K, E)
         self.caches = [KV(empty.clone(), empty.clone(), self.used, None, self.place) for _ in prompt_kv]
 
     @torch.inference_mode()                                  # no_grad without bookkeeping: 12 % of a row alone on a CPU
@@ -729,8 +727,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:            # (N, D) → (N, O)
 
 def shorten_step(step: Step) -> None:
     """Makes `step` half the operations; their number is what it costs on a CPU. Matrices with one input are joined, and
-    all rotary tables are made beforehand."""
-    model, layers, (n, room, kv, e) = step.model, [], step.caches[0].k.shape
+    all rotary tables are made beforehand. With a response each, prompts of one length are put into the same cache."""
+    model, layers, (n, room, kv, e), before = step.model, [], step.caches[0].k.shape, 0
+    if len(step.prompt_kv[0].k) == n and step.prompt_kv[0].mask is None:
+        place, before = step.place.clone(), step.prompt_kv[0].k.shape[1]
+        step.caches = [KV(torch.cat([prompt.k, own.k], 1), torch.cat([prompt.v, own.v], 1), own.used, None, place)
+                       for prompt, own in zip(step.prompt_kv, step.caches)]
     positions = (step.start[:, None] + torch.arange(room)).expand(3, -1, -1)                   # (3, N, T)
     cos, sin = (x.transpose(1, 2).unbind(1) for x in model.rotary(positions, step.caches[0].k.dtype))   # T × (N, 1, E)
     for layer in model.model.layers:
@@ -743,11 +745,13 @@ def shorten_step(step: Step) -> None:
 
     def forward(tokens: Tensor) -> Tensor:
         t, x = int(step.place), model.model.embed_tokens(tokens)                               # (N, D)
+        step.caches[0].place.fill_(before + t)
         for (norm_1, bias, norm_2, qkv, o, gate_up, down), prompt, own in zip(layers, step.prompt_kv, step.caches):
             qk, v = (product(norm_1(x), qkv) + bias).view(n, -1, e).split([heads + kv, kv], dim=1)
             q, k = apply_rotary(qk, (cos[t], sin[t])).split([heads, kv], dim=1)                # (N, H or K, E)
-            own.k[:, t], own.v[:, t] = k, v
-            x = x + product(decode_attention(q, prompt, own).flatten(1), o)
+            own.k[:, before + t], own.v[:, before + t] = k, v
+            attended = attend(q[:, None], own)[0] if before else decode_attention(q, prompt, own)
+            x = x + product(attended.view(n, -1), o)
             gate, up = product(norm_2(x), gate_up).chunk(2, dim=1)
             x = x + product(F.silu(gate) * up, down)
         return model.mask(product(model.model.norm(x), head))

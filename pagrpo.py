@@ -440,16 +440,12 @@ def think_differs(r: Response) -> float | None:
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False) -> dict[str, float]:
     """Means over the values of all ranks, with `deviation` their standard deviations too. A name without any value is
     absent: 0 would draw a line that means nothing."""
-    pooled, result = defaultdict(list), {}
+    pooled = defaultdict(list)
     for part in world.gather(dict(values)):
         for name, x in part.items():
             pooled[name] += x
-    for name, x in pooled.items():
-        if x:
-            result[name] = statistics.fmean(x)
-        if x and deviation:
-            result[name + "_std"] = statistics.pstdev(x)
-    return result
+    means = {name: statistics.fmean(x) for name, x in pooled.items() if x}
+    return means | {f"{name}_std": statistics.pstdev(x) for name, x in pooled.items() if x and deviation}
 
 
 def judge_metrics(verdicts: list[Verdict], groups: list[list[Response]], judge: Judge, settings: Settings, world: World

@@ -136,6 +136,7 @@ def main() -> None:
     gpu = commands.add_parser("gpu", help="one table, on one GPU")
     gpu.add_argument("--json", type=Path, default=Path("runs/bench-gpu.jsonl"), help="its rows [%(default)s]")
     gpu.add_argument("--small", action="store_true", help="a small model, to try it")
+    gpu.add_argument("--only", nargs="+", default=[], metavar="ROWS", help="functions of bench_gpu.py; default: all")
     measured = commands.add_parser("memory", help="half a minute on a CPU; some minutes on GPUs, with further "
                                                   "flags for pagrpo.py")
     measured.add_argument("--out", type=Path, default=Path("runs/bench-memory"), help="folder, on GPUs [%(default)s]")

@@ -3,23 +3,20 @@
 A peer is asked for the same work on the same weights: transformers, TRL, or this code without a shared prompt. Where
 transformers computes the same numbers, they are compared first. Targets are for two cores.
 """
-import io
 import os
 import sys
 import tempfile
-import time
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 AS_STARTED = os.environ | {"CUDA_VISIBLE_DEVICES": ""}       # for the peers; model.py changes it
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import data  # noqa: E402  (found by bench.py)
-import pagrpo  # noqa: E402
 import sft  # noqa: E402
+import whole_steps  # noqa: E402
 from model import Prompts, Qwen2_5_VL, load_model, qwen  # noqa: E402
 import torch  # noqa: E402
 from peers import Peer  # noqa: E402
@@ -163,73 +160,13 @@ def vocabulary(b: Bench) -> None:
 # ------------------------------------------------------------------------------------------------ whole steps
 
 def steps(b: Bench) -> None:
-    """PA-GRPO against TRL's GRPO, both with KL term, one update, and responses of the same lengths."""
-    for questions, g, p, t, target in ((8, 8, 60, 48, 2.6), (4, 8, 300, 64, 6.0)):
-        pieces, count = (" red", " blue", " green", " yellow", " letter", " after"), (b.repeats + 2) * questions
-        texts = ["".join(pieces[i % len(pieces)] for i in row) for row in token_ids(count, p).tolist()]
-        ours = our_step(b, texts, questions, g, t)
-        b.peer.ask("train", texts, questions, g, t)          # the first step
-        seconds = in_turn({"ours": ours, "TRL": partial(b.peer.ask, "go")}, b.repeats)
-        if b.peer.ask("stop") != {t}:
-            raise SystemExit(f"A response of TRL is not {t} tokens long.")
-        b.ruler.row("step", f"{questions}×{g}, prompt {p}, {t} new", seconds, peer="TRL", target=target)
-
-
-def our_step(b: Bench, texts: list[str], questions: int, g: int, t: int) -> Callable[[], None]:
-    """A call that makes a step on the next prompts."""
-    tokenizer, changes = data.Vocabulary(b.folder), dict(questions=questions, group_size=g, max_response=t)
-    settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | changes | dict(micro_batch=questions))
-    policy, reference = (tokenizer.mask_special_tokens(load_model(b.folder)) for _ in range(2))
-    for model in (policy, reference.requires_grad_(False)):
-        model.masked_token_ids = torch.cat([model.masked_token_ids, torch.tensor(tokenizer.stop_ids)])    # never stops
-    optimizer, examples = sft.make_optimizer(policy, settings), []
-    for i, text in enumerate(texts):
-        record, ids = data.Record(str(i), text, (), "free-form", "1", "", "video"), torch.tensor(tokenizer.encode(text))
-        p = len(ids)
-        examples.append(data.Example(record, ids, torch.arange(p).expand(3, p), p, None, None, 0.0))
-    waiting = iter(examples)
-
-    def step() -> None:
-        groups = pagrpo.rollout(policy, [next(waiting) for _ in range(questions)], tokenizer, settings, "bench", g, 1.0)
-        responses = sum(groups, [])
-        if {len(r.tokens) for r in responses} != {t}:
-            raise SystemExit(f"A response of ours is not {t} tokens long.")
-        batches = pagrpo.make_batches(groups, policy, reference, tokenizer, settings, b.world)
-        parts = pagrpo.reward_tensor(groups, [pagrpo.UNCLOSED] * len(responses), settings)
-        parts = parts + torch.rand_like(parts)               # random text earns nothing
-        totals = pagrpo.total_rewards(parts, settings.reward_off)
-        advantages = pagrpo.group_advantages(totals, settings.advantage)
-        pagrpo.update(policy, optimizer, batches, advantages, 1e-6, settings, b.world)
-    return step
+    policy, reference = load_model(b.folder), load_model(b.folder).requires_grad_(False)
+    for *shape, target in ((8, 8, 60, 48, 2.6), (4, 8, 300, 64, 6.0)):
+        whole_steps.against_trl(b.ruler, b.folder, b.peer, policy, reference, b.world, shape, b.repeats, target)
 
 
 def waiting(b: Bench) -> None:
-    """How long the loop of the toy world waits for clips, each read anew whenever it is needed."""
-    blocked, steps = [], 30
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
-        data.make_toy_model(base, 0)
-        where = dict(preset="tiny", out=folder, model=str(base), data=str(toy / "rl.json"), media=str(toy))
-        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps, cache_gb=0))
-        run = sft.Run(Path(folder) / "pagrpo", settings, steps, settings.questions, b.world)
-        prepared = pagrpo.prepare(settings, run, b.world)
-        questions = prepared[4]
-        questions.prefetch = partial(timed, questions.prefetch, blocked)
-        whole = seconds_of(lambda: pagrpo.train(*prepared))
-    b.ruler.row("waiting for data", f"{steps} steps of the toy world", {"ours": [sum(blocked)], "whole loop": [whole]},
-                peer="whole loop", target=20.0, note=f"{sum(blocked) / whole:.2%} of the loop, at most 5 %")
-
-
-def timed(prefetch: Callable, blocked: list[float], steps: Iterable) -> Iterator[list[data.Example]]:
-    """`prefetch`, and the seconds that each of its batches is waited for."""
-    batches = prefetch(steps)
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        blocked.append(time.perf_counter() - began)
-        if batch is None:
-            return
-        yield batch
+    whole_steps.waiting(b.ruler, b.world)
 
 
 # ------------------------------------------------------------------------------------------------ how they grow

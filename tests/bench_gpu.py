@@ -1,42 +1,87 @@
-"""The rows of `python tests/bench.py gpu`: correctness first, then kernels a token, decoding, training pass and memory
-at the shapes of Qwen2.5-VL-3B and 7B with random weights, on one card. `--small` tries it with the tiny model on any device.
+"""The rows of `python tests/bench.py gpu`, on one card: correctness, decoding, training, memory and whole steps at the
+shapes of Qwen2.5-VL-3B and 7B with random weights. `--small` tries all of it with a tiny model on any device.
 
-Prompts are text: they have the length that video and question have in the paper's setting. transformers gets the same
-text weights.
+Prompts are text of the length that video and question have in the paper's setting; the vision tower has rows of its
+own. A row that fails says why, the others still run, and the exit status is 1.
 """
+import gc
+import math
+import os
 import subprocess
 import sys
+import tempfile
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable
+from statistics import median
+from typing import Callable, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from model import CONFIGS, Prompts, Qwen2_5_VL, Step, init_weights, record_step  # noqa: E402  (found by bench.py)
+import data  # (found by bench.py)
+import pagrpo
+import sft
+import whole_steps
+from model import CONFIGS, Config, Prompts, Qwen2_5_VL, Step, load_model, qwen, record_step, shard
+from peers import Peer
 from ruler import Ruler, in_turn, peak, seconds_of
 
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}                # bytes a second, by the makers
-SHAPES = {"prompt": 1424, "new": 512, "train": (8, 1000, 200), "places": 384}
-SMALL = {"prompt": 40, "new": 8, "train": (4, 30, 10), "places": 6}
+PAPER_GPU_HOURS = 144                                        # eight A100 for 18 hours, 1,000 steps
+HALF_B = qwen(896, 24, 14, 2, 4864, 151936, True, sections=(8, 12, 12))       # small enough for TRL on the same card
 
 
-def build(preset: str, device: str, dtype: torch.dtype) -> Qwen2_5_VL:
-    """Random weights of the right size. Large ones are made on the device, where the order of numbers does not matter."""
-    if preset == "tiny":
-        return init_weights(Qwen2_5_VL(CONFIGS[preset]), 0).to(device, dtype)
-    with torch.device("meta"):
-        model = Qwen2_5_VL(CONFIGS[preset]).to(dtype)
-    model.to_empty(device=device)
+class Sizes(NamedTuple):
+    judged: bool                                             # are there targets?
+    models: tuple[str, str]                                  # presets for what is said of 3B, and of 7B
+    beside_trl: Config
+    rollout: tuple[int, int] = (1424, 512)                   # prompt, new tokens
+    places: int = 384                                        # a step of decoding in the middle of a response
+    training: tuple[int, int, int] = (8, 1000, 200)          # G, P, T
+    step: tuple[int, int, int, int] = (8, 8, 1424, 768)      # the paper's: questions, G, P, T
+    trl: tuple[int, int, int, int] = (4, 8, 300, 256)
+    grid: tuple[int, int, int] = (8, 16, 32)                 # a clip: 16 frames of 128 tokens
+
+
+LARGE = Sizes(True, ("3b", "7b"), HALF_B)
+SMALL = Sizes(False, ("tiny", "tiny"), CONFIGS["tiny"], (40, 8), 6, (4, 30, 10), (2, 2, 20, 6), (2, 4, 20, 6),
+              (2, 4, 4))
+
+
+class Bench(NamedTuple):
+    """What the rows share."""
+    ruler: Ruler
+    size: Sizes
+    world: sft.World
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    def target(self, value: float) -> float | None:
+        return value if self.size.judged else None
+
+
+def fill(model: Qwen2_5_VL) -> Qwen2_5_VL:
+    """Random numbers, made where the weights are. What they are does not matter."""
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.constant_(p, float("norm" in name))
+        local = (p.to_local() if hasattr(p, "to_local") else p).data
+        local.normal_(std=0.02) if p.dim() > 1 else local.fill_(float("norm" in name))
     return model
 
 
-def text(count: int, length: int, device: str) -> Prompts:
-    ids = torch.randint(8, 300, (count, length), generator=torch.Generator().manual_seed(0)).to(device)
-    return Prompts(ids, torch.full((count,), length, device=device),
-                   torch.arange(length, device=device).expand(3, count, -1),
-                   torch.full((count,), length, device=device), None, [])
+def build(b: Bench, preset: str) -> Qwen2_5_VL:
+    dtype = torch.bfloat16 if b.device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = Qwen2_5_VL(CONFIGS[preset]).to(dtype)
+    return fill(model.to_empty(device=b.device))
+
+
+def text(b: Bench, count: int, length: int) -> Prompts:
+    ids = torch.randint(8, 300, (count, length), generator=torch.Generator().manual_seed(0))
+    return Prompts(ids, torch.full((count,), length), torch.arange(length).expand(3, count, -1),
+                   torch.full((count,), length), None, []).to(b.device)
 
 
 def transformers_model(model: Qwen2_5_VL):
@@ -55,40 +100,53 @@ def transformers_model(model: Qwen2_5_VL):
     return net.eval()
 
 
-def rollouts(ruler: Ruler, model: Qwen2_5_VL, net, size: dict, questions: int, group: int, target: float) -> None:
-    prompts = text(questions, size["prompt"], str(model.head.weight.device))
-    uniforms = torch.rand(questions, group, size["new"])
-    asked = dict(attention_mask=torch.ones_like(prompts.ids), max_new_tokens=size["new"], eos_token_id=None,
-                 pad_token_id=0, num_return_sequences=group, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    calls = {"ours": lambda: model.generate(prompts, uniforms, [-1]),
-             "dynamic cache": lambda: net.generate(prompts.ids, **asked),
-             "static cache": lambda: net.generate(prompts.ids, **asked, cache_implementation="static")}
-    seconds = in_turn(calls, 2)
-    for peer in ("dynamic cache", "static cache"):
-        ruler.row("rollout", f"{questions}×{group}, {size['prompt']} + {size['new']}", seconds, peer=peer,
-                  target=(target if peer == "dynamic cache" else 2.0) if size is SHAPES else None)
+# ------------------------------------------------------------------------------------------------ sampling
+
+def checks(b: Bench) -> None:
+    """KL 0 before the first update, greedy tokens, gradients against fp32, the recorded step: tests/test_cuda.py."""
+    here = Path(__file__).parent
+    words = [sys.executable, "-m", "pytest", "-q", str(here / "test_cuda.py"), str(here / "test_shared_prefix.py")]
+    subprocess.run(words, check=True, cwd=here.parent)
+
+
+def rollouts(b: Bench) -> None:
+    """Against transformers' generate, two pairs each: its dynamic cache takes a minute for 64 responses."""
+    model, (p, t) = build(b, b.size.models[0]), b.size.rollout
+    net = transformers_model(model)
+    for questions, group, target in ((8, 8, 8.0), (1, 1, 5.0)):
+        prompts, uniforms = text(b, questions, p), torch.rand(questions, group, t)
+        asked = dict(attention_mask=torch.ones_like(prompts.ids), max_new_tokens=t, eos_token_id=None, pad_token_id=0,
+                     num_return_sequences=group, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        calls = {"ours": partial(model.generate, prompts, uniforms, [-1]),
+                 "dynamic cache": partial(net.generate, prompts.ids, **asked),
+                 "static cache": partial(net.generate, prompts.ids, **asked, cache_implementation="static")}
+        seconds = in_turn(calls, 2)
+        for peer, least in (("dynamic cache", target), ("static cache", 2.0 if group > 1 else None)):
+            b.ruler.row(f"rollout, {b.size.models[0]}", f"{questions}×{group}, prompt {p:,}, {t} new", seconds,
+                        peer=peer, target=b.target(least))
 
 
 @torch.no_grad()
-def decoding(ruler: Ruler, model: Qwen2_5_VL, size: dict, questions: int) -> None:
-    """A step in the middle of a rollout against the bytes it has to read: weights, prompts' and own keys and values."""
-    weight, t = model.head.weight, size["places"]
-    prompts = text(questions, size["prompt"], str(weight.device))
-    _, prompt_kv = model.prefill(prompts)
-    step = Step(model, prompts, prompt_kv, 8, 2 * t)
-    if weight.is_cuda and weight.dtype == torch.bfloat16:
-        record_step(step)
-    tokens = torch.full((8 * questions,), 9, device=weight.device)
-    seconds = in_turn({"ours": lambda: [step(tokens, t) for _ in range(10)]}, 5)
-    seconds = {name: [x / 10 for x in values] for name, values in seconds.items()}
-    read = sum(p.numel() for layer in model.model.layers for p in layer.parameters()) + weight.numel()
-    read += sum(x.numel() for kv in prompt_kv for x in kv[:2])
-    read += sum(x[:, :t].numel() for own in step.caches for x in own[:2])
-    card = torch.cuda.get_device_name() if weight.is_cuda else ""
+def decoding(b: Bench) -> None:
+    """A step in the middle of a response against the bytes it has to read: weights, and the keys and values in use."""
+    model, t = build(b, b.size.models[1]), b.size.places
+    weight, card = model.head.weight, torch.cuda.get_device_name() if b.device.type == "cuda" else ""
     fastest = next((rate for name, rate in BANDWIDTH.items() if name in card), None)
-    share = fastest and read * weight.element_size() / fastest / min(seconds["ours"])
-    ruler.row("decoding, a step", f"{8 * questions} sequences, place {t}", seconds, roofline=share,
-              note=f"{read * weight.element_size() / 1e9:.2f} GB read; {kernels(lambda: step(tokens, t))} operations")
+    for questions in (1, 8):
+        prompts, tokens = text(b, questions, b.size.rollout[0]), torch.full((8 * questions,), 9, device=b.device)
+        _, prompt_kv = model.prefill(prompts)
+        read = sum(p.numel() for p in model.model.layers.parameters()) + weight.numel()
+        read += sum(x.numel() for kv in prompt_kv for x in (kv.k, kv.v))
+        for recorded in (False, True) if weight.dtype == torch.bfloat16 else (False,):
+            step = Step(model, prompts, prompt_kv, 8, 2 * t)
+            if recorded:
+                record_step(step)
+            seconds = [x / 10 for x in in_turn({"ours": lambda: [step(tokens, t) for _ in range(10)]}, 5)["ours"]]
+            bytes = weight.element_size() * (read + sum(x[:, :t].numel() for kv in step.caches for x in (kv.k, kv.v)))
+            b.ruler.row(f"decoding, {b.size.models[1]}, {'recorded' if recorded else 'plain'}",
+                        f"{8 * questions} sequences, place {t}", {"ours": seconds},
+                        roofline=fastest and bytes / fastest / median(seconds),
+                        note=f"{bytes / 1e9:.2f} GB read, wanted ≥ 60 %; {kernels(lambda: step(tokens, t))} kernels")
 
 
 def kernels(call: Callable[[], object]) -> int:
@@ -99,43 +157,178 @@ def kernels(call: Callable[[], object]) -> int:
     return sum(event.count for event in seen.key_averages())
 
 
-def training(ruler: Ruler, model: Qwen2_5_VL, net, size: dict) -> None:
-    (g, p, t), device = size["train"], str(model.head.weight.device)
-    prompts, tokens = text(1, p, device), torch.randint(8, 300, (1, g, t), device=device)
+# ------------------------------------------------------------------------------------------------ training
+
+def training(b: Bench) -> None:
+    """A pass, its memory, and one layer, against transformers on full sequences with logits at the responses."""
+    model, (g, p, t) = build(b, b.size.models[0]), b.size.training
+    net, prompts, size = transformers_model(model), text(b, 1, p), f"{g} × ({p:,}, {t})"
+    tokens, lengths = torch.randint(8, 300, (1, g, t), device=b.device), torch.full((1, g), t, device=b.device)
     whole = torch.cat([prompts.ids.expand(g, -1), tokens[0]], dim=1)
-    lengths = torch.full((1, g), t, device=device)
 
     def ours() -> None:
-        model.zero_grad()
         model.logprobs(prompts, tokens, lengths)[0].sum().backward()
 
     def theirs(keep: int) -> None:
-        net.zero_grad()
         logits = net(whole, logits_to_keep=keep).logits[:, -t - 1:-1].float().log_softmax(-1)
         logits.gather(-1, whole[:, -t:, None]).sum().backward()
-    calls = {"ours": ours, "full sequences": lambda: theirs(t + 1)}
-    ruler.row("training pass", f"{g} × ({p}, {t})", in_turn(calls, 5), peer="full sequences", target=3.0 if size is SHAPES else None,
-              note=f"ceiling {g * (p + t) / (p + g * t):.1f}")
-    ruler.row("its memory", f"{g} × ({p}, {t})", {}, peer="full logits", target=4.0 if size is SHAPES else None,
-              bytes={"ours": peak(ours), "full logits": peak(lambda: theirs(0))}, note="gradients included")
+    b.ruler.row(f"training pass, {b.size.models[0]}", size,
+                in_turn({"ours": ours, "transformers": partial(theirs, t + 1)}, 5), peer="transformers",
+                target=b.target(3.0), note=f"ceiling by tokens {g * (p + t) / (p + g * t):.2f}")
+    b.ruler.row("its memory", size, {}, peer="full logits", target=b.target(4.0),          # gradients are there by now
+                bytes={"ours": peak(ours), "full logits": peak(partial(theirs, 0))})
+    x = torch.randn(g, p, model.config.hidden_size, device=b.device, dtype=model.head.weight.dtype, requires_grad=True)
+    positions = torch.arange(p, device=b.device).expand(g, p)
+    tables, rotary = net.model.rotary_emb(x, positions), model.rotary(positions.expand(3, -1, -1), x.dtype)
+    calls = {"ours": lambda: model.model.layers[0](x, rotary)[0].sum().backward(),
+             "transformers": lambda: net.model.layers[0](x, attention_mask=None, position_ids=positions,
+                                                         position_embeddings=tables).sum().backward()}
+    b.ruler.row("one layer, forward, backward", f"{g} × {p:,}", in_turn(calls, 10), peer="transformers",
+                target=b.target(1.0))
+
+
+# ------------------------------------------------------------------------------------------------ whole steps
+
+def step_flops(c: Config, questions: int, g: int, p: int, t: int) -> float:
+    """Floating-point operations of a step: 2 for each parameter and token, and 4 · H · E for each pair of places that
+    attend in a layer. Sampling and scoring read the packed row once, training counts three times (what is recomputed
+    counts for nothing), and the judge reads each response and writes another as long."""
+    attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    pair, head = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim, 2 * c.vocab_size * c.hidden_size
+    row = 2 * weights * (p + g * t) + head * g * t + pair * (p * p / 2 + g * (t * p + t * t / 2))
+    judged = g * (4 * weights * t + head * t + pair * (2 * t) ** 2 / 2)
+    return questions * (5 * row + judged)
+
+
+def said_of(b: Bench, preset: str, seconds: float, wanted: float, what: str) -> None:
+    """A row for a whole step: the wanted time beside it, operations, and GPU-hours."""
+    flops, target = step_flops(CONFIGS[preset], *b.size.step), b.target(1.0)
+    b.ruler.row(what, sizes(b), {"ours": [seconds], "wanted": [wanted]}, peer="wanted", target=target,
+                note=f"{flops / 1e12:.3g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s; {seconds / 3.6:.3g} GPU-hours per "
+                     f"1,000 steps, the paper's 7B {PAPER_GPU_HOURS} on A100")
+
+
+def sizes(b: Bench) -> str:
+    return "{}×{}, prompt {:,}, {} new".format(*b.size.step)
+
+
+def paper_settings(b: Bench, preset: str) -> pagrpo.Settings:
+    questions, g, _, t = b.size.step
+    return pagrpo.Settings(**pagrpo.PRESETS[preset] | dict(questions=questions, group_size=g, max_response=t))
+
+
+def whole_step(b: Bench) -> None:
+    """PA-GRPO's step from end to end: fp32 weights, AdamW, KL reference in half precision, which also judges."""
+    preset, (questions, _, p, t) = b.size.models[0], b.size.step
+    settings, models = paper_settings(b, preset), []
+    with tempfile.TemporaryDirectory() as folder:
+        data.make_toy_model(Path(folder), 0)
+        vocabulary = data.Vocabulary(folder)
+    for dtype in (torch.float32, torch.bfloat16 if b.device.type == "cuda" else torch.float32):
+        with torch.device("meta"):
+            model = Qwen2_5_VL(CONFIGS[preset]).to(dtype)
+        model = shard(model, b.world.mesh(0)) if b.device.type == "cuda" else model
+        models.append(whole_steps.never_stop(fill(model.to_empty(device=b.device)), vocabulary))
+    policy, reference = models
+    reference.requires_grad_(False)
+    if b.device.type == "cuda":                              # as model.build_model does
+        policy.set_reshard_after_forward(False, recurse=False)
+    policy.save_memory, optimizer = settings.save_memory, sft.make_optimizer(policy, settings)
+    asked = whole_steps.examples(whole_steps.texts(questions, p), vocabulary)
+
+    def judge(claims: list) -> None:
+        with pagrpo.model.gathered(reference):
+            data.blind_answers(reference, vocabulary, claims, settings, t, len(claims), b.device)
+    run = partial(whole_steps.step, policy, reference, optimizer, asked, vocabulary, settings, b.world, judge)
+    run()                                                    # warms up; moments are made
+    if b.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    phases = run()
+    for name, seconds in phases.items():
+        b.ruler.row(f"{preset}: {name}", sizes(b), {"ours": [seconds]})
+    said_of(b, preset, sum(phases.values()), 10.0, f"{preset}: whole step")
+    if b.device.type == "cuda":
+        told = sft.memory(CONFIGS[preset], settings, 1)["peak"]
+        b.ruler.row(f"{preset}: memory", sizes(b), {}, peer="--dry-run", bytes={
+            "ours": torch.cuda.max_memory_allocated(), "--dry-run": int(told)},
+            note=f"{torch.cuda.max_memory_reserved() / 2 ** 20:,.0f} MiB reserved")
+
+
+def by_parts(b: Bench) -> None:
+    """The 7B's step in parts, since weights in fp32, gradients and moments do not fit on one card: the network in half
+    precision, AdamW on as many numbers as a layer has, scaled to all. The vision tower reads each clip three times."""
+    preset, (questions, g, p, t) = b.size.models[1], b.size.step
+    model, prompts = build(b, preset), text(b, questions, p)
+    model.save_memory = True
+    tokens = torch.randint(8, 300, (1, g, t), device=b.device)
+    one, lengths = text(b, 1, p), torch.full((1, g), t, device=b.device)
+    pixels = torch.randn(math.prod(b.size.grid), 3 * 2 * 14 * 14, device=b.device, dtype=model.head.weight.dtype)
+    layer = [torch.nn.Parameter(torch.randn_like(x, dtype=torch.float32)) for x in model.model.layers[0].parameters()]
+    for x in layer:
+        x.grad = torch.randn_like(x)
+    optimizer = torch.optim.AdamW(layer, fused=b.device.type == "cuda")
+    share = sum(x.numel() for x in model.parameters()) / sum(x.numel() for x in layer)
+
+    def tower(learn: bool) -> None:
+        with torch.set_grad_enabled(learn):
+            features = model.visual(pixels, [b.size.grid], True)
+            features.sum().backward() if learn else None
+
+    def score(learn: bool) -> None:
+        with torch.set_grad_enabled(learn):
+            logprobs = model.logprobs(one, tokens, lengths)[0]
+            logprobs.sum().backward() if learn else None
+    parts = {  # what is called, how often in a step
+        "sampling": (partial(model.generate, prompts, torch.rand(questions, g, t), [-1]), 1),
+        "judging": (partial(model.generate, text(b, questions * g, t), torch.rand(questions * g, 1, t), [-1], 0.0), 1),
+        "scoring, a question": (partial(score, False), questions),
+        "training, a question": (partial(score, True), questions),
+        "clip, read": (partial(tower, False), 2 * questions), "clip, trained on": (partial(tower, True), questions),
+        "AdamW, a layer": (optimizer.step, share)}
+    total = 0.0
+    for name, (call, times) in parts.items():
+        seconds = in_turn({"ours": call}, 2)
+        total += times * median(seconds["ours"])
+        what = f"{b.size.grid} patches" if "clip" in name else sizes(b)
+        b.ruler.row(f"{preset}: {name}", what, seconds, note=f"× {times:.4g} = {times * median(seconds['ours']):.2f} s")
+    said_of(b, preset, total, 25.0, f"{preset}: sum of the parts")
+
+
+def steps(b: Bench) -> None:
+    """Against TRL in a process of its own, at a size of which both fit on a card."""
+    if not (find_spec("trl") and find_spec("datasets")):
+        return print("step against TRL: not measured, pip install -r tests/requirements-bench.txt", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        data.make_toy_model(Path(folder), 0, b.size.beside_trl)
+        peer, models = Peer(folder, dict(os.environ)), [load_model(folder) for _ in range(2)]
+        if b.device.type == "cuda":
+            models = [shard(m.to(b.device).to(dtype), b.world.mesh(0)) for m, dtype in
+                      zip(models, (torch.float32, torch.bfloat16))]
+        models[1].requires_grad_(False)
+        whole_steps.against_trl(b.ruler, Path(folder), peer, *models, b.world, b.size.trl, 3, b.target(4.0))
+        peer.close()
+
+
+def waiting(b: Bench) -> None:
+    whole_steps.waiting(b.ruler, b.world)
+
+
+ROWS = {f.__name__: f for f in (checks, decoding, rollouts, training, whole_step, by_parts, steps, waiting)}
 
 
 def run(args) -> None:
-    cuda = torch.cuda.is_available()
-    if not (cuda or args.small):
+    if not (torch.cuda.is_available() or args.small):
         sys.exit("There is no GPU. --small tries the command with the tiny model on a CPU.")
-    here, device = Path(__file__).parent, "cuda" if cuda else "cpu"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", str(here / "test_cuda.py")], check=True, cwd=here.parent)
-    ruler, size = Ruler(args.json), SMALL if args.small else SHAPES
-    for preset in ("tiny",) if args.small else ("3b", "7b"):
-        model = build(preset, device, torch.bfloat16 if cuda else torch.float32)
-        net = transformers_model(model)
-        print(preset, flush=True)
-        if preset != "7b":
-            rollouts(ruler, model, net, size, 8, 8, 8.0)
-            rollouts(ruler, model, net, size, 1, 1, 5.0)
-        for questions in (1, 8):
-            decoding(ruler, model, size, questions)
-        training(ruler, model, net, size)
-        del model, net
+    bench, failed = Bench(Ruler(args.json), SMALL if args.small else LARGE, sft.start_world()), []
+    for name in args.only or ROWS:
+        try:
+            ROWS[name](bench)
+        except (RuntimeError, ImportError, subprocess.CalledProcessError) as error:        # out of memory, for one
+            failed.append(name)
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+        gc.collect()
         torch.cuda.empty_cache()
+    bench.world.shutdown(1 if failed else 0)
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}")

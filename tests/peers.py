@@ -1,4 +1,4 @@
-"""The implementations that this code is measured against on CPUs, transformers and TRL, in a process of their own.
+"""The implementations that this code is measured against, transformers and TRL, in a process of their own.
 
 They run as they come, without this project's settings of threads and memory: that process never imports model.py. While
 this code runs, it sleeps on a pipe.
@@ -114,7 +114,7 @@ class Worker:
         from datasets import Dataset
         from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
-        pipe, lengths, folder = self.pipe, set(), str(Path(self.folder) / "trl")
+        pipe, lengths, folder, cuda = self.pipe, set(), str(Path(self.folder) / "trl"), torch.cuda.is_available()
 
         class InTurn(TrainerCallback):
             def on_step_end(self, args, state, control, **others):
@@ -127,7 +127,8 @@ class Worker:
 
         self.model.save_pretrained(folder)                   # the KL reference is read from the policy's folder
         args = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, seed=0, max_steps=len(texts) // questions, learning_rate=1e-6,
+            output_dir=folder, use_cpu=not cuda, bf16=cuda, seed=0, max_steps=len(texts) // questions,
+            learning_rate=1e-6,
             per_device_train_batch_size=questions * group, gradient_accumulation_steps=1, steps_per_generation=1,
             num_generations=group, num_iterations=1, loss_type="grpo", beta=0.04, max_grad_norm=5.0,
             max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0,

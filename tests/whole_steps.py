@@ -1,0 +1,118 @@
+"""Whole steps of PA-GRPO for the benches, from the functions that pagrpo.py calls, on prompts of random words."""
+import io
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
+
+import torch
+
+import data
+import pagrpo
+import sft
+from model import Qwen2_5_VL
+from peers import Peer
+from ruler import Ruler, in_turn, seconds_of
+
+WORDS = " red", " blue", " green", " yellow", " letter", " after"            # a token each
+
+
+def never_stop(model: Qwen2_5_VL, vocabulary: data.Vocabulary) -> Qwen2_5_VL:
+    """All responses get the same length."""
+    vocabulary.mask_special_tokens(model)
+    model.masked_token_ids = torch.cat([model.masked_token_ids, torch.tensor(vocabulary.stop_ids)])
+    return model
+
+
+def texts(count: int, length: int) -> list[str]:
+    numbers = torch.randint(len(WORDS), (count, length), generator=torch.Generator().manual_seed(0))
+    return ["".join(WORDS[i] for i in row) for row in numbers.tolist()]
+
+
+def examples(prompts: list[str], vocabulary: data.Vocabulary) -> list[data.Example]:
+    made = []
+    for i, text in enumerate(prompts):
+        record = data.Record(str(i), text, (), "free-form", "1", "", "video")
+        ids = torch.tensor(vocabulary.encode(text))
+        made.append(data.Example(record, ids, torch.arange(len(ids)).expand(3, -1), len(ids), None, None, 0.0))
+    return made
+
+
+def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optimizer, asked: list[data.Example],
+         vocabulary: data.Vocabulary, s: pagrpo.Settings, world: sft.World, judge: Callable | None = None
+         ) -> dict[str, float]:
+    """A step on these questions. judge: called with all claims. Returns the seconds of its phases."""
+    clock = pagrpo.Clock()
+
+    def lap(phase: str) -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.lap(phase)
+    groups = pagrpo.rollout(policy, asked, vocabulary, s, "bench", s.group_size, 1.0)
+    responses = sum(groups, [])
+    if {len(r.tokens) for r in responses} != {s.max_response}:
+        raise SystemExit(f"A response of ours is not {s.max_response} tokens long.")
+    lap("sampling")
+    if judge:
+        judge([data.claim_about(r.example.record, r.text) for r in responses])
+        lap("judging")
+    batches = pagrpo.make_batches(groups, policy, reference, vocabulary, s, world)
+    lap("scoring")
+    parts = pagrpo.reward_tensor(groups, [pagrpo.UNCLOSED] * len(responses), s)
+    parts = parts + torch.rand_like(parts)                   # random text earns nothing
+    advantages = pagrpo.group_advantages(pagrpo.total_rewards(parts, s.reward_off), s.advantage)
+    pagrpo.update(policy, optimizer, batches, advantages, 1e-6, s, world)
+    lap("training")
+    return clock.seconds
+
+
+def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, reference: Qwen2_5_VL, world: sft.World,
+                shape: Iterable[int], repeats: int, target: float | None) -> None:
+    """PA-GRPO against TRL's GRPO, both with KL term, one update, and responses of the same lengths.
+    shape: questions, responses to each, prompt tokens, new tokens."""
+    (questions, g, p, t), vocabulary = shape, data.Vocabulary(folder)
+    prompts = texts((repeats + 2) * questions, p)
+    changes = dict(questions=questions, group_size=g, max_response=t, micro_batch=questions)
+    settings, waiting = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | changes), iter(examples(prompts, vocabulary))
+    optimizer = sft.make_optimizer(never_stop(policy, vocabulary), settings)
+    never_stop(reference, vocabulary)
+
+    def ours() -> None:
+        asked = [next(waiting) for _ in range(questions)]
+        step(policy, reference, optimizer, asked, vocabulary, settings, world)
+    peer.ask("train", prompts, questions, g, t)              # the first step
+    seconds = in_turn({"ours": ours, "TRL": partial(peer.ask, "go")}, repeats)
+    if peer.ask("stop") != {t}:
+        raise SystemExit(f"A response of TRL is not {t} tokens long.")
+    ruler.row("step", f"{questions}×{g}, prompt {p}, {t} new", seconds, peer="TRL", target=target)
+
+
+def waiting(ruler: Ruler, world: sft.World) -> None:
+    """How long the loop of the toy world waits for clips, each read anew whenever it is needed."""
+    blocked, steps = [], 30
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
+        data.make_toy_model(base, 0)
+        where = dict(preset="tiny", out=folder, model=str(base), data=str(toy / "rl.json"), media=str(toy))
+        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps, cache_gb=0))
+        run = sft.Run(Path(folder) / "pagrpo", settings, steps, settings.questions, world)
+        prepared = pagrpo.prepare(settings, run, world)
+        questions = prepared[4]
+        questions.prefetch = partial(timed, questions.prefetch, blocked)
+        whole = seconds_of(lambda: pagrpo.train(*prepared))
+    ruler.row("waiting for data", f"{steps} steps of the toy world", {"ours": [sum(blocked)], "whole loop": [whole]},
+              peer="whole loop", target=20.0, note=f"{sum(blocked) / whole:.2%} of the loop, at most 5 %")
+
+
+def timed(prefetch: Callable, blocked: list[float], steps: Iterable) -> Iterator[list[data.Example]]:
+    """`prefetch`, and the seconds that each of its batches is waited for."""
+    batches = prefetch(steps)
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        blocked.append(time.perf_counter() - began)
+        if batch is None:
+            return
+        yield batch
