@@ -1,12 +1,14 @@
 """Promise: the ruler of tests/bench.py measures what it says, and its peers have the same weights."""
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import bench_gpu
 import ruler
-from model import Prompts, load_model
+from model import Prompts, load_model, qwen
 from peers import Peer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,3 +79,32 @@ def test_the_peer_has_the_same_weights_and_says_why_it_fails(base):
         peer.ask("load", "nowhere")
     peer.close()
     assert peer.process.returncode == 0
+
+
+def test_the_rows_for_a_gpu_run_with_a_tiny_model(tmp_path, capfd):
+    """All but those that start processes, and the one that waits for clips."""
+    names = ["decoding", "rollouts", "training", "whole_step", "by_parts"]
+    bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, only=names))
+    found = [row["what"] for row in rows(tmp_path / "rows.jsonl")[1:]]
+    assert len(found) >= 20 and {"tiny: whole step", "tiny: sum of the parts", "its memory"} <= set(found)
+    capfd.readouterr()
+
+
+def test_a_row_that_fails_leaves_the_others_alone(tmp_path, capfd, monkeypatch):
+    def fails(bench):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(bench_gpu.ROWS, "rollouts", fails)
+    with pytest.raises(SystemExit, match="Failed: rollouts"):
+        bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, only=["rollouts", "decoding"]))
+    assert len(rows(tmp_path / "rows.jsonl")) == 3 and "rollouts failed: out of memory" in capfd.readouterr().err
+
+
+def test_operations_of_a_step_are_counted_by_hand():
+    """One layer: D 4, two heads of 2, one key head, MLP 8, vocabulary 16. B 1, G 2, P 3, T 5."""
+    config = qwen(4, 1, 2, 1, 8, 16, True, sections=(1, 0, 0))
+    weights = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8          # q, k and v, o, MLP
+    pairs = 3 * 3 / 2 + 2 * (5 * 3 + 5 * 5 / 2)
+    row = 2 * weights * 13 + 2 * 4 * 16 * 10 + 4 * 4 * pairs
+    judged = 2 * (2 * weights * 10 + 2 * 4 * 16 * 5 + 4 * 4 * 10 * 10 / 2)
+    assert bench_gpu.step_flops(config, 1, 2, 3, 5) == 5 * row + judged
