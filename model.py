@@ -336,17 +336,17 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
     """Attention of a new token of every response, without G copies of the prompt's keys. q (B·G, H, E), as result.
 
     A softmax over prompt and response is computed in two parts. Where a part's scores are s, its output o is weighted
-    by exp(s). With the log-sum-exp of both: o = (1 - w) o_response + w o_prompt, w = sigmoid(lse_prompt - lse_response).
+    by exp(s). With the log-sum-exp of both: o = (1 - w) o_own + w o_prompt, w = sigmoid(lse_prompt - lse_own).
     """
     n, h, e = q.shape
-    (from_prompt, lse_p), (from_own, lse_r) = attend(q.view(len(prompt.k), -1, h, e), prompt), attend(q[:, None], own)
-    w = torch.sigmoid(lse_p.view(n, h, 1) - lse_r.view(n, h, 1))
+    (from_prompt, lse_p), (from_own, lse_o) = attend(q.view(len(prompt.k), -1, h, e), prompt), attend(q[:, None], own)
+    w = torch.sigmoid(lse_p.view(n, h, 1) - lse_o.view(n, h, 1))
     return torch.lerp(from_own.view(q.shape).float(), from_prompt.view(q.shape).float(), w).to(q.dtype)
 
 
 def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
     """Attention of Q queries a row to all places in use, and the log-sum-exp of the scores. No gradient. On CUDA no
-    shape depends on how many are in use: a step that was recorded serves every token. q (N, Q, H, E) → as q, (N, Q, H)"""
+    shape depends on how many are in use: a recorded step serves every token. q (N, Q, H, E) → as q, (N, Q, H)"""
     (n, queries, h, e), (_, room, heads, _) = q.shape, kv.k.shape
     if q.is_cuda and q.dtype in HALF:
         rows = torch.arange(n + 1, device=q.device, dtype=torch.int32)
@@ -728,13 +728,14 @@ def product(x: Tensor, weight: Tensor) -> Tensor:            # (N, D) → (N, O)
 def shorten_step(step: Step) -> None:
     """Makes `step` half the operations; their number is what it costs on a CPU. Matrices with one input are joined, and
     all rotary tables are made beforehand. With a response each, prompts of one length are put into the same cache."""
-    model, layers, (n, room, kv, e), before = step.model, [], step.caches[0].k.shape, 0
-    if len(step.prompt_kv[0].k) == n and step.prompt_kv[0].mask is None:
-        place, before = step.place.clone(), step.prompt_kv[0].k.shape[1]
-        step.caches = [KV(torch.cat([prompt.k, own.k], 1), torch.cat([prompt.v, own.v], 1), own.used, None, place)
-                       for prompt, own in zip(step.prompt_kv, step.caches)]
+    model, place, prompt_kv, caches = step.model, step.place, step.prompt_kv, step.caches      # `forward` knows no step
+    layers, (n, room, kv, e), before = [], caches[0].k.shape, 0
+    if len(prompt_kv[0].k) == n and prompt_kv[0].mask is None:
+        before = prompt_kv[0].k.shape[1]
+        caches = [KV(torch.cat([prompt.k, own.k], 1), torch.cat([prompt.v, own.v], 1), own.used, None, place.clone())
+                  for prompt, own in zip(prompt_kv, caches)]
     positions = (step.start[:, None] + torch.arange(room)).expand(3, -1, -1)                   # (3, N, T)
-    cos, sin = (x.transpose(1, 2).unbind(1) for x in model.rotary(positions, step.caches[0].k.dtype))   # T × (N, 1, E)
+    cos, sin = (x.transpose(1, 2).unbind(1) for x in model.rotary(positions, caches[0].k.dtype))   # T × (N, 1, E)
     for layer in model.model.layers:
         a, mlp = layer.self_attn, layer.mlp
         qkv, bias = (torch.cat(x) for x in zip(*((p.weight, p.bias) for p in (a.q_proj, a.k_proj, a.v_proj))))
@@ -744,12 +745,12 @@ def shorten_step(step: Step) -> None:
     head, heads = packed(model.head.weight, n), model.config.num_attention_heads
 
     def forward(tokens: Tensor) -> Tensor:
-        t, x = int(step.place), model.model.embed_tokens(tokens)                               # (N, D)
-        step.caches[0].place.fill_(before + t)
-        for (norm_1, bias, norm_2, qkv, o, gate_up, down), prompt, own in zip(layers, step.prompt_kv, step.caches):
+        t, x = int(place), model.model.embed_tokens(tokens)                                    # (N, D)
+        for (norm_1, bias, norm_2, qkv, o, gate_up, down), prompt, own in zip(layers, prompt_kv, caches):
             qk, v = (product(norm_1(x), qkv) + bias).view(n, -1, e).split([heads + kv, kv], dim=1)
             q, k = apply_rotary(qk, (cos[t], sin[t])).split([heads, kv], dim=1)                # (N, H or K, E)
             own.k[:, before + t], own.v[:, before + t] = k, v
+            own.place.fill_(before + t)
             attended = attend(q[:, None], own)[0] if before else decode_attention(q, prompt, own)
             x = x + product(attended.view(n, -1), o)
             gate, up = product(norm_2(x), gate_up).chunk(2, dim=1)

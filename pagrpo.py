@@ -392,12 +392,11 @@ class Clock:
     """Seconds of each phase of a step."""
 
     def __init__(self):
-        self.last, self.seconds = time.perf_counter(), {}
+        self.last, self.seconds = time.perf_counter(), Counter()
 
     def lap(self, phase: str) -> None:
-        now, name = time.perf_counter(), f"seconds_{phase}"
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
+        began, self.last = self.last, time.perf_counter()
+        self.seconds[f"seconds_{phase}"] += self.last - began
 
 
 def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor, values: dict[str, list[float]],

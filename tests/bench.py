@@ -135,6 +135,7 @@ def main() -> None:
     cpu.add_argument("--only", nargs="+", default=[], metavar="ROWS", help="functions of bench_cpu.py; default: all")
     gpu = commands.add_parser("gpu", help="one table, on one GPU")
     gpu.add_argument("--json", type=Path, default=Path("runs/bench-gpu.jsonl"), help="its rows [%(default)s]")
+    gpu.add_argument("--minutes", type=float, default=9.0, help="rows that take longer are broken off [9]")
     gpu.add_argument("--small", action="store_true", help="a small model, to try it")
     gpu.add_argument("--only", nargs="+", default=[], metavar="ROWS", help="functions of bench_gpu.py; default: all")
     measured = commands.add_parser("memory", help="half a minute on a CPU; some minutes on GPUs, with further "

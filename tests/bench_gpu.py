@@ -7,19 +7,23 @@ own. A row that fails says why, the others still run, and the exit status is 1.
 import gc
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Callable, NamedTuple
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+AS_STARTED = dict(os.environ)                                # for the peers; model.py changes it
+import torch  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-import data  # (found by bench.py)
+import data  # noqa: E402  (found by bench.py)
 import pagrpo
 import sft
 import whole_steps
@@ -110,7 +114,13 @@ def checks(b: Bench) -> None:
 
 
 def rollouts(b: Bench) -> None:
-    """Against transformers' generate, two pairs each: its dynamic cache takes a minute for 64 responses."""
+    """Against transformers' generate, two pairs each. transformers compiles where the cache is static, so that is
+    asked of 64 responses alone; both warm up on 8 tokens, in a cache of the full size."""
+    from transformers import StoppingCriteria
+
+    class Eight(StoppingCriteria):
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **others) -> torch.Tensor:
+            return torch.full((len(ids),), ids.shape[1] >= p + 8, device=ids.device)
     model, (p, t) = build(b, b.size.models[0]), b.size.rollout
     net = transformers_model(model)
     for questions, group, target in ((8, 8, 8.0), (1, 1, 5.0)):
@@ -118,10 +128,12 @@ def rollouts(b: Bench) -> None:
         asked = dict(attention_mask=torch.ones_like(prompts.ids), max_new_tokens=t, eos_token_id=None, pad_token_id=0,
                      num_return_sequences=group, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         calls = {"ours": partial(model.generate, prompts, uniforms, [-1]),
-                 "dynamic cache": partial(net.generate, prompts.ids, **asked),
-                 "static cache": partial(net.generate, prompts.ids, **asked, cache_implementation="static")}
-        seconds = in_turn(calls, 2)
-        for peer, least in (("dynamic cache", target), ("static cache", 2.0 if group > 1 else None)):
+                 "dynamic cache": partial(net.generate, prompts.ids, **asked)}
+        if group > 1:
+            calls["static cache"] = partial(net.generate, prompts.ids, **asked, cache_implementation="static")
+        warm = {name: partial(call, stopping_criteria=[Eight()]) for name, call in calls.items() if name != "ours"}
+        seconds = in_turn(calls, 2, warm)
+        for peer, least in (("dynamic cache", target), ("static cache", 2.0))[:len(warm)]:
             b.ruler.row(f"rollout, {b.size.models[0]}", f"{questions}×{group}, prompt {p:,}, {t} new", seconds,
                         peer=peer, target=b.target(least))
 
@@ -146,15 +158,20 @@ def decoding(b: Bench) -> None:
             b.ruler.row(f"decoding, {b.size.models[1]}, {'recorded' if recorded else 'plain'}",
                         f"{8 * questions} sequences, place {t}", {"ours": seconds},
                         roofline=fastest and bytes / fastest / median(seconds),
-                        note=f"{bytes / 1e9:.2f} GB read, wanted ≥ 60 %; {kernels(lambda: step(tokens, t))} kernels")
+                        note=f"{bytes / 1e9:.2f} GB read, wanted ≥ 60 %; {kernels(lambda: step(tokens, t))}")
 
 
-def kernels(call: Callable[[], object]) -> int:
-    """What a call runs: kernels on CUDA, operations on a CPU."""
+def kernels(call: Callable[[], object]) -> str:
+    """What a call runs on the card, and how often Python starts something there; operations on a CPU."""
     cuda = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as seen:
         seconds_of(call)
-    return sum(event.count for event in seen.key_averages())
+    events = list(seen.events())
+    if not cuda:
+        return f"{sum(e.cpu_parent is None for e in events):,} operations"
+    on_card = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events)
+    started = sum(bool(re.match("cu(da)?(Graph)?(Launch|Memcpy|Memset)", e.name)) for e in events)
+    return f"{on_card:,} kernels, {started:,} launches"
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -205,8 +222,8 @@ def said_of(b: Bench, preset: str, seconds: float, wanted: float, what: str) -> 
     """A row for a whole step: the wanted time beside it, operations, and GPU-hours."""
     flops, target = step_flops(CONFIGS[preset], *b.size.step), b.target(1.0)
     b.ruler.row(what, sizes(b), {"ours": [seconds], "wanted": [wanted]}, peer="wanted", target=target,
-                note=f"{flops / 1e12:.3g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s; {seconds / 3.6:.3g} GPU-hours per "
-                     f"1,000 steps, the paper's 7B {PAPER_GPU_HOURS} on A100")
+                note=f"{flops / 1e12:.3g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s; {seconds / 3.6:.3g} GPU-hours "
+                     f"per 1,000 steps, the paper's 7B {PAPER_GPU_HOURS} on A100")
 
 
 def sizes(b: Bench) -> str:
@@ -301,7 +318,7 @@ def steps(b: Bench) -> None:
         return print("step against TRL: not measured, pip install -r tests/requirements-bench.txt", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data.make_toy_model(Path(folder), 0, b.size.beside_trl)
-        peer, models = Peer(folder, dict(os.environ)), [load_model(folder) for _ in range(2)]
+        peer, models = Peer(folder, AS_STARTED), [load_model(folder) for _ in range(2)]
         if b.device.type == "cuda":
             models = [shard(m.to(b.device).to(dtype), b.world.mesh(0)) for m, dtype in
                       zip(models, (torch.float32, torch.bfloat16))]
@@ -311,22 +328,32 @@ def steps(b: Bench) -> None:
 
 
 def waiting(b: Bench) -> None:
-    whole_steps.waiting(b.ruler, b.world)
+    whole_steps.waiting(b.ruler, b.world, 30 if b.size.judged else 3)
 
 
-ROWS = {f.__name__: f for f in (checks, decoding, rollouts, training, whole_step, by_parts, steps, waiting)}
+ROWS = {f.__name__: f for f in (checks, decoding, training, whole_step, by_parts, rollouts, steps, waiting)}
 
 
 def run(args) -> None:
     if not (torch.cuda.is_available() or args.small):
         sys.exit("There is no GPU. --small tries the command with the tiny model on a CPU.")
     bench, failed = Bench(Ruler(args.json), SMALL if args.small else LARGE, sft.start_world()), []
+    if unknown := [name for name in args.only if name not in ROWS]:
+        sys.exit(f"--only: {', '.join(unknown)} is none of {', '.join(ROWS)}")
+    until = time.monotonic() + 60 * args.minutes
+
+    def late(*_) -> None:
+        raise TimeoutError(f"the {args.minutes:g} minutes of --minutes are over")
+    signal.signal(signal.SIGALRM, late)
     for name in args.only or ROWS:
         try:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, until - time.monotonic()))
             ROWS[name](bench)
-        except (RuntimeError, ImportError, subprocess.CalledProcessError) as error:        # out of memory, for one
+        except (Exception, SystemExit) as error:             # out of memory, for one
             failed.append(name)
-            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            bench.ruler.failed(name, error)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         gc.collect()
         torch.cuda.empty_cache()
     bench.world.shutdown(1 if failed else 0)

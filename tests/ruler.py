@@ -28,10 +28,12 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(calls: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of each call. After one that warms up they run in turn, so that the n-th of each see the same machine."""
-    for call in calls.values():
-        call()
+def in_turn(calls: dict[str, Callable[[], object]], repeats: int = 5,
+            warm: dict[str, Callable[[], object]] | None = None) -> dict[str, list[float]]:
+    """Seconds of each call. After one that warms up, or a shorter one in `warm`, they run in turn, so that the n-th of
+    each see the same machine."""
+    for name, call in calls.items():
+        (warm or {}).get(name, call)()
     rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
     return {name: [seconds[name] for seconds in rounds] for name in calls}
 
@@ -66,6 +68,10 @@ class Ruler:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(on) + "\n")
         print(", ".join(f"{name} {value}" for name, value in on.items()), TABLE.format(*TITLES), sep="\n", flush=True)
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Adds a row without figures, which says why."""
+        self.row(what, "", {}, note=" ".join(f"failed: {type(error).__name__}: {error}".split())[:300])
 
     def row(self, what: str, sizes: str, seconds: dict[str, list[float]], ours: str = "ours", peer: str | None = None,
             target: float | None = None, bytes: dict[str, int] | None = None, roofline: float | None = None,

@@ -6,7 +6,9 @@ import data
 import pagrpo
 import sft
 import model as network
-from model import Qwen2_5_VL, load_model, qwen, shard
+from model import (KV, PackedRow, Qwen2_5_VL, Step, decode_attention, load_model, packed_attention, qwen, record_step,
+                   shard)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -79,6 +81,45 @@ def test_windows_and_heads_of_the_real_shape(world):
     features = model.visual(torch.randn(2 * 12 * 20, 1176, device="cuda", dtype=torch.bfloat16), [(2, 12, 20)])
     exact = model.float().visual(torch.randn(2 * 12 * 20, 1176, device="cuda"), [(2, 12, 20)])
     assert features.shape == exact.shape and torch.isfinite(features).all()
+
+
+@torch.no_grad()
+def test_a_recorded_step_computes_what_the_plain_one_does(base, vocabulary, step):
+    model, (prompts, _, _) = half(base, vocabulary), on_gpu(step)
+    _, prompt_kv = model.prefill(prompts)
+    plain, recorded = (Step(model, prompts, prompt_kv, 3, 8) for _ in range(2))
+    record_step(recorded)
+    for t in range(8):
+        tokens = torch.randint(8, 300, (6,), generator=torch.Generator().manual_seed(t)).cuda()
+        expected = plain(tokens, t)
+        real = expected > -1e29                              # the others are masked
+        assert (recorded(tokens, t) - expected)[real].abs().max() <= 0.01 * expected[real].abs().max()
+
+
+@pytest.mark.parametrize("heads, kv", [(16, 2), (28, 4)], ids=["3b", "7b"])
+def test_flash_kernels_take_the_heads_of_the_real_shape(heads, kv):
+    """Training with its gradients, and decoding, for prompts of unequal lengths, against fp32 on a CPU."""
+    torch.manual_seed(0)
+    row, sizes = PackedRow(24, 3, [24, 17]), (heads, kv, kv)
+    exact = [torch.randn(2, h, 24 + 3 * 8, 128).bfloat16().float().requires_grad_() for h in sizes]
+    flash = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
+    expected = packed_attention(*exact, row)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):            # an error if that cannot compute it
+        found = packed_attention(*flash, row)
+    for out in (expected, found):
+        out.sum().backward()
+    for a, b in ((found, expected), *((x.grad, y.grad) for x, y in zip(flash, exact))):
+        assert torch.linalg.norm(a.detach().float().cpu() - b.detach()) <= 0.02 * torch.linalg.norm(b.detach())
+
+    q, prompt, own = (torch.randn(*shape, 128).bfloat16().float() for shape in ((6, heads), (2, 24, kv), (6, 8, kv)))
+    used = torch.tensor([24, 17], dtype=torch.int32)
+    mask = torch.zeros(2, 1, 1, 24).masked_fill(torch.arange(24) >= used[:, None, None, None], -torch.inf)
+    place, five = torch.tensor([4]), torch.full((6,), 5, dtype=torch.int32)
+    call = (q, KV(prompt, -prompt, used, mask), KV(own, -own, five, None, place))
+    caches = [KV(*(None if x is None else x.cuda() for x in kv)) for kv in call[1:]]
+    caches = [kv._replace(k=kv.k.bfloat16(), v=kv.v.bfloat16()) for kv in caches]
+    expected, found = decode_attention(*call), decode_attention(q.cuda().bfloat16(), *caches).float().cpu()
+    assert torch.linalg.norm(found - expected) <= 0.02 * torch.linalg.norm(expected)
 
 
 def test_one_sharded_step_on_one_rank(toy, base, tmp_path):

@@ -89,9 +89,9 @@ def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, refe
     ruler.row("step", f"{questions}×{g}, prompt {p}, {t} new", seconds, peer="TRL", target=target)
 
 
-def waiting(ruler: Ruler, world: sft.World) -> None:
+def waiting(ruler: Ruler, world: sft.World, steps: int = 30) -> None:
     """How long the loop of the toy world waits for clips, each read anew whenever it is needed."""
-    blocked, steps = [], 30
+    blocked = []
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
         data.make_toy_model(base, 0)
