@@ -120,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear):                                     # the same layer, computed by `linear`
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -364,8 +364,8 @@ def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    scores = q @ k.mT * q.shape[-1] ** -0.5 + (0 if attn_mask is None else attn_mask)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + (0 if attn_mask is None else attn_mask)          # (N, K, Q·r, S)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)      # on CUDA no kernel returns the latter in fp32
 
 
 # ------------------------------------------------------------------------------------------------ decoder
@@ -710,7 +710,7 @@ def record_step(step: Step) -> None:
     step.forward = forward
 
 
-def packed(weight: Tensor, rows: int) -> Tensor:
+def reordered(weight: Tensor, rows: int) -> Tensor:
     """A matrix (O, D) as `product` reads it fastest with so many rows of x: in oneDNN's own layout, or a part for each
     thread, (parts, D, O / parts). MKL by itself shares out the rows of x: with one row, one thread works."""
     if ONEDNN and rows > 1:
@@ -738,11 +738,11 @@ def shorten_step(step: Step) -> None:
     cos, sin = (x.transpose(1, 2).unbind(1) for x in model.rotary(positions, caches[0].k.dtype))   # T × (N, 1, E)
     for layer in model.model.layers:
         a, mlp = layer.self_attn, layer.mlp
-        qkv, bias = (torch.cat(x) for x in zip(*((p.weight, p.bias) for p in (a.q_proj, a.k_proj, a.v_proj))))
+        weights, biases = zip(*[(p.weight, p.bias) for p in (a.q_proj, a.k_proj, a.v_proj)])
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        matrices = [packed(weight, n) for weight in (qkv, a.o_proj.weight, gate_up, mlp.down_proj.weight)]
-        layers.append((layer.input_layernorm, bias, layer.post_attention_layernorm, *matrices))
-    head, heads = packed(model.head.weight, n), model.config.num_attention_heads
+        matrices = [reordered(x, n) for x in (torch.cat(weights), a.o_proj.weight, gate_up, mlp.down_proj.weight)]
+        layers.append((layer.input_layernorm, torch.cat(biases), layer.post_attention_layernorm, *matrices))
+    head, heads = reordered(model.head.weight, n), model.config.num_attention_heads
 
     def forward(tokens: Tensor) -> Tensor:
         t, x = int(place), model.model.embed_tokens(tokens)                                    # (N, D)
