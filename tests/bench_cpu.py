@@ -20,7 +20,7 @@ import whole_steps  # noqa: E402
 from model import Prompts, Qwen2_5_VL, load_model, qwen  # noqa: E402
 import torch  # noqa: E402
 from peers import Peer  # noqa: E402
-from ruler import Ruler, in_turn, peak, seconds_of  # noqa: E402
+from ruler import Ruler, in_turn, peak  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 TOWER = dict(hidden_size=96, depth=1, num_heads=4, intermediate_size=128, fullatt_block_indexes=(0,))
