@@ -13,13 +13,15 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}.")
+import inspect
 import json
 import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 LOADS = Path("/proc/loadavg")                               # Linux says how many threads can run; this one counts
 if LOADS.exists() and min(int(LOADS.read_text().split()[3].split("/")[0]) for _ in range(5)) > 1:
@@ -40,9 +42,14 @@ from torch.utils.checkpoint import checkpoint
 
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     sys.exit(f"torch 2.11 or later is needed, this is {torch.__version__}: pip install -r requirements.txt")
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.nn.attention.varlen import varlen_attn
+try:                                                         # optional, CUDA only
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 HALF = (torch.bfloat16, torch.float16)                       # what flash kernels on CUDA accept
+torch.backends.cuda.enable_cudnn_sdp(False)                  # on Hopper it comes first, and builds a plan for each shape
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -167,21 +174,35 @@ def inverse_frequencies(count: int, theta: float, device) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ vision encoder
 
-class Blocks(NamedTuple):
-    """A partition of S patches into consecutive blocks. A patch attends only to patches of its own block."""
-    lengths: list[int]                                       # patches in each
-    cu_seqlens: Tensor                                       # int32: first patch of each, then S
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}   # torch 2.11: always
 
 
-def make_blocks(lengths: list[int], device) -> Blocks:
-    return Blocks(lengths, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device))
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int,
+                     longest_k: int, causal: bool = False) -> Tensor:
+    """Attention of N rows of unequal lengths that lie one behind the other, by a flash kernel: CUDA in half precision.
+
+    Row i has the queries starts_q[i] to starts_q[i + 1] (int32, N + 1 numbers) and the keys of starts_k. `causal` is
+    aligned at the lower right: the last query of a row sees all its keys. q (ΣQ, H, E), k, v (ΣS, K, E) → as q.
+    flash-attn (2.1 or later) computes it where it is installed, else torch."""
+    lengths = starts_q, starts_k, longest_q, longest_k
+    if flash_attn_varlen_func:
+        return flash_attn_varlen_func(q, k, v, *lengths, causal=causal)
+    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0 if causal else -1), **GQA)
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-    """Softmax attention inside each block. q, k, v and the result (S, H, E)."""
-    lengths, longest = blocks.lengths, max(blocks.lengths)
+@lru_cache(maxsize=64)                                       # the same for all layers; a recorded step reads it there
+@torch.inference_mode(False)                                 # the backward pass takes no tensor of inference mode
+def starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where rows of these lengths start, and the end of the last one: (2, 3) → [0, 2, 5], int32."""
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Softmax attention inside each of the consecutive blocks of these lengths. q, k, v and the result (S, H, E)."""
+    longest = max(lengths)
     if q.is_cuda and q.dtype in HALF:
-        return varlen_attn(q, k, v, blocks.cu_seqlens, blocks.cu_seqlens, longest, longest)
+        first = starts(tuple(lengths), q.device)
+        return varlen_attention(q, k, v, first, first, longest, longest)
     if min(lengths) == longest:                              # one call for all blocks
         q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v))           # (N, H, L, E)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -195,7 +216,7 @@ class VisionAttention(nn.Module):
         self.heads = c.num_heads
         self.qkv, self.proj = Linear(c.hidden_size, 3 * c.hidden_size), Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: Blocks) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)       # each (S, H, E)
         q, k = apply_rotary(torch.cat([q, k], 1).float(), rotary).to(x.dtype).chunk(2, dim=1)
         return self.proj(block_attention(q, k, v, blocks).flatten(1))
@@ -207,7 +228,7 @@ class VisionBlock(nn.Module):
         self.norm1, self.norm2 = RMSNorm(c.hidden_size), RMSNorm(c.hidden_size)
         self.attn, self.mlp = VisionAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: Blocks) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary, blocks)
         return x + self.mlp(self.norm2(x))
 
@@ -244,11 +265,13 @@ class VisionEncoder(nn.Module):
         self.patch_embed, self.merger = PatchEmbed(c), PatchMerger(c)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
 
-    def layout(self, grid: list[tuple[int, int, int]], device) -> tuple[Tensor, Tensor, Blocks, Blocks]:
+    def layout(self, grid: list[tuple[int, int, int]], device
+               ) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """Positions and blocks of all patches. `grid` holds (steps in time, rows, columns) of patches of each medium.
 
-        Returns the row and column of each patch (S, 2), the order that sorts merged tokens by window (S/4,), and two
-        partitions of the sorted patches: windows (most layers) and frames (`fullatt_block_indexes`; never across time).
+        Returns the row and column of each patch (S, 2), the order that sorts merged tokens by window (S/4,), and lengths
+        of two kinds of blocks of the sorted patches: windows (most layers) and frames (`fullatt_block_indexes`; never
+        across time). A patch attends only to patches of its own block.
         One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 → lengths [64, 32].
         """
         merge = self.config.spatial_merge_size
@@ -264,8 +287,7 @@ class VisionEncoder(nn.Module):
             count, frames = count + t * across * down, frames + [h * w] * t
         window_of = torch.cat(window_of)
         windows = (torch.bincount(window_of, minlength=count) * merge ** 2).tolist()
-        return (torch.cat(positions).to(device), window_of.argsort(stable=True).to(device),
-                make_blocks(windows, device), make_blocks(frames, device))
+        return torch.cat(positions).to(device), window_of.argsort(stable=True).to(device), windows, frames
 
     def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False) -> Tensor:
         """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder), same order."""
@@ -320,16 +342,29 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     from_prompts = F.scaled_dot_product_attention(*prompts, is_causal=True, enable_gqa=True)
     if places == p:                                          # responses of one token: the prompt predicts it
         return from_prompts
-    t, outs = (places - p) // row.group, []
+    t, questions = (places - p) // row.group, []
     for n, prompt_k, prompt_v, *own in zip(row.lengths, *prompts[1:], *responses):
         own_q, own_k, own_v = (x.unflatten(1, (-1, t)).transpose(0, 1) for x in own)           # (G, H or K, T, E)
         keys = torch.cat([prompt_k[:, :n].expand(row.group, -1, -1, -1), own_k], dim=2)        # (G, K, n + T, E)
         values = torch.cat([prompt_v[:, :n].expand(row.group, -1, -1, -1), own_v], dim=2)
-        # Causal, aligned at the lower right, and not, as is_causal is, top left. Flash kernels take no other mask.
-        mask = causal_lower_right(t, n + t) if q.is_cuda else torch.ones(t, n + t, dtype=torch.bool).tril(n)
-        out = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, enable_gqa=True)
-        outs.append(out.transpose(0, 1).flatten(1, 2))       # (H, G·T, E)
-    return torch.cat([from_prompts, torch.stack(outs)], dim=2)
+        questions.append((own_q, keys, values))
+    if q.is_cuda and q.dtype in HALF:                        # all questions in one call
+        flat = [torch.cat([x.transpose(1, 2).flatten(0, 1) for x in xs]) for xs in zip(*questions)]
+        rows, seen = len(q) * row.group, [n + t for n in row.lengths for _ in range(row.group)]
+        first_q, first_k = starts((t,) * rows, q.device), starts(tuple(seen), q.device)
+        out = varlen_attention(*flat, first_q, first_k, t, max(seen), causal=True)             # (B·G·T, H, E)
+        out = out.view(len(q), -1, *out.shape[1:]).transpose(1, 2)                             # (B, H, G·T, E)
+    else:
+        outs = [causal_attention(*question).transpose(0, 1).flatten(1, 2) for question in questions]
+        out = torch.stack(outs)
+    return torch.cat([from_prompts, out], dim=2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal, aligned at the lower right, and not, as `is_causal` is, top left. q (G, H, T, E), k, v (G, K, S, E)"""
+    t, places = q.shape[2], k.shape[2]
+    mask = causal_lower_right(t, places) if q.is_cuda else torch.ones(t, places, dtype=torch.bool).tril(places - t)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
@@ -340,8 +375,8 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
     """
     n, h, e = q.shape
     (from_prompt, lse_p), (from_own, lse_o) = attend(q.view(len(prompt.k), -1, h, e), prompt), attend(q[:, None], own)
-    w = torch.sigmoid(lse_p.view(n, h, 1) - lse_o.view(n, h, 1))
-    return torch.lerp(from_own.view(q.shape).float(), from_prompt.view(q.shape).float(), w).to(q.dtype)
+    w = torch.sigmoid(lse_p.reshape(n, h, 1) - lse_o.reshape(n, h, 1))
+    return torch.lerp(from_own.reshape(q.shape).float(), from_prompt.reshape(q.shape).float(), w).to(q.dtype)
 
 
 def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
@@ -349,9 +384,11 @@ def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
     shape depends on how many are in use: a recorded step serves every token. q (N, Q, H, E) → as q, (N, Q, H)"""
     (n, queries, h, e), (_, room, heads, _) = q.shape, kv.k.shape
     if q.is_cuda and q.dtype in HALF:
-        rows = torch.arange(n + 1, device=q.device, dtype=torch.int32)
-        out, lse = varlen_attn(q.flatten(0, 1), kv.k.flatten(0, 1), kv.v.flatten(0, 1), rows * queries, rows * room,
-                               queries, room, enable_gqa=True, seqused_k=kv.used, return_aux=AuxRequest(lse=True))
+        first_q, first_k = starts((queries,) * n, q.device), starts((room,) * n, q.device)
+        flat = (x.flatten(0, 1) for x in (q, kv.k, kv.v))
+        # What varlen_attn calls; in torch 2.11 that takes no `seqused_k`. 0, False, False: no dropout, mask, debugging.
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *flat, first_q, first_k, queries, room, 0.0, False, False, seqused_k=kv.used)
         return out.view(q.shape), lse.T.reshape(n, queries, h)
     room = room if kv.place is None else int(kv.place) + 1
     k, v = kv.k[:, :room].transpose(1, 2), kv.v[:, :room].transpose(1, 2)                      # (N, K, S, E)
@@ -547,7 +584,7 @@ class Qwen2_5_VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.masked_token_ids = torch.empty(0, dtype=torch.long, device="cpu")   # never sampled, see `logits`
-        self.sharded = False                                 # are the weights sharded among ranks?
+        self.sharded = False                                 # are the weights sharded among ranks, and not gathered?
         self.save_memory = False                             # activation checkpointing
 
     # Every probability that leaves the model is computed from these: sampling, training and the KL reference agree.
@@ -810,8 +847,12 @@ def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False
 @contextmanager
 def gathered(model: Qwen2_5_VL):
     """Inside, every rank holds all weights, so that ranks may sample different numbers of tokens."""
+    if not model.sharded:                                    # or gathered by a caller
+        yield
+        return
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     frozen = not any(p.requires_grad for p in model.parameters())
+    model.sharded = False
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -821,6 +862,7 @@ def gathered(model: Qwen2_5_VL):
         for module in modules:                               # as build_model set it: in training the root stays whole
             module.set_reshard_after_forward(frozen or module is not model, recurse=False)
             module.reshard()
+        model.sharded = True
 
 
 def build_config(cls, source: dict):
@@ -829,8 +871,18 @@ def build_config(cls, source: dict):
                   if k in cls.__dataclass_fields__ and v is not None})
 
 
+def why_unusable(folder: Path) -> str:
+    """What helps with a folder that people bring and that is no model folder with safetensors; "" if nothing is known."""
+    if (folder / "adapter_config.json").is_file():
+        return ". It is a LoRA adapter: merge it into its base model (peft: merge_and_unload) and save that"
+    if any(folder.glob("*.bin")):
+        return ". Its weights are pickled (.bin), and nothing is unpickled: save them as safetensors"
+    return ""
+
+
 def read_config(folder: str | Path) -> Config:
-    """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing."""
+    """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what is missing, or what
+    would make it another network."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
@@ -840,9 +892,15 @@ def read_config(folder: str | Path) -> Config:
         text = raw | nested                                  # nested values win over flat ones
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         tied = bool(raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))
-        vision = build_config(VisionConfig, raw.get("vision_config", {}))
+        encoder = raw.get("vision_config", {})
+        vision = build_config(VisionConfig, encoder)
+        known = {"rope_type": ("mrope", "default"), "type": ("mrope", "default"), "hidden_act": ("silu",),
+                 "use_sliding_window": (False,)}             # fields that would change the network
+        for name, value in [*rope.items(), *text.items(), *encoder.items()]:
+            if value is not None and value not in known.get(name, (value,)):
+                raise ValueError(f"{name} {value!r} is not supported, only {known[name][0]!r}")
         return build_config(Config, {**rope, **text, "tie_word_embeddings": tied, "vision": vision})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; is this a Qwen2.5-VL checkpoint?") from None
 
 
@@ -857,32 +915,53 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
 
 
 def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
-    """Maps each tensor to its file, from the headers of stem*.safetensors. Raises ValueError if one is damaged."""
-    where = {}
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
-        try:
+    """Maps each tensor to its file: one that the index stem.safetensors.index.json lists, without an index
+    stem.safetensors. No other file is read. {} if there is none. Raises ValueError if one is damaged or missing."""
+    index, where = folder / f"{stem}.safetensors.index.json", {}
+    path = folder / f"{stem}.safetensors"
+    try:
+        files = {path} if path.is_file() else set()
+        if index.is_file():
+            path = index
+            files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        for path in sorted(files):
             with safe_open(path, "pt") as file:
                 where |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or missing: {error}") from None
     return where
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def load_weights(folder: str | Path, model: Qwen2_5_VL, dtype: torch.dtype, device="cpu") -> dict[str, Tensor]:
-    """Reads exactly the tensors of `model`, each converted as it is read. ValueError names what does not fit."""
-    wanted, where = {name: p.shape for name, p in model.named_parameters()}, tensor_files(Path(folder), "model")
+    """Reads exactly the tensors of `model`, each converted as it is read. ValueError names what does not fit.
+
+    Names as transformers has them in memory are accepted, and an output matrix beside an equal embedding that it is
+    tied to."""
+    wanted, where = {name: p.shape for name, p in model.named_parameters()}, {}
+    for name, path in tensor_files(Path(folder), "model").items():
+        official = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        where[official] = path, name
+    if not where:
+        raise ValueError(f"{folder}: no model.safetensors{why_unusable(Path(folder))}")
+    if model.config.tie_word_embeddings and HEAD in where:
+        wanted[HEAD] = wanted[EMBEDDING]
     for kind, names in (("missing", wanted.keys() - where.keys()), ("unexpected", where.keys() - wanted.keys())):
         if names:
             raise ValueError(f"{folder}: {len(names)} {kind} tensors: {', '.join(sorted(names)[:5])}")
     tensors = {}
-    for name, path in where.items():
+    for name, (path, stored) in where.items():
         with safe_open(path, "pt") as file:
-            x = file.get_tensor(name)
+            x = file.get_tensor(stored)
         if x.shape != wanted[name]:
             raise ValueError(f"{path}: {name} has shape {tuple(x.shape)}, not {tuple(wanted[name])}")
         if not bool(x.isfinite().all()):
             raise ValueError(f"{path}: {name} contains NaN or infinite values")
         tensors[name] = x.to(device, dtype)
+    if model.config.tie_word_embeddings and not torch.equal(tensors.pop(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING]):
+        raise ValueError(f"{folder}: {HEAD} differs from {EMBEDDING}, to which config.json ties it")
     return tensors
 
 
@@ -908,11 +987,13 @@ def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
             for name, size in state.get("files", {}).items():
                 if (optimizer or not name.startswith("optimizer")) and (found / name).stat().st_size != size:
                     raise ValueError(f"{found / name} differs in size from what state.json lists")
-            tensor_files(found, "" if optimizer else "model")
+            for stem in ("model", "optimizer") if optimizer else ("model",):
+                tensor_files(found, stem)
             return found
         except (OSError, ValueError, TypeError, AttributeError) as error:
             print(f"{found} is damaged and not used: {error}", file=sys.stderr, flush=True)
-    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint, or they are damaged")
+    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint, or they are damaged"
+                            f"{why_unusable(folder)}")
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shard_bytes: int = SHARD_BYTES) -> None:

@@ -277,8 +277,7 @@ def find_files(settings: TrainSettings, world: World, toy_records: str) -> Train
                        heldout=str(out / "toy/heldout.json"), model=settings.model or str(out / "base"))
     model = Path(settings.model)
     files = [settings.data] if Path(settings.data).is_file() else glob.glob(settings.data)
-    there = {"model": (model / "config.json").is_file() or any(model.glob(CHECKPOINTS)), "data": len(files) == 1,
-             "media": Path(settings.media).is_dir()}
+    there = {"model": model.is_dir(), "data": len(files) == 1, "media": Path(settings.media).is_dir()}
     missing = [f"--{k} {getattr(settings, k)!r}" for k, ok in there.items() if not (ok and getattr(settings, k))]
     if missing:
         size = settings.preset.upper()

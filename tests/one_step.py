@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pagrpo  # noqa: E402
 from data import Vocabulary, build_example, read_records  # noqa: E402
 from rewards import Judge, rule_judge  # noqa: E402
-from model import build_model  # noqa: E402
+from model import build_model, gathered  # noqa: E402
 from sft import TINY, optimizer_step, start_world  # noqa: E402
 
 
@@ -39,6 +40,10 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
     for shards in {1: [0], 2: [0], 4: [0, 2]}[world.size]:   # four ranks: four parts, and two replicas of two parts
         policy = build_model(model, vocabulary, world, shards=shards)
         frozen = build_model(reference, vocabulary, world, shards=shards, frozen=True, offload=shards > 0)
+        with gathered(policy):
+            with gathered(policy):
+                pass
+            assert not any(isinstance(p, DTensor) for p in policy.parameters()), "the inner one sharded them again"
         take_steps(policy, frozen, vocabulary, settings, toy, out / str(shards), world)
     world.shutdown()
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from model import CONFIGS, Qwen2_5_VL, load_model, read_config, save_model, write_config
+from model import CONFIGS, Qwen2_5_VL, load_model, newest_checkpoint, read_config, save_model, write_config
 
 TIED = CONFIGS["tiny"]
 UNTIED = replace(TIED, tie_word_embeddings=False)
@@ -79,8 +79,83 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_model(tmp_path)
     write_config(TIED, tmp_path, [3])
-    with pytest.raises(ValueError, match="80 missing tensors: "):
+    with pytest.raises(ValueError, match="no model.safetensors"):
         load_model(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ folders from elsewhere
+
+def same_weights(folder, tensors) -> bool:
+    loaded = dict(load_model(folder).named_parameters())
+    return loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], x) for name, x in tensors.items())
+
+
+@pytest.mark.parametrize("shard_bytes", [2 ** 20, 2 ** 40], ids=["beside an index", "beside a single file"])
+def test_stale_files_and_backups_are_not_read(shard_bytes, tmp_path):
+    tensors = write(TIED, tmp_path, shard_bytes=shard_bytes)
+    stale = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    for name in ("model_before_rl.safetensors", "model-00001-of-00001.safetensors", "modelx.safetensors"):
+        save_file(stale, tmp_path / name)
+    if shard_bytes == 2 ** 20:                               # the index decides, not a single file from before
+        save_file(stale, tmp_path / SINGLE)
+    assert same_weights(tmp_path, tensors)
+
+
+def test_a_file_that_the_index_names_must_be_there(tmp_path):
+    write(TIED, tmp_path, shard_bytes=2 ** 20)
+    first = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(ValueError, match=f"{first.name} is damaged or missing"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json is damaged or missing"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("where, changes, message", [
+    ("root", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}}, "type 'yarn'"),
+    ("root", {"rope_scaling": {"rope_type": "linear", "factor": 2, "mrope_section": [16, 24, 24]}}, "'linear'"),
+    ("root", {"hidden_act": "gelu"}, "hidden_act 'gelu'"), ("root", {"use_sliding_window": True}, "sliding_window"),
+    ("vision_config", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'")])
+def test_a_configuration_of_another_network_is_refused(where, changes, message, tmp_path):
+    raw = json.loads(json.dumps(PUBLISHED["3b"]))
+    (raw if where == "root" else raw[where]).update(changes)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_names_as_transformers_has_them_in_memory_are_read(tmp_path):
+    tensors = write(UNTIED, tmp_path)
+
+    def rename(saved):
+        for name in list(saved):
+            inner = "language_model." if name.startswith("model.") else ""
+            if name != "lm_head.weight":
+                saved["model." + inner + name.removeprefix("model.")] = saved.pop(name)
+    rewrite(tmp_path / SINGLE, rename)
+    assert same_weights(tmp_path, tensors)
+
+
+def test_a_tied_output_matrix_may_be_there_if_it_is_the_embedding(tmp_path):
+    tensors = write(TIED, tmp_path)
+    embedding = tensors["model.embed_tokens.weight"]
+    rewrite(tmp_path / SINGLE, lambda saved: saved.update({"lm_head.weight": embedding.clone()}))
+    assert same_weights(tmp_path, tensors)
+    rewrite(tmp_path / SINGLE, lambda saved: saved.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("file, message", [("pytorch_model.bin", "save them as safetensors"),
+                                           ("adapter_config.json", "LoRA adapter: merge it")])
+def test_other_kinds_of_folders_are_named_with_what_helps(file, message, tmp_path):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=message):
+        newest_checkpoint(tmp_path)
+    write_config(TIED, tmp_path, [3])
+    with pytest.raises(ValueError, match=message):
+        load_model(newest_checkpoint(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ configuration

@@ -10,7 +10,7 @@ import torch
 from parity import (CASES, ask_ours, ask_transformers, compare, load_reference, make_prompts, random_model,
                     real_tokens)
 
-from model import CONFIGS, block_attention, load_model, make_blocks, mrope_positions, qwen, save_model, write_config
+from model import CONFIGS, block_attention, load_model, mrope_positions, qwen, save_model, write_config
 
 SMALL = {  # what official rows have in common is varied here: a value that one side ignores would pass unnoticed
     "tied": qwen(96, 3, 6, 2, 80, 97, True, sections=(2, 3, 3), ids=(5, 6), vision=dict(
@@ -61,7 +61,7 @@ def test_windows_are_cut_at_the_edges_of_the_odd_grids(both):
     model, _ = both
     grids = [x[:3] for x in CASES["odd grids"][0] if isinstance(x, tuple)]
     _, order, windows, frames = model.visual.layout(grids, "cpu")
-    assert len(set(windows.lengths)) > 1 and len(windows.lengths) > len(frames.lengths) == sum(t for t, _, _ in grids)
+    assert len(set(windows)) > 1 and len(windows) > len(frames) == sum(t for t, _, _ in grids)
     assert order.tolist() != list(range(len(order))), "patches are really gathered by windows"
 
 
@@ -71,7 +71,7 @@ def test_block_attention_is_plain_attention_inside_each_block(lengths):
     q, k, v = (torch.randn(sum(lengths), 2, 8, generator=generator) for _ in range(3))                     # (S, H, E)
     expected = [torch.einsum("hqk,khe->qhe", (torch.einsum("qhe,khe->hqk", a, b) * 8 ** -0.5).softmax(-1), c)
                 for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths))]
-    result = block_attention(q, k, v, make_blocks(lengths, "cpu"))
+    result = block_attention(q, k, v, lengths)
     assert torch.allclose(result, torch.cat(expected), atol=1e-6)
 
 
