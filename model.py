@@ -349,15 +349,19 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
         values = torch.cat([prompt_v[:, :n].expand(row.group, -1, -1, -1), own_v], dim=2)
         questions.append((own_q, keys, values))
     if q.is_cuda and q.dtype in HALF:                        # all questions in one call
-        flat = [torch.cat([x.transpose(1, 2).flatten(0, 1) for x in xs]) for xs in zip(*questions)]
-        rows, seen = len(q) * row.group, [n + t for n in row.lengths for _ in range(row.group)]
-        first_q, first_k = starts((t,) * rows, q.device), starts(tuple(seen), q.device)
-        out = varlen_attention(*flat, first_q, first_k, t, max(seen), causal=True)             # (B·G·T, H, E)
+        seen = [n + t for n in row.lengths for _ in range(row.group)]                          # keys of each response
+        first_q, first_k = starts((t,) * len(seen), q.device), starts(tuple(seen), q.device)
+        out = varlen_attention(*map(one_behind_the_other, zip(*questions)), first_q, first_k, t, max(seen), causal=True)
         out = out.view(len(q), -1, *out.shape[1:]).transpose(1, 2)                             # (B, H, G·T, E)
     else:
         outs = [causal_attention(*question).transpose(0, 1).flatten(1, 2) for question in questions]
         out = torch.stack(outs)
     return torch.cat([from_prompts, out], dim=2)
+
+
+def one_behind_the_other(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (N, H, T, E) as rows for `varlen_attention`, (ΣN·T, H, E)."""
+    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
