@@ -230,6 +230,8 @@ def to_record(row: dict, traces: bool) -> Record:
     reference = extract_tag("answer", answer) if "answer>" in answer else answer
     if type(solution) not in (str, int, float) or solution != solution or not reference:      # Python's JSON has NaN
         raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
+    if row["problem_type"] == "multiple choice":
+        rewards.check_letters(options, reference)
     trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
     for tag, text in trace.items():                          # in its tags or without them
         trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text

@@ -418,6 +418,7 @@ def make_question(key: str, question: str, options: Sequence[str], answer: str, 
     """ValueError if it could not be scored. `direct`: lines of the short prompt; `metric`: of one without options."""
     options, reference, direct = tuple(str(o).strip() for o in options), str(answer).strip(), "\n".join(direct)
     metric = "choice" if options else metric
+    rewards.check_letters(options, reference)
     if metric == "choice":
         reference = rewards.choice(reference, options)
     if reference is None or metric == "mra" and rewards.number(reference) is None:

@@ -178,11 +178,14 @@ def normalize_text(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]`*")
 
 
+LETTERED = re.compile(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", re.DOTALL)   # "A. a cat", "(B) a dog"
+
+
 def split_options(options: Sequence[str]) -> list[str]:
     """The texts of options without their letters: ["A. a cat", "(B) a dog"] → ["a cat", "a dog"].
 
     Letters count only if all options carry their own, in order: "A: 3, B: 4" may be the text of one option."""
-    found = [re.match(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", option, re.DOTALL) for option in options]
+    found = [LETTERED.match(option) for option in options]
     if all(match and match[1] == chr(65 + i) for i, match in enumerate(found)):
         return [match[2] for match in found]
     return list(options)
@@ -193,6 +196,23 @@ def letter_options(options: Sequence[str]) -> list[str]:
     if split_options(options) != list(options):
         return list(options)
     return [f"{chr(65 + i)}. {option}" for i, option in enumerate(options)]
+
+
+def check_letters(options: Sequence[str], solution: str) -> None:
+    """ValueError if options carry letters that are not their places: among "A. a fish", "C. a dog"
+    and "D. a cat", the answer "C" would name one option by its letter and another by its place.
+
+    Texts may begin like letters. So letters that repeat do not count: "A: 3, B: 4", "A: 4, B: 3".
+    Others count if the solution is one of them, or if every option has one and all are early in
+    the alphabet, unlike those of "J. Smith" and "R. Brown"."""
+    own = [match and match[1] for match in map(LETTERED.match, options)]
+    carried = [letter for letter in own if letter]
+    in_place = all(letter in (None, chr(65 + i)) for i, letter in enumerate(own))
+    if in_place or len(set(carried)) < len(carried):
+        return
+    all_early = None not in own and max(own) < chr(65 + 2 * len(own))
+    if all_early or normalize_text(solution).upper() in carried:
+        raise ValueError(f"options carry letters that are not A, B, C …: {options!r:.80}")
 
 
 def option_texts(options: Sequence[str]) -> dict[str, str]:
