@@ -390,6 +390,10 @@ def why_invalid(r: Record) -> str:
     """Why nothing can be learned from a record; "" if it can."""
     if r.reference and answer_score(r, r.reference) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
+    if r.problem_type == "numerical" and rewards.number(r.reference) is None:
+        # It is compared as text, which "12:30" or "3:2" can pass. \frac{1}{2} is answered with 0.5.
+        if not re.fullmatch(r"[\d:]*(?: ?[aApP][mM])?", r.reference):
+            return f"solution: {r.reference!r:.60} is no number"
     whole = len(r.trace) == len(TRACE_TAGS) and r.given is None
     return "trace: it breaks the template" if whole and not all(parse(trace_text(r, "p2r")).formats) else ""
 

@@ -238,17 +238,28 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     return None if other_text else letter
 
 
+# Powers of ten, by the beginning of a magnitude: "1.5 million", "5k".
+POWERS = {"h": 2, "th": 3, "k": 3, "m": 6, "b": 9, "tr": 12, "万": 4, "亿": 8}
+MAGNITUDE = r"(?i:\s*(?:(?:hundred|thousand|(?:m|b|tr)illion)s?|bn)\b)|(?-i:k\b)|\s*[万亿]"
+# "2π", "5²", "3 tenths" and "2 and a half" are other numbers than 2, 5, 3 and 2.
+NO_UNIT = r"[π²³]|(?:half|dozens?|(?:ten|hundred|thousand|(?:m|b|tr)illion)ths?)\b"
+UNIT = rf"(?:[$€£¥₹%°]|°?(?!{NO_UNIT})[^\W\d_]+(?:\^-?\d)?)"   # km, m², s^2, °C, €
+UNITS = rf"{UNIT}(?:(?:\s*[/·*]\s*|\s+){UNIT})*"             # "km/h", "red apples"
+
+
 def number(text: str) -> Fraction | None:
-    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "12 apples" as exact fractions, so that "1000" equals "1,000.0"
-    without a tolerance. None for anything else, NaN and infinities too."""
+    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "1.5 million", "12 km/h" as exact fractions, so
+    that "1000" equals "1,000.0" without a tolerance. None for all else, NaN and infinities too."""
     text = text.strip()
-    match = len(text) <= 100 and re.fullmatch(              # a longer text is no number, and would cost time
+    # A longer text is no number, and would cost time. "5M" is 5 million; "5 m", "5 M" have units.
+    match = len(text) <= 100 and re.fullmatch(
         r"[$€£]?\s*([-+−]?)\s*[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?"
-        r"(?:\s*/\s*([1-9]\d*))?\s*(?:%|°?[^\W\d_]*[²³]?(?:\s+[^\W\d_]+)*)\.?", text, re.I)
+        rf"(?:\s*/\s*([1-9]\d*))?((?:{MAGNITUDE}|(?-i:[KMB])\b)*)\s*(?:{UNITS})?\.?", text, re.I)
     if not match:
         return None
-    sign, digits, exponent, divisor = match.groups()
+    sign, digits, exponent, divisor, magnitude = match.groups()
     value = Fraction(digits.replace(",", "").rstrip(".") + (exponent or "")) / int(divisor or 1)
+    value *= 10 ** sum(POWERS[x] for x in re.findall("|".join(POWERS), magnitude.lower()))
     return -value if sign in ("-", "−") and sign else value
 
 
@@ -391,7 +402,7 @@ PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*�
 CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the decimal point in 3.5
 ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
 LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
-LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+)?)\W*$")                      # with its unit
+LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+(?:[/·][^\W\d]+)*)?)\W*$")  # with its unit
 
 
 def leaks(claim: Claim) -> bool:
