@@ -291,16 +291,28 @@ def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int
     return row[-1]
 
 
+# Letters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u9fff"
+            "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+
+
+def words(text: str, part: str = r"\w") -> list[str]:
+    """The words of a text, runs of `part`; in a script without spaces each character is a word.
+        "3号 exit" → ["3", "号", "exit"]
+    """
+    return re.findall(rf"[{UNSPACED}]|(?:(?![{UNSPACED}]){part})+", text)
+
+
 def ocr(answer: str, reference: str) -> float:
     """1 − word error rate, at least 0."""
-    said, written = answer.split(), reference.split()
+    said, written = words(answer, r"\S"), words(reference, r"\S")
     return max(0.0, 1 - edit_distance(said, written) / len(written)) if written else float(not said)
 
 
 def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a reference of one word:
     it has no pair of words, and a perfect answer would otherwise score 2/3."""
-    said, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
+    said, wanted = (words(text.casefold()) for text in (answer, reference))
     if not said or not wanted:
         return 0.0
     both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
@@ -410,22 +422,22 @@ def leaks(claim: Claim) -> bool:
     not count if it repeats the question, an option or the reference, speaks of answers and verdicts, names an option by
     its letter, or ends in the number that is asked for."""
     known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
-    known, words = {normalize_text(clause) for clause in known}, set()
+    known, own = {normalize_text(clause) for clause in known}, set()
     lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
     wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
     for clause in map(str.strip, CLAUSE_END.split(PREAMBLE.sub("", claim.observation))):
         last = LAST_NUMBER.search(clause)
         stated = lettered and LETTER.search(clause) or wanted is not None and last and number(last[1]) == wanted
         if not stated and not ANNOUNCEMENT.search(clause) and normalize_text(clause) not in known:
-            # Chinese and Japanese have no spaces: each pair of characters counts as a word.
-            words.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", clause.casefold()))
-    return len(words) < 4
+            # Each pair of such characters counts as a word, in Korean too: its words are long.
+            own.update(re.findall(rf"[{UNSPACED}가-힣]{{1,2}}|\w+", clause.casefold()))
+    return len(own) < 4
 
 
 class Reply(NamedTuple):
     """What a language model wrote."""
     text: str | None
-    error: str = ""                                          # why there is no text
+    error: str = ""                                          # why there is no text, or a part only
 
 
 JUDGE_PROMPT = """\
