@@ -661,7 +661,7 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
     """The judge that --judge names. cache: file for a server's replies. reference: what --judge reference calls."""
     if s.judge.startswith(HTTP):
-        keep = rewards.JUDGEMENT.search
+        keep = rewards.find_verdict
         client = chat_client(s, "judge", cache=cache, keep=keep, max_tokens=s.judge_tokens, temperature=0)
         return Judge(rewards.language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     if s.judge in ("rule", "reference"):
@@ -743,12 +743,13 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
             except MediaError as error:
                 drafts[r] = Draft(None, f"media: {error}")
         if http:
-            drafts |= zip(inputs, client.ask_all([*inputs.values()]))
+            for r, (text, error) in zip(inputs, client.ask_all([*inputs.values()])):
+                drafts[r] = Draft(text, "" if text else error)       # step 2 checks one cut off
         elif inputs:
             uniforms = torch.stack([question_uniforms(s.seed, "teacher", r, 1, s.max_response) for r in inputs])
             texts = respond(model, vocabulary, [*inputs.values()], uniforms, s.temperature, device)
             drafts |= zip(inputs, map(Draft, texts))
-        return [Draft(*drafts[r]) for r in records]
+        return [drafts[r] for r in records]
     return teach
 
 

@@ -456,6 +456,7 @@ First explain in one to three sentences. Then end your reply with <judgement>Yes
 suffices, or with <judgement>No</judgement> if it does not."""
 JUDGEMENT = re.compile(r"<judge?ment>\s*(yes|no)\s*[.!]?\s*</judge?ment>[\s.*]*$", re.I)
 UNREADABLE = "no verdict at the end of the reply"
+CUT_OFF = "cut off at the token limit: raise --judge-tokens (of a teacher: --max-response)"
 
 
 def judge_chat(c: Claim) -> list[dict]:
@@ -466,12 +467,20 @@ def judge_chat(c: Claim) -> list[dict]:
         observation=json.dumps(c.observation, ensure_ascii=False))}]
 
 
+def find_verdict(text: str) -> re.Match | None:
+    """Yes or No at the end of a reply. Tags that the judge quotes before its end, or in reasoning
+    that it did not close, do not count."""
+    in_reasoning = text.rfind("<think>") > text.rfind("</think>")
+    return None if in_reasoning else JUDGEMENT.search(text[-300:])
+
+
 def read_verdict(reply: Reply) -> Verdict:
-    """Reads Yes or No from the end of a reply. Tags that the judge quotes before its end do not count."""
-    if reply.text is None:
-        return Verdict(None, "", reply.error)
-    explanation, found = printable(reply.text)[:1000], JUDGEMENT.search(reply.text[-300:])
-    return Verdict(found[1].lower() == "yes", explanation) if found else Verdict(None, explanation, UNREADABLE)
+    """Unknown for a reply that is missing, cut off or without a verdict."""
+    text = reply.text or ""
+    explanation, found = printable(text)[:1000], find_verdict(text)
+    if reply.error or not found:
+        return Verdict(None, explanation, reply.error or UNREADABLE)
+    return Verdict(found[1].lower() == "yes", explanation)
 
 
 def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
@@ -656,6 +665,7 @@ class Journal:
 
 PATIENCE = 240                                               # seconds for all replies of a batch; ranks that wait for
                                                              # each other give up later (--patience)
+REFUSABLE = ("max_tokens", "temperature", "seed")            # fields that some servers do not take
 HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
 
 
@@ -673,6 +683,7 @@ class ChatClient:
         for all replies of a batch."""
         import openai
         self.url, self.key, self.body, self.keep, self.patience = url, key, {"model": model} | body, keep, patience
+        self.fields = self.body                              # those of them that the server takes
         self.concurrency, self.counts, self.lock = concurrency, Counter(), threading.Lock()
         self.journal = Journal(cache) if cache else None
         self.known = {row["request"]: row["text"] for row in self.journal.rows} if cache else {}
@@ -708,8 +719,11 @@ class ChatClient:
             self.counts["cached"] += 1
             return Reply(self.known[name])
         try:
-            text = self.server.chat.completions.create(**body).choices[0].message.content
-            text = text.encode(errors="replace").decode()    # no file and no terminal takes a lone surrogate
+            choice = self.complete(messages).choices[0]
+            text, cut_off = choice.message.content, choice.finish_reason == "length"
+            if text is None and not cut_off:
+                raise ValueError(f"no text, finish reason {choice.finish_reason}")
+            text = (text or "").encode(errors="replace").decode()  # nothing takes a lone surrogate
         except Exception as error:
             if hasattr(error, "status_code"):
                 reason = f"HTTP {error.status_code} {error.response.text}"
@@ -717,10 +731,30 @@ class ChatClient:
                 reason = f"no chat completion ({type(error).__name__}: {error.__cause__ or error})"
             reason = reason.replace(self.key, "***") if self.key else reason   # a server may repeat a key it refuses
             return Reply(None, printable(reason)[:300])
+        if cut_off:
+            return Reply(text, CUT_OFF)
         if self.journal and self.keep(text):
             self.known[name] = text
             self.journal.add({"request": name, "text": text})
         return Reply(text)
+
+    def complete(self, messages: list[dict]):
+        """A completion. A field that the server refuses by name is left out, also later."""
+        import openai
+        fields = dict(self.fields)
+        while True:
+            try:
+                completion = self.server.chat.completions.create(messages=messages, **fields)
+                break
+            except openai.BadRequestError as error:
+                refused = [x for x in REFUSABLE if x in fields and x in error.response.text]
+                if not refused:
+                    raise
+                value = fields.pop(refused[0])
+                if refused[0] == "max_tokens":
+                    fields["max_completion_tokens"] = value  # its newer name
+        self.fields = fields
+        return completion
 
 
 def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
