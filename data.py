@@ -817,6 +817,8 @@ class CotSettings(InputSettings, JudgeSettings):
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
 
+# What a reasoning teacher writes before the template. Its <think> may stand in the prompt.
+OWN_REASONING = r"(?s)\A\s*(?:<think>.*?|(?:(?!<observation>).)*?)</think>\s*(?=<observation>)"
 STEPS = ("records", "generated", "template", "answer", "observation")         # what a record passes
 DROPPED = {"not generated": 1, "template broken": 2, "answer wrong": 3, "not judged": 4, "observation insufficient": 4}
 CAUGHT = (2, "reasoning", ("template broken", "answer wrong")), (3, "perception", ("observation insufficient",))
@@ -848,6 +850,7 @@ def cot(s: CotSettings) -> Path:
         rows, claims = {}, {}
         for key, r in records.items():
             output, error, reason = drafts[key]["output"], drafts[key]["error"], ""
+            output = output and re.sub(OWN_REASONING, "", output)
             contents, formats = parse(output or "")
             score = answer_score(r, contents["answer"])
             if error:
