@@ -210,8 +210,7 @@ def training(b: Bench) -> None:
 def step_flops(c: Config, questions: int, g: int, p: int, t: int, claim: int) -> float:
     """Floating-point operations of a step: 2 for each parameter and token, and 4 · H · E for each pair of places that
     attend in a layer. Sampling and scoring read the packed row once, training counts three times (what is recomputed
-    counts for nothing), and the judge reads a prompt of `claim` tokens for each response and writes as many as that has.
-    """
+    counts for nothing). For each response the judge reads `claim` tokens and writes as many as the response has."""
     attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
     weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
     pair, head = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim, 2 * c.vocab_size * c.hidden_size

@@ -131,7 +131,7 @@ def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch, capfd):
         assert r.path.endswith("0" + r.problem_id[3:]) and (found[0] == frames).all() and found[1] == seconds
     bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, minutes=5, only=["waiting"]))
     _, row = rows(tmp_path / "rows.jsonl")
-    assert row["what"] == "waiting for data" and row["sizes"] == "3 steps, folders"
+    assert row["what"] == "waiting for data" and row["sizes"] == "3 steps, folders of frames"
     capfd.readouterr()
 
 

@@ -125,7 +125,8 @@ def waiting(ruler: Ruler, world: sft.World, steps: int = 30, folders: bool = Fal
         questions = prepared[4]
         questions.prefetch = partial(timed, questions.prefetch, blocked)
         whole = seconds_of(lambda: pagrpo.train(*prepared))
-    ruler.row("waiting for data", f"{steps} steps, {'folders' if folders else 'clips'}", {"ours": [sum(blocked)], "whole loop": [whole]},
+    read = "folders of frames" if folders else "clips"
+    ruler.row("waiting for data", f"{steps} steps, {read}", {"ours": [sum(blocked)], "whole loop": [whole]},
               peer="whole loop", target=20.0, note=f"{sum(blocked) / whole:.2%} of the loop, at most 5 %")
 
 
