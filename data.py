@@ -10,6 +10,7 @@ A record whose media cannot be read is skipped and named; no other clip is subst
 import argparse
 import ast
 import base64
+import errno
 import gzip
 import hashlib
 import io
@@ -19,7 +20,9 @@ import os
 import random
 import re
 import struct
+import sys
 import threading
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,6 +45,9 @@ from tqdm import tqdm
 import rewards
 from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, Claim, Journal, Judge,
                      Verdict, extract_tag, matches_template, parse, read_toy, task_metric, toy_answer)
+
+with suppress(AttributeError):                               # a notebook's output is none
+    sys.stdout.reconfigure(errors="replace")                 # an old terminal lacks some characters of ours
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -247,11 +253,15 @@ def to_row(r: Record) -> dict:
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
     """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
+    path = root / r.path
     try:
-        path = (root / r.path).resolve()
-        inside, there = path.is_relative_to(root.resolve()), path.is_file() or path.is_dir()  # no pipe, no device
+        root, target = root.resolve(), path.resolve()
+        there = target.is_file() or target.is_dir()          # no pipe, no device
     except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
+    # In a Hugging Face cache, what lies below snapshots/ are links into blobs/ beside it.
+    blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    inside = any(target.is_relative_to(folder) for folder in [root, *blobs])
     if not (inside and there):
         raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
     if r.data_type == "image":
@@ -432,7 +442,7 @@ class Examples:
             elif reason:
                 self.skipped[i] = reason
             if reason and self.log:
-                with self.log.open("a") as file:
+                with self.log.open("a", encoding="utf-8") as file:
                     file.write(f"{r.path}\t{reason}\n")
         return example
 
@@ -1039,6 +1049,10 @@ def lock_folder(folder: Path):
             raise SystemExit(f"Another process works in {folder}.") from None
         except ImportError:
             pass
+        except OSError as error:                             # some network disks have none either
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f"This disk has no locks ({error}): two runs in one folder go unnoticed.")   # shown once
         yield
 
 
