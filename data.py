@@ -24,13 +24,15 @@ import sys
 import threading
 import warnings
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
@@ -38,7 +40,7 @@ from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, init_wei
                    newest_checkpoint, read_config, save_model, write_config)
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +82,8 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official p
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels per side, frames, patches merged per side
 MIN_FRAMES = 4
+READ_ON = 2000                                               # frames in a clip that is read on from its start
+HANG = 60                                                    # seconds without a frame after which a clip is given up
 MAX_UNREADABLE = 0.2                                         # share of unreadable media above which a run stops
 
 
@@ -112,44 +116,144 @@ def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
 def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] | None = None, rate: float = 0.0
                ) -> tuple[np.ndarray, float]:
     """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or a folder with `rate` frames a
-    second. `bounds`: start and end in seconds. Raises MediaError."""
+    second. `bounds`: start and end in seconds. Raises MediaError, also where nothing comes for HANG seconds. That depends
+    on the machine: the rule that any number of ranks has the same samples does not hold for such a clip."""
     import decord                                            # not at the top: torch must be imported before it
+    events = SimpleQueue()                                   # None for each frame, then the result or an error
+
+    def read():
+        try:
+            events.put(decode(path, settings, bounds, rate, partial(events.put, None)))
+        except Exception as error:
+            events.put(error)
+
+    # A read that hangs is left behind. The program need not wait for it to end, as for those of a ThreadPoolExecutor.
+    threading.Thread(target=read, daemon=True).start()
     try:
-        if folder := path.is_dir():
-            files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-            files.sort(key=lambda f: (len(f.name), f.name))  # 2.png before 10.png
-            total, fps = len(files), rate or settings.fps or 2.0
-        else:                                                # fault_tol: a frame that cannot be decoded is an error
-            reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
-            total, fps = len(reader), float(reader.get_avg_fps())
-        if not (total and 0 < fps < math.inf):
-            raise MediaError(f"it holds {total} frames at {fps} a second")
-        first, last = 0, total - 1
-        if bounds:                                           # in a folder, 00001.jpg is the first
-            first, last = (min(max(round(time * fps) - folder, 0), total - 1) for time in bounds)
-        total = max(last - first, 0) + 1
-        indices = [first + i for i in frame_indices(total, fps, settings)]
-        if folder:
-            frames = np.concatenate([read_image(files[i]) for i in indices])
-        else:
-            frames = reader.get_batch(indices).asnumpy()
-    except (RuntimeError, ValueError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        while (result := events.get(timeout=HANG)) is None:
+            pass
+        if isinstance(result, Exception):
+            raise result
+        return result
+    except Empty:
+        raise MediaError(f"reading it hangs: nothing came for {HANG} seconds") from None
+    except (OSError, RuntimeError, ValueError, AssertionError, decord.DECORDError) as error:
         reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
         if "cannot find video stream" in reason:
-            reason = "no video, or a codec that decord lacks, such as AV1: convert it to H.264"
-        raise MediaError(f"cannot be decoded: {reason}") from None
-    return frames, TEMPORAL_PATCH * total / (fps * len(indices))
+            reason = "no video, or a codec that decord lacks"
+        raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)") from None
+
+
+def decode(path: Path, settings: InputSettings, bounds: tuple[float, float] | None, rate: float, beat: Callable
+           ) -> tuple[np.ndarray, float]:
+    """What `read_video` returns. Calls `beat` at each frame."""
+    if folder := path.is_dir():
+        files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
+        files.sort(key=lambda f: (len(f.name), f.name))      # 2.png before 10.png
+        fps = rate or settings.fps or 2.0
+        starts = np.arange(1, len(files) + 1) / fps          # 00001.jpg is the first
+    else:
+        reader, fps, starts, exact = open_video(path)
+    if not (len(starts) and 0 < fps < 500):                  # 600 or 1,000: an AVI whose header has no rate
+        raise ValueError(f"it holds {len(starts)} frames at {fps} a second")
+    first, last = 0, len(starts) - 1
+    if bounds:
+        first, last = (int(np.abs(starts - time).argmin()) for time in bounds)
+    total = max(last - first, 0) + 1
+    indices = [first + i for i in frame_indices(total, fps, settings)]
+    if folder:
+        frames = {i: read_image(files[i])[0] for i in indices}
+    else:
+        frames = seek(reader, indices, beat) if exact and len(starts) > READ_ON else {}
+        frames = frames or read_on(reader, indices, len(starts), beat)
+    return np.stack([frames[i] for i in indices]), TEMPORAL_PATCH * total / (fps * len(indices))
+
+
+def open_video(path: Path) -> tuple[Any, float, np.ndarray, bool]:
+    """A decord.VideoReader, frames a second, the seconds at which frames start, and whether it may seek: each frame has
+    its time, and none is hidden."""
+    import decord
+    with path.open("rb") as file:
+        picture = re.match(rb"(?s)(?:.|RIFF....|....ftyp)?(GIF8|PNG|WEBP|avi[fs])", file.read(12))
+    if picture:
+        kind = picture[1].decode().upper()
+        raise MediaError(f"a picture or an animation ({kind}), not a video: convert an animation to MP4 (H.264)")
+    # fault_tol: a frame that cannot be decoded is an error
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+    fps, starts = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    gaps = np.diff(starts)
+    if not (len(gaps) and gaps.min() > 0):                   # AVI and MPEG do not time all frames
+        return reader, fps, np.arange(len(starts)) / fps, False
+    measured = 1 / float(gaps.mean())
+    if not math.isclose(fps, measured, rel_tol=0.01):        # a header does not know a variable rate
+        fps = measured
+    # An edit list hides frames that would start before 0. VP8 hides frames that last no time.
+    return reader, fps, starts[starts >= 0], starts[0] >= 0 and gaps.min() > np.median(gaps) / 2
+
+
+def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
+    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of decoding. They are shown
+    later where frames before a key frame need it (open groups, usual in HEVC and MPEG-2)."""
+    from decord.video_reader import _CAPI_VideoReaderGetCurrentPosition as position
+    keys, key, frames = [0, *reader.get_key_indices()], None, {}
+    with suppress(Exception):                                # then reading on tells what is wrong
+        reader.next()                                        # away from the start: the first seek is a seek, too
+        for i in indices:
+            nearest = keys[bisect_right(keys, i) - 1]
+            if nearest != key:
+                key = nearest
+                reader.seek_accurate(key)
+                if position(reader._handle) != key + 1:      # the frame there has not the time of frame `key`
+                    return {}
+                frame = reader.next()
+            if i > key:
+                frame = reader[i]
+            frames[i] = frame.asnumpy()
+            beat()
+        return frames
+    return {}
+
+
+def read_on(reader, indices: list[int], total: int, beat: Callable) -> dict[int, np.ndarray]:
+    """Index → frame. Decodes all frames: only where `total` come is the number of each known."""
+    from decord import DECORDLimitReachedError
+    frames, i = {}, 0
+    reader.seek(0)
+    with suppress(StopIteration, DECORDLimitReachedError):
+        while True:
+            frame = reader.next()
+            if i in indices:
+                frames[i] = frame.asnumpy()
+            i += 1
+            beat()
+    if i != total:
+        raise ValueError(f"{i} of {total} frames can be decoded")
+    return frames
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(1, height, width, 3) uint8. Raises MediaError."""
+    """(1, height, width, 3) uint8, turned as its EXIF data say. Raises MediaError."""
     try:
         with Image.open(path) as image:
+            with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):            # broken EXIF data
+                image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                image = to_8_bits(image)
             if image.has_transparency_data:                  # on white, as the official utility does
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot be decoded: {error}") from None
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value tells their range."""
+    grey = np.nan_to_num(np.asarray(image).astype(float))
+    largest = 65535 if image.mode.startswith("I;16") else grey.max()
+    top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
+    if "transparency" in image.info:
+        grey[grey == image.info["transparency"]] = top       # white
+    return Image.fromarray((255 * grey.clip(0, top) / top).astype(np.uint8))
 
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
