@@ -118,7 +118,6 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
     """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or a folder with `rate` frames a
     second. `bounds`: start and end in seconds. Raises MediaError, also where nothing comes for HANG seconds. That depends
     on the machine: the rule that any number of ranks has the same samples does not hold for such a clip."""
-    import decord                                            # not at the top: torch must be imported before it
     events = SimpleQueue()                                   # None for each frame, then the result or an error
 
     def read():
@@ -137,7 +136,9 @@ def read_video(path: Path, settings: InputSettings, bounds: tuple[float, float] 
         return result
     except Empty:
         raise MediaError(f"reading it hangs: nothing came for {HANG} seconds") from None
-    except (OSError, RuntimeError, ValueError, AssertionError, decord.DECORDError) as error:
+    except (MediaError, ImportError):
+        raise
+    except Exception as error:                               # decord's own are plain ones
         reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
         if "cannot find video stream" in reason:
             reason = "no video, or a codec that decord lacks"
