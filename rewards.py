@@ -28,6 +28,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
+from tqdm import tqdm
+
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 LENGTH_REWARD = 0.2
 
@@ -598,17 +600,61 @@ def read_jsonl(file: Path) -> tuple[list[dict], int]:
 
 
 class Journal:
-    """An append-only file of JSON lines, one for each finished piece of work: a kill loses unfinished work only."""
+    """Finished work by key, in files of JSON lines: a kill loses unfinished work only. The pipeline,
+    evaluations and the replies of a judge are kept this way.
 
-    def __init__(self, file: Path):
-        self.file, self.lock = file, threading.Lock()
-        self.rows, end = read_jsonl(file)
-        if file.is_file():
-            os.truncate(file, end)
+    `place`: DIR/NAME; rows of all ranks are read from NAME.*.jsonl, new ones go to NAME.RANK.jsonl.
+    None: nothing is kept on disk.
+    """
+
+    def __init__(self, place: Path | None, rank: int = 0):
+        self.file, self.lock, self.rows = None, threading.Lock(), {}
+        if place:
+            self.file = place.with_name(f"{place.name}.{rank}.jsonl")
+            for file in sorted(place.parent.glob(f"{place.name}.*.jsonl")):
+                rows, end = read_jsonl(file)
+                self.rows |= {row["key"]: row for row in rows}
+                if file == self.file:
+                    os.truncate(file, end)                   # a line that a kill cut short
+
+    def complete(self, items: dict[str, Any], work: Callable[[list], list[dict]], batch: int = 1,
+                 threads: int = 1, title: str = "", max_failed: float = 1.0) -> dict[str, dict]:
+        """A row for each item. `work` takes up to `batch` of those that are missing, in so many
+        threads, and returns their rows; one with an "error" is not kept. ValueError if more than
+        the share `max_failed` of them have one, after at least 20."""
+        todo, failed = [key for key in items if key not in self.rows], {}
+
+        def finish(keys: list[str]) -> None:                 # Ctrl-C waits for it and loses nothing
+            for key, row in zip(keys, work([items[key] for key in keys]), strict=True):
+                if row.get("error"):
+                    failed[key] = row
+                else:
+                    self.add({"key": key} | row)
+
+        parts = [todo[i:i + batch] for i in range(0, len(todo), batch)]
+        with ThreadPool(threads) as pool:                    # daemons: a program that ends is not held
+            bar = tqdm(total=len(parts), desc=title, disable=not (title and todo))
+            for _ in pool.imap_unordered(finish, parts):
+                bar.update()
+                if len(failed) >= 20 and len(failed) > max_failed * len(todo):
+                    errors = Counter(row["error"] for row in failed.values())
+                    raise ValueError(f"{title}: {len(failed)} of {len(todo)} failed, most often for "
+                                     f"{errors.most_common(1)[0][0]}. What is done is kept; the same "
+                                     "command goes on from there.")
+            bar.close()
+        return {key: failed[key] if key in failed else self.rows[key] for key in items}
 
     def add(self, row: dict) -> None:
-        with self.lock, self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        with self.lock:
+            self.rows[row["key"]] = row
+            if self.file:
+                with self.file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(row) + "\n")
+
+
+def key_of(*decisive) -> str:
+    """A short hash of what decides a row: other settings are another key."""
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:20]
 
 
 PATIENCE = 240                                               # seconds for all replies of a batch; ranks that wait for
