@@ -10,6 +10,7 @@ A record whose media cannot be read is skipped and named; no other clip is subst
 import argparse
 import ast
 import base64
+import errno
 import gzip
 import hashlib
 import io
@@ -19,7 +20,9 @@ import os
 import random
 import re
 import struct
+import sys
 import threading
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,6 +45,9 @@ from tqdm import tqdm
 import rewards
 from rewards import (COLOURS, LETTERS, PROBLEM_TYPES, SEGMENTS, TAGS, TOY_EVENTS, TOY_QUESTIONS, Claim, Journal, Judge,
                      Verdict, extract_tag, matches_template, parse, read_toy, task_metric, toy_answer)
+
+with suppress(AttributeError):                               # a notebook's output is none
+    sys.stdout.reconfigure(errors="replace")                 # an old terminal lacks some characters of ours
 
 
 def flag(default, help: str, choices: list[str] | None = None):
@@ -230,6 +236,8 @@ def to_record(row: dict, traces: bool) -> Record:
     reference = extract_tag("answer", answer) if "answer>" in answer else answer
     if type(solution) not in (str, int, float) or solution != solution or not reference:      # Python's JSON has NaN
         raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
+    if row["problem_type"] == "multiple choice":
+        rewards.check_letters(options, reference)
     trace = {tag: row[name].strip() for tag, name in TRACE_FIELDS.items() if row.get(name)}
     for tag, text in trace.items():                          # in its tags or without them
         trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text
@@ -245,11 +253,15 @@ def to_row(r: Record) -> dict:
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
     """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
+    path = root / r.path
     try:
-        path = (root / r.path).resolve()
-        inside, there = path.is_relative_to(root.resolve()), path.is_file() or path.is_dir()  # no pipe, no device
+        root, target = root.resolve(), path.resolve()
+        there = target.is_file() or target.is_dir()          # no pipe, no device
     except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a link to itself
         raise MediaError(f"no file can have this path: {error}") from None
+    # In a Hugging Face cache, what lies below snapshots/ are links into blobs/ beside it.
+    blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    inside = any(target.is_relative_to(folder) for folder in [root, *blobs])
     if not (inside and there):
         raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
     if r.data_type == "image":
@@ -388,6 +400,10 @@ def why_invalid(r: Record) -> str:
     """Why nothing can be learned from a record; "" if it can."""
     if r.reference and answer_score(r, r.reference) < 1:
         return f"solution: {r.reference!r:.60} would itself not score 1"
+    if r.problem_type == "numerical" and rewards.number(r.reference) is None:
+        # It is compared as text, which "12:30" or "3:2" can pass. \frac{1}{2} is answered with 0.5.
+        if not re.fullmatch(r"[\d:]*(?: ?[aApP][mM])?", r.reference):
+            return f"solution: {r.reference!r:.60} is no number"
     whole = len(r.trace) == len(TRACE_TAGS) and r.given is None
     return "trace: it breaks the template" if whole and not all(parse(trace_text(r, "p2r")).formats) else ""
 
@@ -426,7 +442,7 @@ class Examples:
             elif reason:
                 self.skipped[i] = reason
             if reason and self.log:
-                with self.log.open("a") as file:
+                with self.log.open("a", encoding="utf-8") as file:
                     file.write(f"{r.path}\t{reason}\n")
         return example
 
@@ -655,7 +671,7 @@ def make_judge(s: JudgeSettings, cache: Path | None = None,
                reference: Callable[[list[Claim]], list[Verdict]] | None = None, device: str = "") -> Judge:
     """The judge that --judge names. cache: file for a server's replies. reference: what --judge reference calls."""
     if s.judge.startswith(HTTP):
-        keep = rewards.JUDGEMENT.search
+        keep = rewards.find_verdict
         client = chat_client(s, "judge", cache=cache, keep=keep, max_tokens=s.judge_tokens, temperature=0)
         return Judge(rewards.language_judge(client.ask_all), s.refuse_leaks, background=True, counts=client.counts)
     if s.judge in ("rule", "reference"):
@@ -737,12 +753,13 @@ def make_teacher(s: "CotSettings") -> Callable[[list[Record]], list[Draft]]:
             except MediaError as error:
                 drafts[r] = Draft(None, f"media: {error}")
         if http:
-            drafts |= zip(inputs, client.ask_all([*inputs.values()]))
+            for r, (text, error) in zip(inputs, client.ask_all([*inputs.values()])):
+                drafts[r] = Draft(text, "" if text else error)       # step 2 checks one cut off
         elif inputs:
             uniforms = torch.stack([question_uniforms(s.seed, "teacher", r, 1, s.max_response) for r in inputs])
             texts = respond(model, vocabulary, [*inputs.values()], uniforms, s.temperature, device)
             drafts |= zip(inputs, map(Draft, texts))
-        return [Draft(*drafts[r]) for r in records]
+        return [drafts[r] for r in records]
     return teach
 
 
@@ -810,6 +827,8 @@ class CotSettings(InputSettings, JudgeSettings):
             raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that answers blind")
 
 
+# What a reasoning teacher writes before the template. Its <think> may stand in the prompt.
+OWN_REASONING = r"(?s)\A\s*(?:<think>.*?|(?:(?!<observation>).)*?)</think>\s*(?=<observation>)"
 STEPS = ("records", "generated", "template", "answer", "observation")         # what a record passes
 DROPPED = {"not generated": 1, "template broken": 2, "answer wrong": 3, "not judged": 4, "observation insufficient": 4}
 CAUGHT = (2, "reasoning", ("template broken", "answer wrong")), (3, "perception", ("observation insufficient",))
@@ -841,6 +860,7 @@ def cot(s: CotSettings) -> Path:
         rows, claims = {}, {}
         for key, r in records.items():
             output, error, reason = drafts[key]["output"], drafts[key]["error"], ""
+            output = output and re.sub(OWN_REASONING, "", output)
             contents, formats = parse(output or "")
             score = answer_score(r, contents["answer"])
             if error:
@@ -1029,6 +1049,10 @@ def lock_folder(folder: Path):
             raise SystemExit(f"Another process works in {folder}.") from None
         except ImportError:
             pass
+        except OSError as error:                             # some network disks have none either
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f"This disk has no locks ({error}): two runs in one folder go unnoticed.")   # shown once
         yield
 
 

@@ -79,7 +79,8 @@ def numbers(text: str, cue: str = r"=|\banswer is\b") -> list[Fraction]:
     """The numbers, in digits, behind the last cue, else all: "about 3.5 m" → [3.5], "4 m × 5 m = 20" → [20]."""
     text = strip_markup(text)
     behind = re.split(cue, text, flags=re.I)[-1]
-    found = re.findall(r"-?\d[\d,]*\.?\d*(?:e[-+]?\d+|/\d+)?", behind if re.search(r"\d", behind) else text)
+    found = re.findall(rf"-?\d[\d,]*\.?\d*(?:e[-+]?\d+|/\d+)?(?:{rewards.MAGNITUDE})*",
+                       behind if re.search(r"\d", behind) else text)
     values = [rewards.number(digits.rstrip(",.")) for digits in found]
     return [value for value in values if value is not None]
 
@@ -418,6 +419,7 @@ def make_question(key: str, question: str, options: Sequence[str], answer: str, 
     """ValueError if it could not be scored. `direct`: lines of the short prompt; `metric`: of one without options."""
     options, reference, direct = tuple(str(o).strip() for o in options), str(answer).strip(), "\n".join(direct)
     metric = "choice" if options else metric
+    rewards.check_letters(options, reference)
     if metric == "choice":
         reference = rewards.choice(reference, options)
     if reference is None or metric == "mra" and rewards.number(reference) is None:

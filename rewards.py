@@ -180,11 +180,14 @@ def normalize_text(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]`*")
 
 
+LETTERED = re.compile(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", re.DOTALL)   # "A. a cat", "(B) a dog"
+
+
 def split_options(options: Sequence[str]) -> list[str]:
     """The texts of options without their letters: ["A. a cat", "(B) a dog"] → ["a cat", "a dog"].
 
     Letters count only if all options carry their own, in order: "A: 3, B: 4" may be the text of one option."""
-    found = [re.match(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", option, re.DOTALL) for option in options]
+    found = [LETTERED.match(option) for option in options]
     if all(match and match[1] == chr(65 + i) for i, match in enumerate(found)):
         return [match[2] for match in found]
     return list(options)
@@ -195,6 +198,23 @@ def letter_options(options: Sequence[str]) -> list[str]:
     if split_options(options) != list(options):
         return list(options)
     return [f"{chr(65 + i)}. {option}" for i, option in enumerate(options)]
+
+
+def check_letters(options: Sequence[str], solution: str) -> None:
+    """ValueError if options carry letters that are not their places: among "A. a fish", "C. a dog"
+    and "D. a cat", the answer "C" would name one option by its letter and another by its place.
+
+    Texts may begin like letters. So letters that repeat do not count: "A: 3, B: 4", "A: 4, B: 3".
+    Others count if the solution is one of them, or if every option has one and all are early in
+    the alphabet, unlike those of "J. Smith" and "R. Brown"."""
+    own = [match and match[1] for match in map(LETTERED.match, options)]
+    carried = [letter for letter in own if letter]
+    in_place = all(letter in (None, chr(65 + i)) for i, letter in enumerate(own))
+    if in_place or len(set(carried)) < len(carried):
+        return
+    all_early = None not in own and max(own) < chr(65 + 2 * len(own))
+    if all_early or normalize_text(solution).upper() in carried:
+        raise ValueError(f"options carry letters that are not A, B, C …: {options!r:.80}")
 
 
 def option_texts(options: Sequence[str]) -> dict[str, str]:
@@ -220,17 +240,28 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     return None if other_text else letter
 
 
+# Powers of ten, by the beginning of a magnitude: "1.5 million", "5k".
+POWERS = {"h": 2, "th": 3, "k": 3, "m": 6, "b": 9, "tr": 12, "万": 4, "亿": 8}
+MAGNITUDE = r"(?i:\s*(?:(?:hundred|thousand|(?:m|b|tr)illion)s?|bn)\b)|(?-i:k\b)|\s*[万亿]"
+# "2π", "5²", "3 tenths" and "2 and a half" are other numbers than 2, 5, 3 and 2.
+NO_UNIT = r"[π²³]|(?:half|dozens?|(?:ten|hundred|thousand|(?:m|b|tr)illion)ths?)\b"
+UNIT = rf"(?:[$€£¥₹%°]|°?(?!{NO_UNIT})[^\W\d_]+(?:\^-?\d)?)"   # km, m², s^2, °C, €
+UNITS = rf"{UNIT}(?:(?:\s*[/·*]\s*|\s+){UNIT})*"             # "km/h", "red apples"
+
+
 def number(text: str) -> Fraction | None:
-    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "12 apples" as exact fractions, so that "1000" equals "1,000.0"
-    without a tolerance. None for anything else, NaN and infinities too."""
+    """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "1.5 million", "12 km/h" as exact fractions, so
+    that "1000" equals "1,000.0" without a tolerance. None for all else, NaN and infinities too."""
     text = text.strip()
-    match = len(text) <= 100 and re.fullmatch(              # a longer text is no number, and would cost time
+    # A longer text is no number, and would cost time. "5M" is 5 million; "5 m", "5 M" have units.
+    match = len(text) <= 100 and re.fullmatch(
         r"[$€£]?\s*([-+−]?)\s*[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?"
-        r"(?:\s*/\s*([1-9]\d*))?\s*(?:%|°?[^\W\d_]*[²³]?(?:\s+[^\W\d_]+)*)\.?", text, re.I)
+        rf"(?:\s*/\s*([1-9]\d*))?((?:{MAGNITUDE}|(?-i:[KMB])\b)*)\s*(?:{UNITS})?\.?", text, re.I)
     if not match:
         return None
-    sign, digits, exponent, divisor = match.groups()
+    sign, digits, exponent, divisor, magnitude = match.groups()
     value = Fraction(digits.replace(",", "").rstrip(".") + (exponent or "")) / int(divisor or 1)
+    value *= 10 ** sum(POWERS[x] for x in re.findall("|".join(POWERS), magnitude.lower()))
     return -value if sign in ("-", "−") and sign else value
 
 
@@ -262,16 +293,28 @@ def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int
     return row[-1]
 
 
+# Letters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u9fff"
+            "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+
+
+def words(text: str, part: str = r"\w") -> list[str]:
+    """The words of a text, runs of `part`; in a script without spaces each character is a word.
+        "3号 exit" → ["3", "号", "exit"]
+    """
+    return re.findall(rf"[{UNSPACED}]|(?:(?![{UNSPACED}]){part})+", text)
+
+
 def ocr(answer: str, reference: str) -> float:
     """1 − word error rate, at least 0."""
-    said, written = answer.split(), reference.split()
+    said, written = words(answer, r"\S"), words(reference, r"\S")
     return max(0.0, 1 - edit_distance(said, written) / len(written)) if written else float(not said)
 
 
 def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a reference of one word:
     it has no pair of words, and a perfect answer would otherwise score 2/3."""
-    said, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
+    said, wanted = (words(text.casefold()) for text in (answer, reference))
     if not said or not wanted:
         return 0.0
     both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
@@ -373,7 +416,7 @@ PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*�
 CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the decimal point in 3.5
 ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
 LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
-LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+)?)\W*$")                      # with its unit
+LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+(?:[/·][^\W\d]+)*)?)\W*$")  # with its unit
 
 
 def leaks(claim: Claim) -> bool:
@@ -381,22 +424,22 @@ def leaks(claim: Claim) -> bool:
     not count if it repeats the question, an option or the reference, speaks of answers and verdicts, names an option by
     its letter, or ends in the number that is asked for."""
     known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
-    known, words = {normalize_text(clause) for clause in known}, set()
+    known, own = {normalize_text(clause) for clause in known}, set()
     lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
     wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
     for clause in map(str.strip, CLAUSE_END.split(PREAMBLE.sub("", claim.observation))):
         last = LAST_NUMBER.search(clause)
         stated = lettered and LETTER.search(clause) or wanted is not None and last and number(last[1]) == wanted
         if not stated and not ANNOUNCEMENT.search(clause) and normalize_text(clause) not in known:
-            # Chinese and Japanese have no spaces: each pair of characters counts as a word.
-            words.update(re.findall(r"[\u2e80-\uffff]{1,2}|\w+", clause.casefold()))
-    return len(words) < 4
+            # Each pair of such characters counts as a word, in Korean too: its words are long.
+            own.update(re.findall(rf"[{UNSPACED}가-힣]{{1,2}}|\w+", clause.casefold()))
+    return len(own) < 4
 
 
 class Reply(NamedTuple):
     """What a language model wrote."""
     text: str | None
-    error: str = ""                                          # why there is no text
+    error: str = ""                                          # why there is no text, or a part only
 
 
 JUDGE_PROMPT = """\
@@ -415,6 +458,7 @@ First explain in one to three sentences. Then end your reply with <judgement>Yes
 suffices, or with <judgement>No</judgement> if it does not."""
 JUDGEMENT = re.compile(r"<judge?ment>\s*(yes|no)\s*[.!]?\s*</judge?ment>[\s.*]*$", re.I)
 UNREADABLE = "no verdict at the end of the reply"
+CUT_OFF = "cut off at the token limit: raise --judge-tokens (of a teacher: --max-response)"
 
 
 def judge_chat(c: Claim) -> list[dict]:
@@ -425,12 +469,20 @@ def judge_chat(c: Claim) -> list[dict]:
         observation=json.dumps(c.observation, ensure_ascii=False))}]
 
 
+def find_verdict(text: str) -> re.Match | None:
+    """Yes or No at the end of a reply. Tags that the judge quotes before its end, or in reasoning
+    that it did not close, do not count."""
+    in_reasoning = text.rfind("<think>") > text.rfind("</think>")
+    return None if in_reasoning else JUDGEMENT.search(text[-300:])
+
+
 def read_verdict(reply: Reply) -> Verdict:
-    """Reads Yes or No from the end of a reply. Tags that the judge quotes before its end do not count."""
-    if reply.text is None:
-        return Verdict(None, "", reply.error)
-    explanation, found = printable(reply.text)[:1000], JUDGEMENT.search(reply.text[-300:])
-    return Verdict(found[1].lower() == "yes", explanation) if found else Verdict(None, explanation, UNREADABLE)
+    """Unknown for a reply that is missing, cut off or without a verdict."""
+    text = reply.text or ""
+    explanation, found = printable(text)[:1000], find_verdict(text)
+    if reply.error or not found:
+        return Verdict(None, explanation, reply.error or UNREADABLE)
+    return Verdict(found[1].lower() == "yes", explanation)
 
 
 def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
@@ -659,6 +711,7 @@ def key_of(*decisive) -> str:
 
 PATIENCE = 240                                               # seconds for all replies of a batch; ranks that wait for
                                                              # each other give up later (--patience)
+REFUSABLE = ("max_tokens", "temperature", "seed")            # fields that some servers do not take
 HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
 
 
@@ -676,6 +729,7 @@ class ChatClient:
         for all replies of a batch."""
         import openai
         self.url, self.key, self.body, self.keep, self.patience = url, key, {"model": model} | body, keep, patience
+        self.fields = self.body                              # those of them that the server takes
         self.concurrency, self.counts, self.lock = concurrency, Counter(), threading.Lock()
         self.journal = Journal(cache) if cache else None
         self.known = {row["request"]: row["text"] for row in self.journal.rows} if cache else {}
@@ -711,8 +765,11 @@ class ChatClient:
             self.counts["cached"] += 1
             return Reply(self.known[name])
         try:
-            text = self.server.chat.completions.create(**body).choices[0].message.content
-            text = text.encode(errors="replace").decode()    # no file and no terminal takes a lone surrogate
+            choice = self.complete(messages).choices[0]
+            text, cut_off = choice.message.content, choice.finish_reason == "length"
+            if text is None and not cut_off:
+                raise ValueError(f"no text, finish reason {choice.finish_reason}")
+            text = (text or "").encode(errors="replace").decode()  # nothing takes a lone surrogate
         except Exception as error:
             if hasattr(error, "status_code"):
                 reason = f"HTTP {error.status_code} {error.response.text}"
@@ -720,10 +777,30 @@ class ChatClient:
                 reason = f"no chat completion ({type(error).__name__}: {error.__cause__ or error})"
             reason = reason.replace(self.key, "***") if self.key else reason   # a server may repeat a key it refuses
             return Reply(None, printable(reason)[:300])
+        if cut_off:
+            return Reply(text, CUT_OFF)
         if self.journal and self.keep(text):
             self.known[name] = text
             self.journal.add({"request": name, "text": text})
         return Reply(text)
+
+    def complete(self, messages: list[dict]):
+        """A completion. A field that the server refuses by name is left out, also later."""
+        import openai
+        fields = dict(self.fields)
+        while True:
+            try:
+                completion = self.server.chat.completions.create(messages=messages, **fields)
+                break
+            except openai.BadRequestError as error:
+                refused = [x for x in REFUSABLE if x in fields and x in error.response.text]
+                if not refused:
+                    raise
+                value = fields.pop(refused[0])
+                if refused[0] == "max_tokens":
+                    fields["max_completion_tokens"] = value  # its newer name
+        self.fields = fields
+        return completion
 
 
 def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16

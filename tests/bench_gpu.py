@@ -29,7 +29,7 @@ import sft
 import whole_steps
 from model import CONFIGS, Config, Prompts, Qwen2_5_VL, Step, load_model, qwen, record_step, shard
 from peers import Peer
-from ruler import Ruler, in_turn, peak, seconds_of
+from ruler import Peaks, Ruler, in_turn, peak, seconds_of
 
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}                # bytes a second, by the makers
 PAPER_GPU_HOURS = 144                                        # eight A100 for 18 hours, 1,000 steps
@@ -46,11 +46,12 @@ class Sizes(NamedTuple):
     step: tuple[int, int, int, int] = (8, 8, 1424, 768)      # the paper's: questions, G, P, T
     trl: tuple[int, int, int, int] = (4, 8, 300, 256)
     grid: tuple[int, int, int] = (8, 16, 32)                 # a clip: 16 frames of 128 tokens
+    claim: tuple[int, int, int] = (200, 500, 1200)           # question, observation, and all that the judge reads
 
 
 LARGE = Sizes(True, ("3b", "7b"), HALF_B)
 SMALL = Sizes(False, ("tiny", "tiny"), CONFIGS["tiny"], (40, 8), 6, (4, 30, 10), (2, 2, 20, 6), (2, 4, 20, 6),
-              (2, 4, 4))
+              (2, 4, 4), (4, 6, 60))
 
 
 class Bench(NamedTuple):
@@ -206,21 +207,21 @@ def training(b: Bench) -> None:
 
 # ------------------------------------------------------------------------------------------------ whole steps
 
-def step_flops(c: Config, questions: int, g: int, p: int, t: int) -> float:
+def step_flops(c: Config, questions: int, g: int, p: int, t: int, claim: int) -> float:
     """Floating-point operations of a step: 2 for each parameter and token, and 4 · H · E for each pair of places that
     attend in a layer. Sampling and scoring read the packed row once, training counts three times (what is recomputed
-    counts for nothing), and the judge reads each response and writes another as long."""
+    counts for nothing). For each response the judge reads `claim` tokens and writes as many as the response has."""
     attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
     weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
     pair, head = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim, 2 * c.vocab_size * c.hidden_size
     row = 2 * weights * (p + g * t) + head * g * t + pair * (p * p / 2 + g * (t * p + t * t / 2))
-    judged = g * (4 * weights * t + head * t + pair * (2 * t) ** 2 / 2)
+    judged = g * (2 * weights * (claim + t) + head * t + pair * (claim + t) ** 2 / 2)
     return questions * (5 * row + judged)
 
 
 def said_of(b: Bench, preset: str, seconds: float, wanted: float, what: str) -> None:
     """A row for a whole step: the wanted time beside it, operations, and GPU-hours."""
-    flops, target = step_flops(CONFIGS[preset], *b.size.step), b.target(1.0)
+    flops, target = step_flops(CONFIGS[preset], *b.size.step, b.size.claim[-1]), b.target(1.0)
     b.ruler.row(what, sizes(b), {"ours": [seconds], "wanted": [wanted]}, peer="wanted", target=target,
                 note=f"{flops / 1e12:.3g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s; {seconds / 3.6:.3g} GPU-hours "
                      f"per 1,000 steps, the paper's 7B {PAPER_GPU_HOURS} on A100")
@@ -253,23 +254,32 @@ def whole_step(b: Bench) -> None:
         policy.set_reshard_after_forward(False, recurse=False)
     policy.save_memory, optimizer = settings.save_memory, sft.make_optimizer(policy, settings)
     asked = whole_steps.examples(whole_steps.texts(questions, p), vocabulary)
+    question, observation = claim_texts(b)
 
     def judge(claims: list) -> None:
+        claims = [claim._replace(question=question, observation=observation) for claim in claims]
         with pagrpo.model.gathered(reference):
             data.blind_answers(reference, vocabulary, claims, settings, t, len(claims), b.device)
     run = partial(whole_steps.step, policy, reference, optimizer, asked, vocabulary, settings, b.world, judge)
     run()                                                    # warms up; moments are made
-    if b.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    phases = run()
+    with Peaks() as peaks:
+        phases, bytes = run(peaks=peaks)
     for name, seconds in phases.items():
-        b.ruler.row(f"{preset}: {name}", sizes(b), {"ours": [seconds]})
+        b.ruler.row(f"{preset}, step: {name}", sizes(b), {"ours": [seconds]}, bytes={"ours": bytes[name]})
     said_of(b, preset, sum(phases.values()), 10.0, f"{preset}: whole step")
-    if b.device.type == "cuda":
-        told = sft.memory(CONFIGS[preset], settings, 1)["peak"]
-        b.ruler.row(f"{preset}: memory", sizes(b), {}, peer="--dry-run", bytes={
-            "ours": torch.cuda.max_memory_allocated(), "--dry-run": int(told)},
-            note=f"{torch.cuda.max_memory_reserved() / 2 ** 20:,.0f} MiB reserved")
+    told = sft.memory(CONFIGS[preset], settings, 1, b.device.type == "cuda")["peak"]
+    note = f"{peaks.reserved / 2 ** 20:,.0f} MiB reserved"
+    if not peaks.reserved:
+        note = "ours without weights and moments, which were made before"
+    b.ruler.row(f"{preset}, step: memory", sizes(b), {}, peer="--dry-run", note=note,
+                bytes={"ours": max(bytes.values()), "--dry-run": int(told)})
+
+
+def claim_texts(b: Bench) -> tuple[str, str]:
+    """Question and observation that give the judge a prompt of the usual length: a random response has no observation
+    and, encoded once more, two to three times its tokens."""
+    question, observation, _ = b.size.claim
+    return whole_steps.texts(1, question)[0], whole_steps.texts(1, observation)[0]
 
 
 def by_parts(b: Bench) -> None:
@@ -278,7 +288,7 @@ def by_parts(b: Bench) -> None:
     preset, (questions, g, p, t) = b.size.models[1], b.size.step
     model, prompts = build(b, preset), text(b, questions, p)
     model.save_memory = True
-    tokens = torch.randint(8, 300, (1, g, t), device=b.device)
+    tokens, claims = torch.randint(8, 300, (1, g, t), device=b.device), text(b, questions * g, b.size.claim[-1])
     one, lengths = text(b, 1, p), torch.full((1, g), t, device=b.device)
     pixels = torch.randn(math.prod(b.size.grid), 3 * 2 * 14 * 14, device=b.device, dtype=model.head.weight.dtype)
     layer = [torch.nn.Parameter(torch.randn_like(x, dtype=torch.float32)) for x in model.model.layers[0].parameters()]
@@ -298,17 +308,20 @@ def by_parts(b: Bench) -> None:
             logprobs.sum().backward() if learn else None
     parts = {  # what is called, how often in a step
         "sampling": (partial(model.generate, prompts, torch.rand(questions, g, t), [-1]), 1),
-        "judging": (partial(model.generate, text(b, questions * g, t), torch.rand(questions * g, 1, t), [-1], 0.0), 1),
+        "judging": (partial(model.generate, claims, torch.rand(questions * g, 1, t), [-1], 0.0), 1),
         "scoring, a question": (partial(score, False), questions),
         "training, a question": (partial(score, True), questions),
         "clip, read": (partial(tower, False), 2 * questions), "clip, trained on": (partial(tower, True), questions),
         "AdamW, a layer": (optimizer.step, share)}
     total = 0.0
     for name, (call, times) in parts.items():
-        seconds = in_turn({"ours": call}, 2)
+        with Peaks() as peaks:
+            seconds = in_turn({"ours": call}, 2)
+            bytes = {"ours": peaks.take()}
         total += times * median(seconds["ours"])
         what = f"{b.size.grid} patches" if "clip" in name else sizes(b)
-        b.ruler.row(f"{preset}: {name}", what, seconds, note=f"× {times:.4g} = {times * median(seconds['ours']):.2f} s")
+        b.ruler.row(f"{preset}: {name}", what, seconds, bytes=bytes,
+                    note=f"× {times:.4g} = {times * median(seconds['ours']):.2f} s")
     said_of(b, preset, total, 25.0, f"{preset}: sum of the parts")
 
 
@@ -328,7 +341,7 @@ def steps(b: Bench) -> None:
 
 
 def waiting(b: Bench) -> None:
-    whole_steps.waiting(b.ruler, b.world, 30 if b.size.judged else 3)
+    whole_steps.waiting(b.ruler, b.world, 30 if b.size.judged else 3, folders=True)
 
 
 ROWS = {f.__name__: f for f in (checks, decoding, training, whole_step, by_parts, rollouts, steps, waiting)}

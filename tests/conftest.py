@@ -35,6 +35,13 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """rl.json of a toy world whose clips are folders of pictures: no video decoder is needed."""
+    from whole_steps import as_folders
+    return as_folders(data.make_toy(tmp_path_factory.mktemp("folders"), {"rl": 20}), "rl")
+
+
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint folder of a tiny random model with its tokenizer."""
     folder = tmp_path_factory.mktemp("model") / "base"

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,16 +39,37 @@ def in_turn(calls: dict[str, Callable[[], object]], repeats: int = 5,
     return {name: [seconds[name] for seconds in rounds] for name in calls}
 
 
+class Peaks:
+    """`with Peaks() as peaks:` … then `peaks.take()`: bytes of tensors at their most since the call before. On a GPU
+    all that is allocated counts, on a CPU what was made inside. `reserved`: what the allocator held at most."""
+
+    def __init__(self):
+        self.reserved, self.count = 0, nullcontext() if torch.cuda.is_initialized() else Counting()
+
+    def __enter__(self) -> "Peaks":
+        self.count.__enter__()
+        self.take()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.count.__exit__(*error)
+
+    def take(self) -> int:
+        if isinstance(self.count, Counting):
+            most, self.count.peak = self.count.peak, self.count.now
+            return most
+        most, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        self.reserved = max(self.reserved, reserved)
+        torch.cuda.reset_peak_memory_stats()
+        return most
+
+
 def peak(call: Callable[[], object]) -> int:
     """Bytes of the tensors that a call makes, at their most."""
-    if not torch.cuda.is_initialized():
-        with Counting() as count:
-            call()
-        return count.peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
+    before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+    with Peaks() as peaks:
+        call()
+        return peaks.take() - before
 
 
 def machine() -> dict:

@@ -15,8 +15,8 @@ class Fault(NamedTuple):
     drip: float = 0.0                                        # seconds between single bytes of the body
 
 
-def completion(text: str) -> bytes:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+def completion(text: str | None, reason: str = "stop") -> bytes:
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
     return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
 
 

@@ -1,13 +1,18 @@
 """Promise: the ruler of tests/bench.py measures what it says, and its peers have the same weights."""
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import bench
 import bench_gpu
+import data
+import model as network
 import ruler
+import whole_steps
 from model import Prompts, load_model, qwen
 from peers import Peer
 
@@ -85,9 +90,60 @@ def test_the_rows_for_a_gpu_run_with_a_tiny_model(tmp_path, capfd):
     """All but those that start processes, and the one that waits for clips."""
     names = ["decoding", "rollouts", "training", "whole_step", "by_parts"]
     bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, minutes=5, only=names))
-    found = [row["what"] for row in rows(tmp_path / "rows.jsonl")[1:]]
-    assert len(found) >= 20 and {"tiny: whole step", "tiny: sum of the parts", "its memory"} <= set(found)
+    _, *made = rows(tmp_path / "rows.jsonl")
+    found = {row["what"]: row for row in made}
+    assert len(made) >= 20 and {"tiny: whole step", "tiny: sum of the parts", "its memory"} <= set(found)
+    phases = ("sampling", "judging", "scoring", "training")
+    peaks = [found[f"tiny, step: {phase}"]["bytes"]["ours"] for phase in phases]
+    assert min(peaks) > 0 and found["tiny, step: memory"]["bytes"]["ours"] == max(peaks)
+    assert min(found[f"tiny: {part}"]["bytes"]["ours"] for part in phases[:2]) > 0
     capfd.readouterr()
+
+
+def test_the_peak_of_each_phase_is_its_own():
+    """What lives on from a phase counts in the next, what was freed does not."""
+    with ruler.Peaks() as peaks:
+        kept = torch.zeros(1024, device=DEVICE)
+        torch.zeros(4096, device=DEVICE)
+        assert peaks.take() == 5 * 4096
+        more = torch.zeros(1024, device=DEVICE)
+        assert peaks.take() == 2 * 4096 and len(kept) == len(more)
+
+
+def test_the_judge_reads_prompts_of_the_usual_length(base, vocabulary):
+    asked = bench_gpu.Bench(None, bench_gpu.LARGE, None)
+    question, observation = bench_gpu.claim_texts(asked)
+    record = data.Record("", question, (), "free-form", "1", "", "video", blind=True, given=observation)
+    settings = bench_gpu.paper_settings(asked, "3b")
+    example = data.build_example(record, base, vocabulary, network.read_config(base), settings)
+    assert len(example.ids) == pytest.approx(asked.size.claim[-1], rel=0.05)
+
+
+def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch, capfd):
+    """They are those of the clips. A machine with a GPU may have no decoder."""
+    toy, settings = data.make_toy(tmp_path / "toy", {"rl": 3}), data.InputSettings()
+    clips = data.read_records(toy / "rl.json")
+    folders = data.read_records(whole_steps.as_folders(toy, "rl"))
+    expected = [data.read_media(r, toy, settings) for r in clips]
+    monkeypatch.setitem(sys.modules, "decord", None)
+    for r, (frames, seconds, _) in zip(folders, expected):
+        found = data.read_media(r, toy, settings)
+        assert r.path.endswith("0" + r.problem_id[3:]) and (found[0] == frames).all() and found[1] == seconds
+    bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, minutes=5, only=["waiting"]))
+    _, row = rows(tmp_path / "rows.jsonl")
+    assert row["what"] == "waiting for data" and row["sizes"] == "3 steps, folders of frames"
+    capfd.readouterr()
+
+
+def test_rows_are_chosen_on_the_command_line(tmp_path, monkeypatch):
+    asked, chosen = [], ["decoding", "whole_step", "by_parts", "training", "waiting", "rollouts"]
+    monkeypatch.setattr(bench_gpu, "run", asked.append)
+    words = ["gpu", "--json", str(tmp_path / "bench.jsonl"), "--minutes", "4.25", "--only", *chosen]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    bench.main()
+    (args,) = asked
+    assert args.only == chosen and set(chosen) <= set(bench_gpu.ROWS)
+    assert (args.minutes, args.small, args.json) == (4.25, False, tmp_path / "bench.jsonl")
 
 
 def test_a_row_that_fails_leaves_the_others_alone(tmp_path, capfd, monkeypatch):
@@ -104,10 +160,10 @@ def test_a_row_that_fails_leaves_the_others_alone(tmp_path, capfd, monkeypatch):
 
 
 def test_operations_of_a_step_are_counted_by_hand():
-    """One layer: D 4, two heads of 2, one key head, MLP 8, vocabulary 16. B 1, G 2, P 3, T 5."""
+    """One layer: D 4, two heads of 2, one key head, MLP 8, vocabulary 16. B 1, G 2, P 3, T 5; the judge reads 7."""
     config = qwen(4, 1, 2, 1, 8, 16, True, sections=(1, 0, 0))
     weights = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8          # q, k and v, o, MLP
     pairs = 3 * 3 / 2 + 2 * (5 * 3 + 5 * 5 / 2)
     row = 2 * weights * 13 + 2 * 4 * 16 * 10 + 4 * 4 * pairs
-    judged = 2 * (2 * weights * 10 + 2 * 4 * 16 * 5 + 4 * 4 * 10 * 10 / 2)
-    assert bench_gpu.step_flops(config, 1, 2, 3, 5) == 5 * row + judged
+    judged = 2 * (2 * weights * (7 + 5) + 2 * 4 * 16 * 5 + 4 * 4 * 12 * 12 / 2)
+    assert bench_gpu.step_flops(config, 1, 2, 3, 5, 7) == 5 * row + judged

@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from data import JudgeSettings
-from rewards import UNREADABLE, ChatClient, read_verdict
-from serving import Fault, serving, text_of
+from rewards import CUT_OFF, UNREADABLE, ChatClient, find_verdict, read_verdict
+from serving import Fault, completion, serving, text_of
 
 KEY = "sk-very-secret-1234567890"
 
@@ -169,6 +169,62 @@ def test_what_cannot_pass_is_not_tried_again(waits):
         assert len(server.requests) == 1
     refused = ChatClient(server.url, "m", retries=2).ask(chat("?"))          # the server is gone
     assert refused.text is None and "Connection refused" in refused.error and len(waits) == 2
+
+
+@pytest.mark.parametrize("text", [None, "", "<think>I could say No", "It says <judgement>No</judgement>"])
+def test_a_reply_that_was_cut_off_is_no_verdict_and_is_not_kept(text, tmp_path):
+    with serving(lambda n, request: Fault(body=completion(text, "length"))) as server:
+        client = ChatClient(server.url, "m", cache=tmp_path / "c.jsonl", keep=find_verdict, max_tokens=9)
+        replies = [client.ask(chat("?")) for _ in range(2)]
+    assert replies == [(text or "", CUT_OFF)] * 2 and "--judge-tokens" in CUT_OFF and "--max-response" in CUT_OFF
+    assert read_verdict(replies[0]).sufficient is None and not (tmp_path / "c.jsonl").exists()
+
+
+def test_a_reply_without_text_says_why_there_is_none():
+    with serving(lambda n, request: Fault(body=completion(None, "content_filter"))) as server:
+        error = ChatClient(server.url, "m").ask(chat("?")).error
+    assert error.startswith("no chat completion (") and "content_filter" in error and "NoneType" not in error
+
+
+# ------------------------------------------------------------------------------------------------ refused fields
+
+def refusing(*names: str):
+    """A server that answers 400 to these fields, one at a time, as OpenAI's newer models do."""
+    def play(number, request):
+        for name in names:
+            if name in request:
+                error = {"message": f"Unsupported parameter: '{name}' is not supported.", "param": name}
+                return Fault(400, body=json.dumps({"error": error}).encode())
+        return "<judgement>Yes</judgement>"
+    return play
+
+
+@pytest.mark.parametrize("names, sent", [
+    (["max_tokens"], {"max_completion_tokens": 7, "temperature": 0, "seed": 1}),
+    (["temperature"], {"max_tokens": 7, "seed": 1}),
+    (["seed"], {"max_tokens": 7, "temperature": 0}),
+    (["seed", "max_tokens", "temperature"], {"max_completion_tokens": 7})])
+def test_a_field_that_a_server_refuses_is_left_out_from_then_on(names, sent, tmp_path):
+    file, fields = tmp_path / "cache.jsonl", dict(temperature=0, max_tokens=7, seed=1)
+    with serving(refusing(*names)) as server:
+        client = ChatClient(server.url, "m", cache=file, **fields)
+        verdicts = [read_verdict(client.ask(chat(text))).sufficient for text in "ab"]
+        assert verdicts == [True, True] and len(server.requests) == len(names) + 2
+        for request in server.requests[-2:]:
+            assert {key: request[key] for key in request if key not in ("messages", "model", "path")} == sent
+        again = ChatClient(server.url, "m", cache=file, **fields)
+        assert again.ask(chat("a")).text and again.counts == {"cached": 1}, "known by what was first asked for"
+
+
+def test_a_request_that_is_refused_with_and_without_a_field_changes_nothing_for_the_next():
+    """A prompt that is too long: the complaint names max_tokens as well."""
+    def play(number, request):
+        long = Fault(400, body=b"8191 tokens in messages, 7 in max_tokens: over 8192")
+        return long if text_of(request) == "long" else "fine"
+    with serving(play) as server:
+        client = ChatClient(server.url, "m", max_tokens=7)
+        assert [client.ask(chat(text)).text for text in ("long", "short")] == [None, "fine"]
+    assert server.requests[-1]["max_tokens"] == 7 and len(server.requests) == 3
 
 
 # ------------------------------------------------------------------------------------------------ the cache

@@ -1,9 +1,12 @@
 """Promise: every script can be started by a newcomer. Help is a page, mistakes are answered in a line, and a question
 about a clip gets a readable answer."""
+import errno
 import json
+import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,50 @@ def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base,
     assert numbers["aggregates"]["all questions"]["value"] == trained["answer"]["value"]
     assert numbers["perception"]["value"] == trained["perception"]["value"]
     assert "toy: 20 questions scored" in said and numbers["aggregates"]["all questions"]["n"] == 20
+
+
+def said_in(encoding: str, *words) -> str:
+    """What a command prints to a terminal of this encoding."""
+    ended = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert ended.returncode == 0, ended.stderr.decode()
+    return ended.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_our_characters_shows_others(encoding, toy, tmp_path):
+    """The work is done by then: a character of a transcript or a table must not lose it."""
+    rows = json.loads((toy / "sft.json").read_text())[:10]
+    rows[0]["path"] = "走.avi"
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    said = said_in(encoding, "data.py", "check", tmp_path / "some.json", "--media", toy)
+    assert "  ?.avi: media: no such file" in said and "A run would start" in said
+
+
+def test_help_can_be_read_there():
+    assert "(eq. 3?7)" in said_in("latin-1", "pagrpo.py", "--help")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_said_once(number, tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for name in ("sft", "pagrpo"):
+            with data.lock_folder(tmp_path / name):
+                assert (tmp_path / name).is_dir()
+    assert len(said) == 1 and "no locks" in str(said[0].message)
+
+
+def test_another_error_of_a_lock_is_not_hidden(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "broken")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="broken"), data.lock_folder(tmp_path):
+        pass

@@ -21,7 +21,7 @@ import data
 import sft
 from data import CotSettings, cot, make_teacher, read_records, to_record
 from rewards import parse
-from serving import Fault, serving, text_of
+from serving import Fault, completion, serving, text_of
 
 ROOT = Path(__file__).parent.parent
 INPUT = data.TOY_INPUT
@@ -146,6 +146,54 @@ def test_teacher_and_judge_behind_http(toy, tmp_path):
     kept, dropped = lines(tmp_path / "traces.jsonl"), lines(tmp_path / "dropped.jsonl")
     assert kept and dropped and all("red" not in row["observation"] for row in kept)
     assert {row["reason"] for row in dropped} <= {"observation insufficient", "answer wrong"}
+
+
+THOUGHTS = ["<think>First, what is seen?</think>\n", "First, what is seen?\n</think>\n\n", "\n<think>\n\n</think>",
+            "<think>I shall write <observation>…</observation><think>…</think>.</think>"]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_a_teachers_own_reasoning_is_removed_before_the_template_is_checked(thought, toy, tmp_path):
+    well = answers(toy)
+
+    def thinks(number, request):
+        return thought * (request["model"] == "t") + well(number, request)
+    for name, play in (("plain", well), ("thinks", thinks)):
+        with serving(play) as server:
+            cot(http_settings(toy, tmp_path / name, server))
+    for file in ("traces.jsonl", "dropped.jsonl"):
+        assert (tmp_path / "thinks" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    assert thought in lines(tmp_path / "thinks" / "1-generated.jsonl")[0]["output"], "what it wrote is kept"
+    assert not all(parse(thought + "<observation>o</observation><think>t</think><answer>a</answer>").formats), \
+        "a policy's is not removed"
+
+
+def test_so_is_that_of_a_checkpoint(toy, base, tmp_path, monkeypatch):
+    own = {row["path"]: data.trace_text(to_record(row, True), "p2r") for row in rows_of(toy)}
+    monkeypatch.setattr(data, "respond", lambda model, vocabulary, examples, *rest: [
+        THOUGHTS[0] + own[e.record.path] for e in examples])
+    assert len(lines(cot(settings(toy, tmp_path, teacher=str(base), limit=4)))) == 4
+
+
+@pytest.mark.parametrize("text", [
+    "<think>t</think><answer>A</answer>", "<think>t <observation>o</observation><think>t</think><answer>A</answer>",
+    "<think>t</think>Here: <observation>o</observation><think>t</think><answer>A</answer>",
+    "Here: <observation>o</observation><think>t</think><answer>A</answer>",
+    "<observation>o</observation><think>t</think><observation>o</observation><think>t</think><answer>A</answer>",
+    "<think>t</think><observation>o</observation><answer>A</answer>"])
+def test_what_is_no_reasoning_before_the_template_breaks_it(text, toy, tmp_path):
+    with serving(lambda n, request: text) as server:
+        assert lines(cot(http_settings(toy, tmp_path, server, limit=2))) == []
+    assert {row["reason"] for row in lines(tmp_path / "dropped.jsonl")} == {"template broken"}
+
+
+def test_a_trace_that_was_cut_off_breaks_the_template_and_one_without_text_is_asked_for_again(toy, tmp_path, capsys):
+    texts = ["<observation>o</observation><think>t", None]
+    with serving(lambda n, request: Fault(body=completion(texts[n], "length"))) as server:
+        cot(http_settings(toy, tmp_path, server, limit=2, concurrency=1))
+    said = capsys.readouterr().out
+    assert "Dropped, template broken: 1" in said and "Dropped, not generated: 1" in said and "--max-response" in said
+    assert [row["output"] for row in lines(tmp_path / "1-generated.jsonl")] == texts[:1]
 
 
 def test_it_never_sends_what_should_stay_secret(toy, tmp_path, monkeypatch, capfd):

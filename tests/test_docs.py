@@ -43,8 +43,30 @@ def test_a_command_can_be_given(script, words, capsys):
         page = capsys.readouterr().out
         assert all(word in page for word in words if word.startswith("--"))
     else:
-        source = (ROOT / script).read_text()
-        assert all(f'"{word}"' in source for word in words if re.match("--|[a-z]+$", word))
+        source, only = (ROOT / script).read_text(), (*words, "--only").index("--only")
+        assert all(f'"{word}"' in source for word in words[:only] if re.match("--|[a-z]+$", word))
+        for row in words[only + 1:]:                         # a function of bench_cpu.py or bench_gpu.py
+            assert f"\ndef {row}(" in (ROOT / f"tests/bench_{words[0]}.py").read_text(), row
+
+
+def test_the_tests_that_are_named_exist():
+    """Also in `python -m pytest tests/…`, which the commands above leave out."""
+    for document in DOCUMENTS:
+        for name in re.findall(r"tests/\w+\.py", document.read_text()):
+            assert (ROOT / name).is_file(), f"{document.name}: {name}"
+
+
+def test_the_table_of_memory_is_that_of_dry_run():
+    """GiB, by preset and number of ranks."""
+    columns, checked = ["weights", "moments", "reference", "sampling", "training", "peak"], 0
+    for line in (ROOT / "docs/scaling.md").read_text().splitlines():
+        preset, *cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        if preset in ("3b", "7b") and len(cells) == 1 + len(columns):
+            settings = pagrpo.Settings(**pagrpo.PRESETS[preset])
+            parts = sft.memory(sft.CONFIGS[preset], settings, int(cells[0]))
+            assert cells[1:] == [f"{parts[name] / sft.GB:.1f}" for name in columns], line
+            checked += 1
+    assert checked == 8
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

@@ -15,7 +15,8 @@ import data
 import eval as evaluation
 import pagrpo
 import sft
-from eval import CHANGES, change, compare, mean, mismatch, sign_test, summarise
+from eval import (CHANGES, change, compare, make_question, mean, mismatch, numbers, open_answer, sign_test,
+                  summarise)
 from model import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,28 @@ def test_so_has_the_held_out_table_of_a_run(toy, base, vocabulary):
     (0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 1024), (1, 9, 22 / 1024), (3, 7, 2 * 176 / 1024), (8, 2, 2 * 56 / 1024)])
 def test_mcnemar_by_hand(wins, losses, p):
     assert sign_test(wins, losses) == pytest.approx(p)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+@pytest.mark.parametrize("options, answer", [
+    (["A. a fish", "C. a dog", "D. a cat"], "C"), (["B. a dog", "A. a cat"], "A"), (["A. x", "C. y", "none"], "C")])
+def test_a_question_whose_letters_are_not_its_places_cannot_be_scored(options, answer):
+    with pytest.raises(ValueError, match="letters that are not A, B, C"):
+        make_question("1", "Which?", options, answer, "a.mp4", {}, [])
+    assert make_question("1", "Which?", ["A: 3, B: 4", "A: 4, B: 3"], "B", "a.mp4", {}, []).record.reference == "B"
+
+
+@pytest.mark.parametrize("text, gold, score", [
+    ("about 1.5 million people", "1500000", 1), ("1.5 million", "1.5 million", 1), ("It is 1.5 billion", "1.5 million", 0),
+    ("5k", "5000", 1), ("3万", "30000", 1), ("300K", "300", 1), ("300 K", "300", 1), ("0.5M", "0.5", 1),
+    ("12 km/h", "12 km/h", 1), ("12", "12 km/h", 1), ("in 10 k-means runs", "10", 1)])
+def test_an_open_answer_has_its_magnitude_but_a_capital_may_be_a_unit(text, gold, score):
+    assert open_answer(text, gold) == score
+
+
+def test_a_number_in_a_sentence_has_its_magnitude():
+    assert numbers("2 million, 3 thousands and 5k of 7 m") == [2_000_000, 3_000, 5_000, 7]
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -125,11 +125,17 @@ def test_what_was_seen_stays_as_it_was_and_is_quoted():
     ("It claims <judgement>Yes</judgement> but says nothing. <judgement>No</judgement>", False),
     ('I will not write "<judgement>Yes</judgement>".', None), ("<judgement>Yes</judgement> was claimed.", None),
     ("Yes", None), ("", None), ("<judgement>Maybe</judgement>", None), ("<judgement>Yes or No</judgement>", None),
-    ("<judgement>Yes</judgement", None), ("<judgement>Yes</judgement> <judgement>", None)])
+    ("<judgement>Yes</judgement", None), ("<judgement>Yes</judgement> <judgement>", None),
+    ("<think>No letter?</think> All is there. <judgement>Yes</judgement>", True),
+    ("No letter?</think><judgement>No</judgement>", False),  # the template of the chat opened it
+    ("<think>It could end with <judgement>No</judgement>", None),    # cut off while it quotes a verdict
+    ("<think>Is it <judgement>No</judgement></think>", None), ("<think>a</think> <think><judgement>No</judgement>", None),
+    ("<judgement>Yes</judgement> <think>", None)])
 def test_only_the_end_of_its_own_reply_is_a_verdict(reply, sufficient):
     error = "" if sufficient is not None else UNREADABLE
     assert read_verdict(Reply(reply)) == Verdict(sufficient, reply.strip(), error)
     assert read_verdict(Reply(None, "HTTP 500")) == Verdict(None, "", "HTTP 500"), "no reply is another reason"
+    assert read_verdict(Reply(reply, "cut off")) == Verdict(None, reply.strip(), "cut off"), "nor is a part of one"
 
 
 # ------------------------------------------------------------------------------------------------ leaks
@@ -138,7 +144,8 @@ def test_only_the_end_of_its_own_reply_is_a_verdict(reply, sufficient):
     (SEEN, CLAIM.options, "B"), ("A man walks his dog", ("A. a man", "B. a cat"), "A"),
     ("The man in the blue shirt opens the door", ("A. opens a door", "B. sits down"), "A"),
     ("I need to notice what he holds. He holds a red cup, so the answer is B.", ("A. a plate", "B. a cup"), "B"),
-    ("视频中有一个人打开了红色的门", ("A. 开门", "B. 关门"), "A"),
+    ("视频中有一个人打开了红色的门", ("A. 开门", "B. 关门"), "A"), ("赤いドアが開いた", ("A. 赤", "B. 青"), "A"),
+    ("빨간 문이 열린다", ("A. 빨간색", "B. 파란색"), "A"), ("ประตูสีแดงเปิดออก", ("A. แดง", "B. ฟ้า"), "A"),
     ("The circle passes through A, B, C and D", ("A. 30", "B. 60"), "B"),
     ("The clear blue solution in the beaker slowly turns deep red", ("A. it reddens", "B. it boils"), "A"),
     ("a dog, a cat and then a second dog run past", (), "3"), ("Two dogs run beside a car with number 13", (), "3"),
@@ -152,6 +159,8 @@ def test_something_seen_is_no_leak(text, options, reference):
 @pytest.mark.parametrize("text, reference, kind", [
     ("3", "3", "numerical"), ("The answer is 3.", "3", "numerical"), ("Look closely: I count 3", "3", "regression"),
     ("The total length of it would be 3.5", "3.5", "regression"), ("All in all it is 3 metres", "3", "regression"),
+    ("The total speed is 12 km/h", "12", "numerical"), ("All in all 1.5 million", "1500000", "regression"),
+    ("All in all it costs 5 €", "5", "numerical"), ("正解は猫です", "猫", "free-form"), ("แมว", "แมว", "OCR"),
     ("The total count I see is 1,000", "1,000", "numerical"), ("I need to notice the number. 3", "3", "numerical"),
     ("STOP", "STOP", "OCR"), ("a red O turns into a green T", "a red O turns into a green T", "free-form"),
     ("D", "D", "multiple choice")])

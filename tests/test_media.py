@@ -212,3 +212,44 @@ class TestPaths:
         os.symlink("loop", tmp_path / "loop")
         with pytest.raises(MediaError):
             self.read(tmp_path, path)
+
+
+def linked_cache(folder):
+    """datasets--x--y/ as a Hugging Face cache holds it: files of a snapshot are links into blobs/."""
+    snapshot, blobs = folder / "datasets--x--y" / "snapshots" / "0f3c", folder / "datasets--x--y" / "blobs"
+    for place in (snapshot / "clips", blobs, folder / "elsewhere"):
+        place.mkdir(parents=True)
+    for place in (blobs / "9a11", folder / "elsewhere" / "9a11"):
+        place.write_bytes(data.avi_bytes(noise(2, 28, 28, 3), 2))
+    os.symlink("../../../blobs/9a11", snapshot / "clips" / "good.avi")
+    os.symlink(folder / "elsewhere" / "9a11", snapshot / "clips" / "out.avi")
+    return snapshot
+
+
+@pytest.mark.parametrize("root, path", [(".", "clips/good.avi"), ("clips", "good.avi")])
+def test_media_that_are_linked_inside_one_cache_are_read(tmp_path, root, path):
+    frames, *_ = TestPaths().read(linked_cache(tmp_path) / root, path)
+    assert np.array_equal(frames, noise(2, 28, 28, 3))
+
+
+def test_a_link_to_a_cache_is_a_media_folder(tmp_path):
+    os.symlink(linked_cache(tmp_path), tmp_path / "media")
+    assert len(TestPaths().read(tmp_path / "media", "clips/good.avi")[0]) == 2
+
+
+@pytest.mark.parametrize("root, path", [
+    (".", "clips/out.avi"), ("clips", "out.avi"), (".", "../../../elsewhere/9a11"), ("..", "../../elsewhere/9a11")])
+def test_a_link_out_of_a_cache_is_refused(tmp_path, root, path):
+    with pytest.raises(MediaError, match="leads out of"):
+        TestPaths().read(linked_cache(tmp_path) / root, path)
+
+
+def test_a_folder_that_is_called_blobs_is_no_cache(tmp_path):
+    """Only what belongs to the snapshot is read: here the media folder is no snapshot."""
+    snapshot = linked_cache(tmp_path)
+    plain = tmp_path / "datasets--x--y" / "copies" / "0f3c"
+    plain.mkdir(parents=True)
+    os.symlink("../../blobs/9a11", plain / "good.avi")
+    assert (snapshot / "clips" / "good.avi").exists() and (plain / "good.avi").exists()
+    with pytest.raises(MediaError, match="leads out of"):
+        TestPaths().read(plain, "good.avi")

@@ -1,10 +1,11 @@
 """Promise: an answer scores what a careful reader would give it, however it is written down, and never by accident.
 All numbers here are worked out by hand."""
+import re
 import time
 
 import pytest
 
-from rewards import PROBLEM_TYPES, task_metric
+from rewards import PROBLEM_TYPES, task_metric, words
 
 PETS = ("A. an apple", "B. a cat", "C. a dog", "D. 3")
 BARE = ("an apple", "a cat", "a dog", "3")
@@ -71,6 +72,34 @@ class TestNumerical:
     def test_another_number_or_no_number_scores_nothing(self, answer, reference):
         assert task_metric("numerical", answer, reference) == 0
 
+    @pytest.mark.parametrize("answer, reference", [
+        ("1.5 million", "1500000"), ("1.5 Million people", "1,500,000"), ("5k", "5000"), ("5k€", "5000"),
+        ("$3M", "3,000,000"), ("10K", "10 thousand"), ("2B", "2 billion"), ("1.2bn", "1.2e9"), ("7 bn $", "7 billion"),
+        ("2 hundred thousand", "200,000"), ("3 thousands", "3e3"), ("1/2 million", "500000"), ("2 trillion.", "2e12"),
+        ("-4 million", "-4e6"), ("3万人", "30000"), ("1.5 亿", "1.5e8")])
+    def test_a_magnitude_multiplies(self, answer, reference):
+        assert task_metric("numerical", answer, reference) == 1
+        assert task_metric("numerical", reference, answer) == 1
+
+    @pytest.mark.parametrize("answer, reference", [
+        ("1.5 million", "1.5 billion"), ("1.5 million", "1.5"), ("5k", "5"), ("5K", "5"), ("5M", "5"), ("2B", "2"),
+        ("3 thousand", "3"), ("4 hundred", "4"), ("7bn", "7"), ("7 trillion", "7"), ("3万", "3"), ("2 hundred", "2e3"),
+        ("2 hundred thousand", "200"), ("2π", "2"), ("2/π", "2"), ("5²", "5"), ("12 km/5", "12"), ("3 kg 5", "3"),
+        ("3 tenths", "3"), ("5 millionths", "5"), ("2 and a half", "2"), ("2 dozen", "2")])
+    def test_a_number_of_another_magnitude_is_another_number(self, answer, reference):
+        assert task_metric("numerical", answer, reference) == task_metric("numerical", reference, answer) == 0
+
+    @pytest.mark.parametrize("answer", [
+        "12 km/h", "12 km / h.", "12 m/s²", "12 m/s^2", "12 s^-1", "12 N·m", "12 kg*m/s", "12 €", "12€", "12 €/kg",
+        "12 ¥", "12 °C", "12°", "12% of people", "12 km per hour", "12 m", "12 mm", "12 M", "12 K", "12 k", "12 B",
+        "12 kg", "12 tents", "12 halfpipes", "12 Mb", "12 months", "12 meters", "12 millimeters", "12 thermometers", "12 USD"])
+    def test_a_unit_changes_nothing(self, answer):
+        assert task_metric("numerical", answer, "12") == 1
+        assert task_metric("regression", answer, "24") == 0.5
+
+    def test_a_reference_is_not_read_as_another_number(self):
+        assert task_metric("numerical", r"\frac{1}{2}", "1") == task_metric("numerical", "1", r"\frac{1}{2}") == 0
+
     def test_a_reference_that_is_no_number_is_compared_as_text(self):
         assert task_metric("numerical", " 12:30. ", "12:30") == 1
         assert task_metric("numerical", "12:31", "12:30") == 0
@@ -91,7 +120,9 @@ class TestRegression:
 def test_what_is_not_a_finite_number_scores_nothing_and_takes_no_time(kind, reference):
     started = time.perf_counter()
     for answer in ("nan", "NaN", "inf", "-inf", "Infinity", "+inf", "1e1000000", "e5", "9" * 400, "1e999", "9" * 20_000,
-                   "9" * 20_000 + "!", "$" + " " * 20_000 + "!", "1" + ",000" * 5_000, "0." + "0" * 20_000 + "?"):
+                   "9" * 20_000 + "!", "$" + " " * 20_000 + "!", "1" + ",000" * 5_000, "0." + "0" * 20_000 + "?",
+                   "7" + " " * 98 + "!", "7" + " a" * 49 + "!", "7" + "k" * 98 + "!", "7 " + "m/" * 48 + "!",
+                   "7" + " million" * 11 + "!", "7" + "万" * 98 + "!"):
         assert task_metric(kind, answer, reference) == 0, answer[:30]
     assert time.perf_counter() - started < 1
 
@@ -112,6 +143,13 @@ class TestOCR:
     def test_one_minus_the_word_error_rate(self, answer, reference, score):
         assert task_metric("OCR", answer, reference) == pytest.approx(score)
 
+    @pytest.mark.parametrize("answer, reference, score", [
+        ("出口左", "出口", 1 / 2), ("出口", "出口左", 2 / 3), ("入口", "出口", 1 / 2), ("ทางออก", "ทางออก", 1),
+        ("ทางออ", "ทางออก", 5 / 6), ("出口 EXIT", "出口EXIT", 1), ("3番出口", "2番出口", 3 / 4), ("とまれ", "止まれ", 2 / 3),
+        ("EXIT左", "EXIT", 0), ("출구 왼쪽", "출구", 0)])      # Korean has spaces: two words, one of them inserted
+    def test_without_spaces_each_character_is_a_word(self, answer, reference, score):
+        assert task_metric("OCR", answer, reference) == pytest.approx(score)
+
 
 class TestFreeForm:
     @pytest.mark.parametrize("answer, reference, score", [
@@ -127,6 +165,23 @@ class TestFreeForm:
     ])
     def test_the_mean_of_rouge_1_2_and_l(self, answer, reference, score):
         assert task_metric("free-form", answer, reference) == pytest.approx(score)
+
+    @pytest.mark.parametrize("answer, reference, score", [
+        ("一只猫在睡觉", "一只猫在沙发上睡觉", (12 / 15 + 8 / 13 + 12 / 15) / 3),   # 6 of 9 characters, 4 pairs of 5 and 8
+        ("一只猫在睡觉。", "一只猫，在睡觉", 1),               # punctuation does not count
+        ("ねこがねる", "いぬがねる", (6 / 10 + 4 / 8 + 6 / 10) / 3),
+        ("แมว", "แม", (4 / 5 + 2 / 3 + 4 / 5) / 3),
+        ("猫cat", "猫 cat", 1), ("狗", "猫", 0)])
+    def test_without_spaces_each_character_is_a_word(self, answer, reference, score):
+        assert task_metric("free-form", answer, reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("text", [
+    "The cat,\tit SAT at 10:12 on_the mat — naïve №5 ²!", "Кошка спит на диване.", "고양이가 소파에서 자고 있다",
+    "قطة تنام على الأريكة", "बिल्ली सो रही है", "mèo đang ngủ", "γάτα\u3000κοιμάται\x85x\x1cy 🐈", ""])
+def test_words_between_spaces_stay_as_they_are(text):
+    assert words(text, r"\S") == text.split()
+    assert words(text) == re.findall(r"\w+", text)
 
 
 @pytest.mark.parametrize("kind, reference", [

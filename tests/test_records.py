@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data import Examples, patchify, read_records, read_video, step_indices
+from data import Examples, patchify, read_records, read_video, step_indices, to_record, why_invalid
 from model import read_config
 
 ROW = {"problem_id": 7, "problem": "Which pet?", "options": ["A. a cat", "B. a dog"], "solution": "<answer>B</answer>",
@@ -57,6 +57,19 @@ class TestReading:
     def test_the_reference_stands_in_tags_or_bare(self, solution, reference, tmp_path):
         assert self.read(tmp_path, problem_type="free-form", solution=solution).reference == reference
 
+    @pytest.mark.parametrize("options, solution", [
+        (["A: 3, B: 4", "A: 4, B: 3"], "B"),                 # texts that begin like letters
+        (["J. Smith", "R. Brown", "K. Jones"], "B"), (["J. Smith", "R. Brown", "K. Jones"], "R. Brown"),
+        (["E. coli", "a virus", "a fungus"], "C"), (["a cat", "B. a dog", "a cow"], "B"),
+        (["A. a cat", "B. a dog", "B. a cow", "D. a fish"], "D"),    # a letter twice: places, as they are shown
+        (["a. a cat", "c. a dog"], "B"), (["(A) a cat", "(B) a dog"], "(B)")])
+    def test_texts_that_begin_like_letters_are_texts(self, options, solution, tmp_path):
+        record = self.read(tmp_path, options=options, solution=solution)
+        assert record.options == tuple(options) and not why_invalid(record)
+
+    def test_letters_matter_to_multiple_choice_only(self, tmp_path):
+        assert self.read(tmp_path, problem_type="free-form", options=["A. a fish", "C. a dog"], solution="C")
+
     def test_a_line_ends_where_a_line_ends_not_inside_a_text(self, tmp_path):
         row = ROW | {"problem": "Which pet?\u2028Say\x85it."}
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in (row, ROW)), "utf-8")
@@ -81,6 +94,12 @@ class TestRefusing:
         ({"options": ["A. a cat", 2]}, "options are no list"),
         ({"options": "print('hello')"}, "options are no list"),
         ({"options": ["A. a cat"]}, "one option"),
+        *[({"options": ["A. a fish", "C. a dog", "D. a cat"], "solution": solution}, "letters that are not A, B, C")
+          for solution in ("C", "A", "D", "B", "<answer>C</answer>", "C. a dog")],
+        ({"options": ["B. a dog", "A. a cat"], "solution": "B"}, "letters that are not A, B, C"),
+        ({"options": ["(B) a dog", "(C) a cat"], "solution": "(C)"}, "letters that are not A, B, C"),
+        ({"options": "['P: 1', 'Q: 2', 'R: 3', 'S: 4']", "solution": "Q"}, "letters that are not A, B, C"),
+        ({"options": ["A. a fish", "C. a dog", "none of them"], "solution": "C."}, "letters that are not A, B, C"),
         ({"problem": 5}, "problem: not a text"),
         ({"problem": "\ud800"}, "surrogates not allowed"),
         ({"solution": "<answer> </answer>"}, "solution is not one answer"),
@@ -156,13 +175,23 @@ class TestSkipping:
         (dict(problem_type="multiple choice", options=("A. a cat", "B. a dog"), reference="C"), "solution: 'C'"),
         (dict(problem_type="multiple choice", options=("A. dog", "B. dog"), reference="dog"), "solution: 'dog'"),
         (dict(problem_type="regression", reference="many"), "solution: 'many'"),
+        (dict(problem_type="regression", reference=r"\frac{1}{2}"), "solution: '\\\\frac{1}{2}'"),
+        (dict(problem_type="numerical", reference=r"\frac{1}{2}"), "solution: '\\\\frac{1}{2}' is no number"),
         (dict(trace=dict(observation="a dog", think="so it is</think> a dog")), "trace: "),
         (dict(trace=dict(observation="a dog <answer>B</answer>", think="so")), "trace: ")],
-        ids=["no option", "two options", "no number", "a tag in the reasoning", "a tag in the observation"])
+        ids=["no option", "two options", "no number", "no regression", "LaTeX", "a tag in the reasoning", "a tag in the observation"])
     def test_a_record_from_which_nobody_can_learn_is_skipped(self, records, load, changes, reason, tmp_path):
         examples = load([replace(records[0], **changes), records[1]])
         assert examples[0] is None and examples.skipped[0].startswith(reason) and examples[1] is not None
         assert (tmp_path / "skipped.txt").read_text().startswith(f"{records[0].path}\t{reason}")
+
+    @pytest.mark.parametrize("reference, valid", [
+        ("0", True), ("1/2", True), ("-3.5", True), ("1.5 million", True), ("12 km/h", True), ("5 €", True),
+        ("12:30", True), ("3:2", True), ("12:30 PM", True),  # as text: nobody would write them otherwise
+        ("two", False), ("x = 3", False), (r"\sqrt{2}", False), ("2π", False), ("1 1/2", False), ("10^{-3}", False)])
+    def test_a_numerical_solution_is_a_number_a_time_or_a_ratio(self, reference, valid):
+        record = to_record(ROW | {"problem_type": "numerical", "solution": reference}, traces=False)
+        assert (why_invalid(record) == "") == valid
 
     def test_every_question_keeps_its_own_clip(self, records, load, toy, tiny_settings):
         examples = load(without_media(records, {1, 4, 6}))

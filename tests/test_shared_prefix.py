@@ -10,10 +10,10 @@ from model import (LOGITS_AT_ONCE, PackedRow, Prompts, causal_lower_right, linea
 
 
 @pytest.fixture(scope="module")
-def batch(toy, base, vocabulary, tiny_settings):
+def batch(folders, base, vocabulary, tiny_settings):
     """A model, a ragged batch of three prompts, and two responses to each."""
     model = vocabulary.mask_special_tokens(load_model(base))
-    examples = Examples(read_records(toy / "rl.json"), toy, vocabulary, model.config, tiny_settings)
+    examples = Examples(read_records(folders), folders.parent, vocabulary, model.config, tiny_settings)
     prompts = collate([examples[0], examples[1], examples[4]])
     assert len(set(prompts.lengths.tolist())) > 1, "the lesson needs prompts of different lengths"
     generator = torch.Generator().manual_seed(0)

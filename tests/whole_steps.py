@@ -1,5 +1,7 @@
 """Whole steps of PA-GRPO for the benches, from the functions that pagrpo.py calls, on prompts of random words."""
 import io
+import json
+import re
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,7 +16,7 @@ import pagrpo
 import sft
 from model import Qwen2_5_VL
 from peers import Peer
-from ruler import Ruler, in_turn, seconds_of
+from ruler import Peaks, Ruler, in_turn, seconds_of
 
 WORDS = " red", " blue", " green", " yellow", " letter", " after"            # a token each
 
@@ -41,15 +43,18 @@ def examples(prompts: list[str], vocabulary: data.Vocabulary) -> list[data.Examp
 
 
 def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optimizer, asked: list[data.Example],
-         vocabulary: data.Vocabulary, s: pagrpo.Settings, world: sft.World, judge: Callable | None = None
-         ) -> dict[str, float]:
-    """A step on these questions. judge: called with all claims. Returns the seconds of its phases."""
-    clock = pagrpo.Clock()
+         vocabulary: data.Vocabulary, s: pagrpo.Settings, world: sft.World, judge: Callable | None = None,
+         peaks: Peaks | None = None) -> tuple[dict[str, float], dict[str, int]]:
+    """A step on these questions. judge: called with all claims. Returns the seconds of its phases and, with `peaks`,
+    the peak bytes of each."""
+    clock, bytes = pagrpo.Clock(), {}
 
     def lap(phase: str) -> None:
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         clock.lap(phase)
+        if peaks:
+            bytes[phase] = peaks.take()
     groups = pagrpo.rollout(policy, asked, vocabulary, s, "bench", s.group_size, 1.0)
     responses = sum(groups, [])
     if {len(r.tokens) for r in responses} != {s.max_response}:
@@ -65,7 +70,7 @@ def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optim
     advantages = pagrpo.group_advantages(pagrpo.total_rewards(parts, s.reward_off), s.advantage)
     pagrpo.update(policy, optimizer, batches, advantages, 1e-6, s, world)
     lap("training")
-    return clock.seconds
+    return {name.removeprefix("seconds_"): seconds for name, seconds in clock.seconds.items()}, bytes
 
 
 def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, reference: Qwen2_5_VL, world: sft.World,
@@ -89,20 +94,39 @@ def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, refe
     ruler.row("step", f"{questions}×{g}, prompt {p}, {t} new", seconds, peer="TRL", target=target)
 
 
-def waiting(ruler: Ruler, world: sft.World, steps: int = 30) -> None:
-    """How long the loop of the toy world waits for clips, each read anew whenever it is needed."""
+def as_folders(toy: Path, split: str) -> Path:
+    """Records of a split of the toy world with a folder of pictures for each clip: no video decoder is needed. A clip
+    holds its frames as PNG files."""
+    rows, file = json.loads((toy / f"{split}.json").read_text()), toy / f"{split}-folders.json"
+    for row in rows:
+        clip = toy / row["path"]
+        row["path"] = row["path"].removesuffix(".avi")
+        raw, folder = clip.read_bytes(), clip.with_suffix("")
+        folder.mkdir()
+        for n, found in enumerate(re.finditer(rb"00dc(.{4})(?=\x89PNG)", raw, re.DOTALL)):
+            size = int.from_bytes(found[1], "little")
+            (folder / f"{n}.png").write_bytes(raw[found.end():found.end() + size])
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def waiting(ruler: Ruler, world: sft.World, steps: int = 30, folders: bool = False) -> None:
+    """How long the loop of the toy world waits for clips, or `folders` of frames, each read anew whenever it is
+    needed."""
     blocked = []
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
         data.make_toy_model(base, 0)
-        where = dict(preset="tiny", out=folder, model=str(base), data=str(toy / "rl.json"), media=str(toy))
+        records = as_folders(toy, "rl") if folders else toy / "rl.json"
+        where = dict(preset="tiny", out=folder, model=str(base), data=str(records), media=str(toy))
         settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps, cache_gb=0))
         run = sft.Run(Path(folder) / "pagrpo", settings, steps, settings.questions, world)
         prepared = pagrpo.prepare(settings, run, world)
         questions = prepared[4]
         questions.prefetch = partial(timed, questions.prefetch, blocked)
         whole = seconds_of(lambda: pagrpo.train(*prepared))
-    ruler.row("waiting for data", f"{steps} steps of the toy world", {"ours": [sum(blocked)], "whole loop": [whole]},
+    read = "folders of frames" if folders else "clips"
+    ruler.row("waiting for data", f"{steps} steps, {read}", {"ours": [sum(blocked)], "whole loop": [whole]},
               peer="whole loop", target=20.0, note=f"{sum(blocked) / whole:.2%} of the loop, at most 5 %")
 
 
