@@ -828,7 +828,7 @@ def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5
     return model
 
 
-def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False, shards: int = 0,
+def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False,
                 frozen: bool = False, offload: bool = False) -> Qwen2_5_VL:
     """Loads a model folder for training (fp32), or `frozen` (in `compute_dtype`); sharded where there are several
     ranks or a GPU: rank 0 reads it and broadcasts the parts. vocabulary: a data.Vocabulary, world: a sft.World."""
@@ -838,7 +838,7 @@ def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False
         model = load_model(folder, dtype)
     else:
         with torch.device("meta"):
-            model = shard(Qwen2_5_VL(config).to(dtype), world.mesh(shards), offload)
+            model = shard(Qwen2_5_VL(config).to(dtype), world.mesh(), offload)
         model.to_empty(device="cpu" if offload else world.device)
         tensors = load_weights(folder, model, dtype) if world.first else {}
         world.barrier()                                      # a large model takes minutes to read

@@ -361,9 +361,9 @@ class Settings(sft.TrainSettings, data.JudgeSettings):
     reward_off: str = flag("none", "leaves a reward out; the paper's row without perception reward "
                            "is --advantage grpo",
                            choices=["none", *(s.name for s in SEGMENTS), "length"])
-    windows: tuple[tuple[int, int], ...] = flag(
-        tuple(s.window for s in SEGMENTS), "shortest and longest length of each segment, in tokens "
-        "with tags and stop token, that earns the length reward")
+    windows: tuple[int, ...] = flag(sum((s.window for s in SEGMENTS), ()), "shortest and longest "
+                                    "length of each segment in turn, in tokens with tags and stop "
+                                    "token, that earns the length reward")
     kl_beta: float = flag(0.04, "weight of the KL term; at 0 there is no reference, unless it "
                           "judges", minimum=0)
     clip_eps: float = flag(0.2, "PPO clip range 1 ± this; no effect with one update per rollout",
@@ -378,7 +378,7 @@ class Settings(sft.TrainSettings, data.JudgeSettings):
 REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference")
 PRESETS = {
     "tiny": sft.TINY | dict(questions=16, micro_batch=16, steps=160, lr=3e-4, warmup=15,
-                            max_response=64, windows=((8, 16), (10, 48)), transcript_every=40),
+                            max_response=64, windows=(8, 16, 10, 48), transcript_every=40),
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),
 }
@@ -413,10 +413,10 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: Vocabulary, world: 
 
     def answer_from_observation(claims: list[Claim]) -> list[Verdict]:
         with model.gathered(reference):                      # all ranks, also one without claims
-            return data.blind_answers(reference, vocabulary, claims, settings,
-                                      settings.max_response, max(1, len(claims)), world.device)
-    cache = run.folder / f"judge-{world.rank}.jsonl"
-    return reference, data.make_judge(settings, cache, answer_from_observation)
+            return data.blind_answers(reference, vocabulary, settings, settings.max_response,
+                                      world.device, claims)
+    return reference, data.make_judge(settings, run.folder / "judge", answer_from_observation,
+                                      world.rank)
 
 
 # -------------------------------------------------------------------------------------- metrics
