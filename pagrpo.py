@@ -398,8 +398,9 @@ def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
                                settings.save_memory)
     optimizer = sft.make_optimizer(policy, settings)
     run.restore(policy, optimizer)
-    questions, heldout = (run.examples(data.read_records(file) if file else [], vocabulary,
-                                       policy.config) for file in (settings.data, settings.heldout))
+    records = sft.with_media(settings, run.folder, world)
+    heldout = data.read_records(settings.heldout) if settings.heldout else []
+    questions, heldout = (run.examples(x, vocabulary, policy.config) for x in (records, heldout))
     return policy, reference, optimizer, judge, questions, heldout, run, settings, world
 
 

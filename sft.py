@@ -225,7 +225,7 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
     held-out records."""
     settings = find_files(settings, world, "cot/traces.jsonl")
     traces, heldout = settings.template != "none", []
-    records = data.read_records(settings.data, traces)
+    records = with_media(settings, Path(settings.out) / settings.stage, world, traces)
     if settings.heldout:
         heldout = data.read_records(settings.heldout, traces)
     else:
@@ -318,6 +318,16 @@ Not found, or not one file: {', '.join(missing)}. This makes or fetches them:
     hf download Video-R1/Video-R1-data --repo-type dataset --local-dir data/Video-R1-data
 The last one has 310 GB; unzip the archives in place, a part of them is fine.""")
     return replace(settings, data=files[0])
+
+
+def with_media(settings: TrainSettings, folder: Path, world: World, traces: bool = False
+               ) -> list[Record]:
+    """The training records whose media exist. Rank 0 looks once, and the run in `folder` keeps the
+    list."""
+    records = data.read_records(settings.data, traces)
+    indices = world.on_rank0(lambda: data.find_media(records, settings.media,
+                                                     folder / "records.json"))
+    return [records[i] for i in indices]
 
 
 def make_toy_files(out: Path, preset: str) -> None:
