@@ -462,7 +462,6 @@ def start_world(timeout: timedelta = TIMEOUT) -> World:
 # -------------------------------------------------------------------------------- a run on disk
 
 MAX_SKIPPED = 5                                              # updates in a row, not finite
-GB = 2 ** 30
 ON_RANK0 = StateDictOptions(full_state_dict=True, cpu_offload=True)      # gathered in host memory
 SECONDS = Counter()                                          # of each phase of the current step
 
@@ -491,13 +490,10 @@ class Run:
         self.last_checkpoint, state = world.on_rank0(self.find)
         self.step, before = state.get("step", 0), state.get("code", {})
         self.finished = self.step >= self.steps
-        changed = [name for name in self.code if self.code[name] != before.get(name, self.code[name])]
+        changed = [name for name in before if before[name] != self.code.get(name)]
         if changed:
-            what = "The run goes on with the new code"
-            if self.finished:
-                what = "These are the old code's results"
-            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}. {what}; "
-                         "another --out begins anew.")
+            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}: its results are "
+                         "the old code's, what follows is the new code's. Another --out begins anew.")
         if 0 < self.step < self.steps:
             world.print0(f"{folder.name} continues after step {self.step}")
 
@@ -570,10 +566,9 @@ class Run:
         SECONDS.clear()
         metrics["skipped_updates"] = int(not math.isfinite(metrics["grad_norm"]))
         self.skipped = (self.skipped + 1) * metrics["skipped_updates"]
-        if self.world.device.type == "cuda":                 # reserved: when a GPU is full
-            for name in ("allocated", "reserved"):
-                peak = getattr(torch.cuda, f"max_memory_{name}")() / GB
-                metrics[f"{name}_memory_gb"] = self.world.all_reduce_max(peak)
+        if self.world.device.type == "cuda":                 # what decides when a GPU is full
+            peak = torch.cuda.max_memory_reserved() / 2 ** 30
+            metrics["reserved_memory_gb"] = self.world.all_reduce_max(peak)
         row = {name: rounded(x) for name, x in metrics.items() if math.isfinite(x)}
         if self.world.first:
             self.append("metrics.jsonl", row)
