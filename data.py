@@ -95,15 +95,15 @@ class InputSettings:
                 check_address(name, value, built_in, getattr(self, f"{f.name}_model"))
 
 
-# ------------------------------------------------------------------------------------------------ media
+# ------------------------------------------------------------------------------------------ media
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official preprocessor_config.json
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels per side, frames, patches merged per side
+PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels a side, frames, patches a side
 MIN_FRAMES = 4
-READ_ON = 2000                                               # frames in a clip that is read on from its start
-HANG = 60                                                    # seconds without a frame after which a clip is given up
-MAX_UNREADABLE = 0.2                                         # share of unreadable media above which a run stops
+READ_ON = 2000                                               # frames of a clip that is not seeked in
+HANG = 60                                                    # seconds without a frame
+MAX_UNREADABLE = 0.2                                         # share of media above which a run stops
 
 
 class MediaError(Exception):
@@ -111,11 +111,13 @@ class MediaError(Exception):
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's rule: multiples of 28, area within the limits, aspect ratio kept as far as possible, at most 200."""
+    """Qwen's rule: multiples of 28, area within the limits, aspect ratio kept as far as possible, at
+    most 200."""
     unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
-        raise MediaError(f"{width}×{height} pixels are too narrow: sides may differ by a factor of 200 at most")
-    h, w = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+        raise MediaError(f"{width}×{height} pixels are too narrow: sides may differ by a factor of "
+                         "200 at most")
+    h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         h, w = (max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
@@ -126,100 +128,111 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes them."""
+    """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes
+    them."""
+    if not (total and 0 < fps < 500):                        # 600: an AVI whose header has no rate
+        raise MediaError(f"it holds {total} frames at {fps} a second")
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
-    wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
-    return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
+    wanted = min(max(wanted, MIN_FRAMES), settings.frames, total)
+    count = max(TEMPORAL_PATCH, wanted // TEMPORAL_PATCH * TEMPORAL_PATCH)
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
-def read_video(path: Path, settings: InputSettings, rate: float = 0.0
-               ) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or a folder with `rate` frames a
-    second. `bounds`: start and end in seconds. Raises MediaError, also where nothing comes for HANG seconds. That depends
-    on the machine: the rule that any number of ranks has the same samples does not hold for such a clip."""
-    import decord                                            # not at the top: torch must be imported before it
-    events = SimpleQueue()                                   # None for each frame, then the result or an error
+def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[np.ndarray, float]:
+    """Frames (N, height, width, 3) uint8, as a viewer shows them, and seconds per temporal patch of
+    a file, or of a folder of pictures with `rate` a second.
 
-    def read():
+    Raises MediaError, also where nothing comes for HANG seconds. That depends on the machine: for
+    such a clip the rule that any number of ranks has the same samples does not hold.
+    """
+    if path.is_dir():
+        return read_folder(path, settings, rate)
+    events = SimpleQueue()                                   # None for each frame, then the result
+
+    def read() -> None:
         try:
-            events.put(decode(path, settings, rate, partial(events.put, None)))
+            events.put(decode(path, settings, partial(events.put, None)))
         except Exception as error:
             events.put(error)
 
-    # A read that hangs is left behind. The program need not wait for it to end, as for those of a ThreadPoolExecutor.
+    # A read that hangs is left behind, and a program that ends does not wait for it.
     threading.Thread(target=read, daemon=True).start()
     try:
         while (result := events.get(timeout=HANG)) is None:
             pass
-        if isinstance(result, Exception):
-            raise result
-        return result
     except Empty:
         raise MediaError(f"reading it hangs: nothing came for {HANG} seconds") from None
-    except (OSError, RuntimeError, ValueError, AssertionError, decord.DECORDError) as error:
-        reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
-        if "cannot find video stream" in reason:
-            reason = "no video, or a codec that decord lacks"
-        raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)") from None
+    if not isinstance(result, Exception):
+        return result
+    if isinstance(result, (MediaError, ImportError)):
+        raise result
+    reason = (str(result).strip() or "it ends early").splitlines()[-1][:200]
+    if "cannot find video stream" in reason:
+        reason = "no video, or a codec that decord lacks"
+    raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)")
 
 
-def decode(path: Path, settings: InputSettings, rate: float, beat: Callable
-           ) -> tuple[np.ndarray, float]:
-    """What `read_video` returns. Calls `beat` at each frame."""
-    if folder := path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-        files.sort(key=lambda f: (len(f.name), f.name))      # 2.png before 10.png
-        fps = rate or settings.fps or 2.0
-        starts = np.arange(1, len(files) + 1) / fps          # 00001.jpg is the first
-    else:
-        reader, fps, starts, exact = open_video(path)
-    if not (len(starts) and 0 < fps < 500):                  # 600 or 1,000: an AVI whose header has no rate
-        raise MediaError(f"it holds {len(starts)} frames at {fps} a second")
-    total = len(starts)
-    indices = frame_indices(total, fps, settings)
-    if folder:
-        frames = {i: read_image(files[i])[0] for i in indices}
-    else:
-        frames = seek(reader, indices, beat) if exact and len(starts) > READ_ON else {}
-        frames = frames or read_on(reader, indices, len(starts), beat)
-    return np.stack([frames[i] for i in indices]), TEMPORAL_PATCH * total / (fps * len(indices))
+def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.ndarray, float]:
+    """`read_video` of a folder of pictures."""
+    files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
+    files.sort(key=lambda f: (len(f.name), f.name))          # 2.png before 10.png
+    fps = rate or settings.fps or 2.0
+    indices = frame_indices(len(files), fps, settings)
+    frames = np.concatenate([read_image(files[i]) for i in indices])
+    return frames, TEMPORAL_PATCH * len(files) / (fps * len(indices))
 
 
-def open_video(path: Path) -> tuple[Any, float, np.ndarray, bool]:
-    """A decord.VideoReader, frames a second, the seconds at which frames start, and whether it may seek: each frame has
-    its time, and none is hidden."""
-    import decord
+def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
+    """`read_video` of a file. Calls `beat` at each frame. Short clips are read on from the start: a
+    seek costs as much as decoding some hundred frames, and is not exact in every file."""
+    reader, fps, total, exact = open_video(path)
+    indices, frames = frame_indices(total, fps, settings), {}
+    if exact and total > READ_ON:
+        frames = seek(reader, indices, beat)
+    if not frames:
+        frames = read_on(reader, indices, total, beat)
+    seconds = TEMPORAL_PATCH * total / (fps * len(indices))
+    return np.stack([frames[i] for i in indices]), seconds
+
+
+def open_video(path: Path) -> tuple:
+    """A decord.VideoReader, frames a second, the number of frames that a viewer shows, and whether
+    it may seek: each frame has its time, and none is hidden."""
+    import decord                                            # not at the top: torch comes before it
     with path.open("rb") as file:
-        picture = re.match(rb"(?s)(?:.|RIFF....|....ftyp)?(GIF8|PNG|WEBP|avi[fs])", file.read(12))
-    if picture:
-        kind = picture[1].decode().upper()
-        raise MediaError(f"a picture or an animation ({kind}), not a video: convert an animation to MP4 (H.264)")
+        head = file.read(12)
+    kind = re.match(rb"(?s)(?:.|RIFF....|....ftyp)?(GIF8|PNG|WEBP|avi[fs])", head)
+    if kind:
+        raise MediaError(f"a picture or an animation ({kind[1].decode().upper()}), not a video: "
+                         "convert an animation to MP4 (H.264)")
     # fault_tol: a frame that cannot be decoded is an error
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
     fps, starts = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
     gaps = np.diff(starts)
     if not (len(gaps) and gaps.min() > 0):                   # AVI and MPEG do not time all frames
-        return reader, fps, np.arange(len(starts)) / fps, False
+        return reader, fps, len(starts), False
     measured = 1 / float(gaps.mean())
-    if not math.isclose(fps, measured, rel_tol=0.01):        # a header does not know a variable rate
+    if not math.isclose(fps, measured, rel_tol=0.01):        # the header knows no variable rate
         fps = measured
-    # An edit list hides frames that would start before 0. VP8 hides frames that last no time.
-    return reader, fps, starts[starts >= 0], starts[0] >= 0 and gaps.min() > np.median(gaps) / 2
+    shown = int((starts >= 0).sum())                         # an edit list hides what is before 0
+    gapless = gaps.min() > np.median(gaps) / 2               # VP8 hides frames that last no time
+    return reader, fps, shown, shown == len(starts) and gapless
 
 
 def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
-    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of decoding. They are shown
-    later where frames before a key frame need it (open groups, usual in HEVC and MPEG-2)."""
+    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of
+    decoding. They are shown later where frames before a key frame need it (open groups, usual in
+    HEVC and MPEG-2)."""
     from decord.video_reader import _CAPI_VideoReaderGetCurrentPosition as position
     keys, key, frames = [0, *reader.get_key_indices()], None, {}
     with suppress(Exception):                                # then reading on tells what is wrong
-        reader.next()                                        # away from the start: the first seek is a seek, too
+        reader.next()                                        # the first seek is a seek, too
         for i in indices:
             nearest = keys[bisect_right(keys, i) - 1]
             if nearest != key:
                 key = nearest
                 reader.seek_accurate(key)
-                if position(reader._handle) != key + 1:      # the frame there has not the time of frame `key`
+                if position(reader._handle) != key + 1:      # another frame has this time
                     return {}
                 frame = reader.next()
             if i > key:
@@ -233,17 +246,17 @@ def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
 def read_on(reader, indices: list[int], total: int, beat: Callable) -> dict[int, np.ndarray]:
     """Index → frame. Decodes all frames: only where `total` come is the number of each known."""
     from decord import DECORDLimitReachedError
-    frames, i = {}, 0
+    frames, count = {}, 0
     reader.seek(0)
     with suppress(StopIteration, DECORDLimitReachedError):
         while True:
             frame = reader.next()
-            if i in indices:
-                frames[i] = frame.asnumpy()
-            i += 1
+            if count in indices:
+                frames[count] = frame.asnumpy()
+            count += 1
             beat()
-    if i != total:
-        raise ValueError(f"{i} of {total} frames can be decoded")
+    if count != total:
+        raise ValueError(f"{count} of {total} frames can be decoded")
     return frames
 
 
@@ -251,19 +264,21 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8, turned as its EXIF data say. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):            # broken EXIF data
+            with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):   # broken EXIF
                 image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":
                 image = to_8_bits(image)
             if image.has_transparency_data:                  # on white, as the official utility does
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot be decoded: {error}") from None
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value tells their range."""
+    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value
+    tells their range."""
     grey = np.nan_to_num(np.asarray(image).astype(float))
     largest = 65535 if image.mode.startswith("I;16") else grey.max()
     top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
@@ -274,21 +289,26 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+    resized = [Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC) for f in frames]
+    return np.stack([np.asarray(image) for image in resized])
 
 
-def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the vision tower's order,
-    and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours."""
+def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int
+             ) -> tuple[Tensor, tuple[int, int, int]]:
+    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the
+    vision tower's order, and their grid (temporal patches, rows, columns). The four patches that
+    will be merged are neighbours."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
-    x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
+    x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD   # (N, h, w, 3)
     if len(x) % TEMPORAL_PATCH:
-        x = torch.cat([x, x[-1:]])                           # an image fills its temporal patch twice
+        x = torch.cat([x, x[-1:]])                           # an image fills its patch twice
     t, rows, columns = len(x) // TEMPORAL_PATCH, h // PATCH, w // PATCH
     x = x.view(t, TEMPORAL_PATCH, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    # temporal patch, merged row, merged column, then the patch in it by row and column, then colour, frame, row, column
-    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, -1), (t, rows, columns)
+    # temporal patch, merged row, merged column, then the patch in it by row and column, then
+    # colour, frame, row, column
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return x.reshape(t * rows * columns, -1), (t, rows, columns)
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -387,18 +407,20 @@ def to_row(r: Record) -> dict:
 
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises
+    MediaError."""
     path = root / r.path
     try:
         root, target = root.resolve(), path.resolve()
         there = target.is_file() or target.is_dir()          # no pipe, no device
-    except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a link to itself
+    except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a cycle
         raise MediaError(f"no file can have this path: {error}") from None
     # In a Hugging Face cache, what lies below snapshots/ are links into blobs/ beside it.
     blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
-    inside = any(target.is_relative_to(folder) for folder in [root, *blobs])
-    if not (inside and there):
-        raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
+    if not any(target.is_relative_to(folder) for folder in [root, *blobs]):
+        raise MediaError("its path, or a link on it, leads out of the media folder")
+    if not there:
+        raise MediaError("no such file")
     if r.data_type == "image":
         return read_image(path), 0.0, settings.image_max_pixels
     return *read_video(path, settings, r.rate), settings.max_pixels
