@@ -225,10 +225,10 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
     held-out records."""
     settings = find_files(settings, world, "cot/traces.jsonl")
     traces, heldout = settings.template != "none", []
-    records = with_media(settings, Path(settings.out) / settings.stage, world, traces)
     if settings.heldout:
         heldout = data.read_records(settings.heldout, traces)
-    else:
+    records = with_media(settings, Path(settings.out) / settings.stage, world, traces)
+    if not heldout:
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         heldout, records = records[:count], records[count:]

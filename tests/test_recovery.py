@@ -73,12 +73,9 @@ def garble(file: Path) -> None:
 
 
 DAMAGE = {
-    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 999_999), "model.safetensors differs in size"),
-    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors differs"),
+    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 999_999), "model.safetensors is damaged"),
+    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors is damaged"),
     "a header": (lambda f: garble(f / "model.safetensors"), "model.safetensors is damaged"),
-    "emptied": (lambda f: os.truncate(f / "config.json", 0), "config.json differs in size"),
-    "a file lost": (lambda f: (f / "tokenizer.json").unlink(), "No such file .*tokenizer.json"),
-    "moments lost": (lambda f: (f / "optimizer.safetensors").unlink(), "No such file .*optimizer.safetensors"),
     "no state": (lambda f: (f / "state.json").unlink(), "No such file .*state.json"),
     "half a state": (lambda f: os.truncate(f / "state.json", 99), "step-000006 is damaged"),
 }
@@ -108,12 +105,16 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_replaces_the_damaged_one(t
 
 
 def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained, toy, base, tmp_path):
-    """Earlier versions wrote no sizes; a model folder from elsewhere has no state.json."""
+    """Earlier versions wrote sizes and scores, and had other settings; a model from elsewhere has no state.json."""
     shutil.copytree(trained, tmp_path / "old")
     shutil.rmtree(tmp_path / "old/sft/step-000006")
     folder = tmp_path / "old/sft/step-000003"
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k not in ("files", "code")}))
+    del state["code"]
+    (folder / "state.json").write_text(json.dumps(state | {"files": {"model.safetensors": 1}, "score": -1.0}))
+    file = tmp_path / "old/sft/settings.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"shards": 0, "patience": 6.0, "cache_gb": 0.5, "resume": True}))
     assert newest_checkpoint(base) == base
     sft.main(sft_flags(tmp_path / "old", toy, base, steps=6))
     assert same_end(trained / "sft", tmp_path / "old/sft")
@@ -130,11 +131,6 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path,
 
 
 # ------------------------------------------------------------------------------------------------ folders in use
-
-def test_a_folder_in_use_can_be_protected(trained, toy, base):
-    with pytest.raises(SystemExit, match="holds a run: leave out --no-resume"):
-        sft.main([*sft_flags(trained, toy, base, steps=6), "--no-resume"])
-
 
 def test_two_processes_never_share_a_folder(toy, base, tmp_path):
     from data import lock_folder
@@ -153,12 +149,9 @@ def test_rl_does_not_start_from_an_unfinished_run_by_accident(trained, toy, base
 
 # ------------------------------------------------------------------------------------------------ what is kept
 
-def test_the_last_ones_and_the_best_are_kept(toy, base, tmp_path, monkeypatch):
-    losses = iter([5.0, 1.0, 4.0, 3.0, 2.5])                 # after steps 2, 4, 6, 8, 10
-    monkeypatch.setattr(sft, "heldout_loss", lambda *_: next(losses))
-    sft.main(sft_flags(tmp_path, toy, base, steps=10, save_every=1, keep=2, eval_every=2))
-    assert names(tmp_path / "sft") == ["step-000004", "step-000009", "step-000010"]
-    assert [row.get("heldout_loss") for row in metrics(tmp_path / "sft")][1::2] == [5.0, 1.0, 4.0, 3.0, 2.5]
+def test_the_last_ones_are_kept(toy, base, tmp_path):
+    sft.main(sft_flags(tmp_path, toy, base, steps=6, save_every=1, keep=2))
+    assert names(tmp_path / "sft") == ["step-000005", "step-000006"]
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -191,8 +184,7 @@ def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, c
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--patience", 0), ("--eval-every", -1), ("--lr", "nan"),
-                                         ("--clip-norm", 0), ("--shards", -1)])
+@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--eval-every", -1), ("--lr", "nan"), ("--clip-norm", 0)])
 def test_senseless_settings_are_refused(flag, value, toy, base, tmp_path):
     with pytest.raises(SystemExit, match=f"{flag} must be "):
         sft.main([*sft_flags(tmp_path, toy, base), flag, str(value)])

@@ -52,7 +52,7 @@ def test_other_words_in_the_prompt_of_another_example_change_nothing(traces, voc
 def gradients_of_a_step(model, examples, vocabulary, micro):
     model.zero_grad()
     total = int(trace_tokens(examples, vocabulary, "p2r")[1].sum())
-    for part, weight in micro_batches(examples, micro, ALONE, model, vocabulary):
+    for part, weight in micro_batches(examples, micro, vocabulary, ALONE):
         (sft_loss(model, part, vocabulary, "p2r", "cpu")[0] * weight / total).backward()
     return [p.grad.clone() for p in model.parameters()]
 
