@@ -175,7 +175,7 @@ def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_p
 def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, capsys):
     rows = json.loads((toy / "rl.json").read_text())[:20]
     for i in data.step_indices(20, 2, 1, seed=0):             # what step 2 will ask for
-        rows[i]["path"] = "not/there.avi"
+        rows[i]["path"] = "rl.json"                         # a file, and no video
     (tmp_path / "rl.json").write_text(json.dumps(rows))
     pagrpo.main(rl_flags(tmp_path, toy, base, data=tmp_path / "rl.json", steps=3, heldout="", save_every=1, keep=3))
     assert "The media of none of this step's questions can be read" in capsys.readouterr().out
