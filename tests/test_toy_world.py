@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,15 +24,21 @@ def records(toy):
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return data.make_toy(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture(scope="module")
 def every(records):
     return [record for split in records.values() for record in split]
 
 
 @pytest.fixture(scope="module")
 def texts(every):
-    settings = data.InputSettings(prompt="short")
-    return [text for r in every for text in (data.instruction(r, settings), data.trace_text(r, "p2r"),
-                                             data.trace_text(r, "think"))]
+    settings, made = data.InputSettings(prompt="short"), []
+    for r in every:
+        made += data.instruction(r, settings), data.trace_text(r, "p2r"), data.trace_text(r, "think")
+    return made
 
 
 def letters(observation) -> list[str]:
@@ -40,8 +47,8 @@ def letters(observation) -> list[str]:
 
 def judged(records, spoil=lambda text: text) -> list[bool]:
     """Verdicts on the records' observations, spoilt."""
-    return [verdict.sufficient for verdict in
-            rule_judge([data.claim_about(r, spoil(r.trace["observation"])) for r in records])]
+    claims = [data.claim_about(r, spoil(r.trace["observation"])) for r in records]
+    return [verdict.sufficient for verdict in rule_judge(claims)]
 
 
 def files(folder):
@@ -58,17 +65,17 @@ class TestQuestions:
             assert toy_answer(read_toy(r), letters(r.trace["observation"])) == r.reference
 
     @pytest.mark.parametrize("name, asked, shown, answer", [
-        ("count", "red", ["red O", "green X", "red T"], "2"),
-        ("count", "blue", ["red O", "green X", "red T"], "0"),
-        ("read", "red", ["red O", "green X", "blue T"], "X T"),
-        ("read", "red", ["red O", "red X", "red T"], None),   # nothing is left to read
-        ("ends", "", ["red O", "green X", "blue T"], "a red O turns into a blue T"),
-        ("total", "", ["red O", "green X", "blue T"], "6"),
-        ("total", "", ["red O", "green X"], None),      # not the whole clip
-        ("total", "", ["red O", "green X", "blue T", "red O"], None),
+        ("count", "red", "red O, green X, red T", "2"),
+        ("count", "blue", "red O, green X, red T", "0"),
+        ("read", "red", "red O, green X, blue T", "X T"),
+        ("read", "red", "red O, red X, red T", None),   # nothing is left to read
+        ("ends", "", "red O, green X, blue T", "a red O turns into a blue T"),
+        ("total", "", "red O, green X, blue T", "6"),
+        ("total", "", "red O, green X", None),      # not the whole clip
+        ("total", "", "red O, green X, blue T, red O", None),
     ])
     def test_toy_answers_by_hand(self, name, asked, shown, answer):
-        assert toy_answer(Toy(name, asked, ()), shown) == answer
+        assert toy_answer(Toy(name, asked, ()), letters(shown)) == answer
 
     def test_the_right_option_is_what_comes_after_the_one_letter_asked_for(self, every):
         for r in every:
@@ -78,9 +85,9 @@ class TestQuestions:
                 right, = (option[0] for option in r.options if option[3:] == shown[place + 1])
                 assert right == r.reference
 
-    @pytest.mark.parametrize("kind", PROBLEM_TYPES)
-    def test_a_question_from_elsewhere_has_no_toy_answer(self, every, kind):
-        assert read_toy(replace(every[0], problem_type=kind, question="Why?")) is None
+    def test_a_question_from_elsewhere_has_no_toy_answer(self, every):
+        for r in every:
+            assert read_toy(replace(r, question="Why?")) is None
 
     @pytest.mark.parametrize("template", ["p2r", "think"])
     def test_every_trace_obeys_the_template_and_earns_full_marks(self, every, template):
@@ -152,34 +159,31 @@ class TestPretraining:
 class TestFiles:
     def test_a_written_clip_is_read_back_exactly(self, tmp_path):
         noise = np.random.default_rng(0)
-        for n in range(10):
-            frames = np.stack([data.draw(COLOURS[n % 4], LETTERS[n % 3], (0.0, 1.0), noise) for _ in range(6)])
+        for n in range(4):
+            frames = np.stack([data.draw(COLOURS[n], LETTERS[n % 3], (0.0, 1.0), noise) for _ in range(6)])
             (tmp_path / "x.avi").write_bytes(data.avi_bytes(frames, data.TOY_FPS))
             seen, seconds = data.read_video(tmp_path / "x.avi", data.InputSettings(frames=6, fps=data.TOY_FPS))
             assert np.array_equal(seen, frames) and seconds == pytest.approx(2 / data.TOY_FPS)
 
     @pytest.mark.parametrize("table, name, value", [
         (TOY_QUESTIONS, "count", ("numerical", "How often is a letter {}?")), (data.PAINT, "red", (255, 0, 0))])
-    def test_a_world_is_written_anew_when_its_code_was_edited(self, table, name, value, tmp_path, monkeypatch):
+    def test_a_world_is_written_anew_when_its_code_was_edited(self, table, name, value, small, tmp_path, monkeypatch):
         """Somebody changes the toy world and starts the same command again."""
-        data.make_toy(tmp_path / "old", SMALL)
+        shutil.copytree(small, tmp_path / "old")
         monkeypatch.setitem(table, name, value)
         old, new = (files(data.make_toy(tmp_path / folder, SMALL)) for folder in ("old", "new"))
-        monkeypatch.undo()
-        assert old == new != files(data.make_toy(tmp_path / "before", SMALL))
+        assert old == new != files(small)
 
-    def test_the_same_seed_writes_the_same_bytes(self, tmp_path):
-        one, two = (files(data.make_toy(tmp_path / name, SMALL)) for name in ("one", "two"))
-        assert one == two and len(one) == sum(SMALL.values()) + len(SMALL)
+    def test_the_same_seed_writes_the_same_bytes(self, small, tmp_path):
+        assert files(small) == files(data.make_toy(tmp_path, SMALL))
+        assert len(files(small)) == sum(SMALL.values()) + len(SMALL)
 
-    def test_a_world_that_was_left_half_written_is_completed(self, tmp_path):
-        whole = files(data.make_toy(tmp_path / "whole", SMALL))
-        half = data.make_toy(tmp_path / "half", SMALL)
+    def test_a_world_that_was_left_half_written_is_completed(self, small, tmp_path):
+        half = shutil.copytree(small, tmp_path / "half")
         (half / "heldout.json").unlink()
-        (half / "heldout" / "00003.avi").unlink()
-        (half / "heldout" / "00004.avi").write_bytes(b"RIFF")
-        data.make_toy(half, SMALL)
-        assert files(half) == whole
+        (half / "heldout/00003.avi").unlink()
+        (half / "heldout/00004.avi").write_bytes(b"RIFF")
+        assert files(data.make_toy(half, SMALL)) == files(small)
 
     def test_a_complete_world_is_left_alone(self, toy):
         when = {f: f.stat().st_mtime_ns for f in toy.rglob("*")}
