@@ -662,8 +662,8 @@ class Examples:
 def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]:
     """Indices of the records whose media exist under `root`. They are kept in `file`: a run that is
     resumed has the same order when more media have arrived. SystemExit if there are none."""
-    if file.is_file():
-        return json.loads(file.read_text())
+    if file.is_file() and file.with_name("settings.json").is_file():     # the run has begun
+        return [i for i in json.loads(file.read_text()) if i < len(records)]
     there = lru_cache(maxsize=None)(lambda path: (Path(root) / path).exists())
     found = [i for i, r in enumerate(records) if r.blind or there(r.path)]
     if len(found) < len(records):
