@@ -21,6 +21,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -44,11 +45,8 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
-                                    OffloadPolicy, fully_shard, register_fsdp_forward_method)
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 major, minor = torch.__version__.split(".")[:2]
@@ -99,11 +97,6 @@ class Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
 
-    def __post_init__(self):
-        half = self.head_dim // 2
-        if sum(self.mrope_section) != half:
-            raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {half}")
-
     @property
     def head_dim(self) -> int:                               # E
         return self.hidden_size // self.num_attention_heads
@@ -153,14 +146,14 @@ def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """For `apply_rotary`: (cos, cos) and (-sin, sin), each (…, E), for all heads. angles (…, E/2)"""
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Frequency i rotates the pair (a, b) = (x_i, x_{i + E/2}) to (a cos - b sin, b cos + a sin).
     x (…, E)"""
     cos, sin = rotary
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)              # (b, a)
+    swapped = x.roll(x.shape[-1] // 2, -1)                   # (b, a)
     return x * cos + swapped * sin
 
 
@@ -190,9 +183,9 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
         q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)        # (N, H, L, E)
         return out.transpose(1, 2).flatten(0, 1)
-    q, k, v = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
+    q, k, v = (x.transpose(0, 1).split(lengths, 1) for x in (q, k, v))
     outs = [F.scaled_dot_product_attention(*block) for block in zip(q, k, v)]   # each (H, L, E)
-    return torch.cat(outs, dim=1).transpose(0, 1)
+    return torch.cat(outs, 1).transpose(0, 1)
 
 
 class VisionAttention(nn.Module):
@@ -203,18 +196,18 @@ class VisionAttention(nn.Module):
         self.proj = Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3, self.heads, -1)
-        q, k, v = qkv.unbind(1)                              # each (S, H, E)
-        both = torch.cat([q, k], dim=1).float()
-        q, k = apply_rotary(both, rotary).to(x.dtype).chunk(2, dim=1)
+        qkv = self.qkv(x).view(len(x), 3 * self.heads, -1)
+        qk, v = qkv.split([2 * self.heads, self.heads], 1)
+        qk = apply_rotary(qk.float(), rotary).to(x.dtype)
+        q, k = qk.chunk(2, 1)                                # each (S, H, E)
         return self.proj(block_attention(q, k, v, blocks).flatten(1))
 
 
 class VisionBlock(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.norm1 = nn.RMSNorm(c.hidden_size, eps=1e-6)     # x / rms(x) · weight, computed in fp32
-        self.norm2 = nn.RMSNorm(c.hidden_size, eps=1e-6)
+        self.norm1 = nn.RMSNorm(c.hidden_size, 1e-6)     # x / rms(x) · weight, computed in fp32
+        self.norm2 = nn.RMSNorm(c.hidden_size, 1e-6)
         self.attn = VisionAttention(c)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
 
@@ -241,7 +234,7 @@ class PatchMerger(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.width = c.hidden_size * c.spatial_merge_size ** 2
-        self.ln_q = nn.RMSNorm(c.hidden_size, eps=1e-6)
+        self.ln_q = nn.RMSNorm(c.hidden_size, 1e-6)
         self.mlp = nn.Sequential(
             Linear(self.width, self.width), nn.GELU(), Linear(self.width, c.out_hidden_size))
 
@@ -262,121 +255,99 @@ class VisionEncoder(nn.Module):
         """Positions and blocks of all patches. `grid` holds (steps in time, rows, columns) of
         patches of each medium.
 
-        Returns the row and column of each patch (S, 2), the order that sorts merged tokens by
-        window (S/4,), and lengths of two kinds of blocks of the sorted patches: windows (most
-        layers) and frames (`fullatt_block_indexes`; never across time). A patch attends only to
-        patches of its own block.
+        Returns the row and column of each patch (S, 2), the order that sorts patches by window
+        (S,), and lengths of two kinds of blocks of the sorted patches: windows (most layers) and
+        frames (`fullatt_block_indexes`; never across time). A patch attends only to patches of its
+        own block.
         One frame of 4 × 6 merged tokens, windows 4 wide: each row lies in windows 0 0 0 0 1 1 →
         lengths [64, 32].
         """
         merge = self.config.spatial_merge_size
         side = self.config.window_size // self.config.patch_size // merge   # of a window, in tokens
         positions, windows, frames = [], [], []
-        for medium, (t, h, w) in enumerate(grid):
+        for t, h, w in grid:
             sizes = t, h // merge, w // merge, merge, merge  # the patches of a token are neighbours
             axes = torch.cartesian_prod(*map(torch.arange, sizes))
             step, row, column, y, x = axes.unbind(1)         # each (t·h·w,)
-            positions.append(torch.stack([row * merge + y, column * merge + x], dim=1))
-            index = torch.full_like(step, medium)
-            windows.append(torch.stack([index, step, row // side, column // side], dim=1))
+            positions.append(torch.stack([row * merge + y, column * merge + x], 1))
+            window = (len(frames) + step) * 10_000 + row // side       # numbered in reading order
+            windows.append(window * 10_000 + column // side)
             frames += [h * w] * t
-        window_of = torch.cat(windows)[::merge ** 2]         # (S/4, 4), one row for each token
-        _, number, counts = window_of.unique(dim=0, return_inverse=True, return_counts=True)
-        order = number.argsort(stable=True)
-        lengths = (counts * merge ** 2).tolist()
-        return torch.cat(positions).to(device), order.to(device), lengths, frames
+        windows = torch.cat(windows)
+        order = windows.argsort(stable=True)
+        _, lengths = windows.unique(return_counts=True)
+        return torch.cat(positions).to(device), order.to(device), lengths.tolist(), frames
 
     def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False
                 ) -> Tensor:
         """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder),
         in the same order."""
-        unit = self.config.spatial_merge_size ** 2           # patches of a token
+        c = self.config
         positions, order, windows, frames = self.layout(grid, pixels.device)
-        half = self.config.hidden_size // self.config.num_heads // 4   # of rows; and of columns
-        frequencies = inverse_frequencies(half, 10_000.0, pixels.device)
-        angles = (positions[:, :, None] * frequencies).flatten(1)      # (S, E/2)
-        angles = angles.unflatten(0, (-1, unit))[order].flatten(0, 1)
-        rotary = rotary_tables(angles[:, None], torch.float32)
-        x = self.patch_embed(pixels)                         # (S, D)
-        x = x.unflatten(0, (-1, unit))[order].flatten(0, 1)
+        count = c.hidden_size // c.num_heads // 4            # of frequencies for rows; for columns
+        frequencies = inverse_frequencies(count, 10_000.0, pixels.device)
+        angles = positions[order, :, None] * frequencies     # (S, 2, E/4)
+        rotary = rotary_tables(angles.view(-1, 1, 2 * count), torch.float32)
+        x = self.patch_embed(pixels)[order]                  # (S, D)
         for i, block in enumerate(self.blocks):
-            blocks = frames if i in self.config.fullatt_block_indexes else windows
+            blocks = frames if i in c.fullatt_block_indexes else windows
             x = run_block(block, save_memory, x, rotary, blocks)
-        return self.merger(x)[order.argsort()]
+        tokens = order[::c.spatial_merge_size ** 2].argsort()
+        return self.merger(x)[tokens]
 
 
 # -------------------------------------------------------------------------------- attention
 
-class PackedRow(NamedTuple):
-    """How a row of P + G·T places is split: the prompt, then G responses of T places each. (In
-    `logprobs` T − 1 places each: the last token is no input.)"""
-    prompt: int                                              # P
-    group: int                                               # G
-    lengths: list[int]                                       # (B,) of the prompts, without padding
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each query sees the keys up to its own place; the last query is at the place of the last key.
+    (`is_causal` puts the first query at the first key.) q (N, T, H, E), k, v (N, S, K, E) → as q"""
+    t, places = q.shape[1], k.shape[1]
+    mask = None
+    if t < places:
+        mask = torch.ones(t, places, dtype=torch.bool, device=q.device).tril(places - t)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-    """Attention in training: the prompt attends causally to itself, each response to the prompt and
-    causally to itself.
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, group: int, lengths: list[int], width: int
+                     ) -> Tensor:
+    """Attention in training, where a row is a prompt, P = `width` places with its padding, then G
+    responses of T places each (in `logprobs` T - 1: the last token is no input). The prompt attends
+    causally to itself, each response to the prompt and causally to itself.
 
     The prompt is computed once for its G responses, with the same numbers as in G separate
     sequences. Padding is at the end of a prompt: causality hides it from the prompt, and it is cut
-    off for the responses.
-    q (B, H, P + G·T, E), k, v (B, K, P + G·T, E) → as q
+    off for the responses. lengths: of the B prompts, without padding.
+    q (B, P + G·T, H, E), k, v (B, P + G·T, K, E) → as q
     """
-    responses = q.shape[2] - row.prompt                      # G·T
-    sizes = [row.prompt, responses]
-    (prompt_q, q), (prompt_k, k), (prompt_v, v) = (x.split(sizes, dim=2) for x in (q, k, v))
-    from_prompts = causal(prompt_q, prompt_k, prompt_v)
-    if not responses:                                        # of one token: the prompt predicts it
+    sizes = [width, q.shape[1] - width]
+    prompt_q, q = q.split(sizes, 1)
+    prompt_k, k = k.split(sizes, 1)
+    prompt_v, v = v.split(sizes, 1)
+    from_prompts = causal_attention(prompt_q, prompt_k, prompt_v)
+    if not q.numel():                                        # one token each: the prompt predicts it
         return from_prompts
-    q, k, v = (x.unflatten(2, (row.group, -1)).transpose(1, 2) for x in (q, k, v))
-    keys = behind_prompts(prompt_k, k, row.lengths)          # q (B, G, H, T, E), k, v (B, G, K, T, E)
-    values = behind_prompts(prompt_v, v, row.lengths)
+    q = q.unflatten(1, (group, -1))                          # (B, G, T, H, E)
+    keys = behind_prompts(prompt_k, k.unflatten(1, (group, -1)), lengths)
+    values = behind_prompts(prompt_v, v.unflatten(1, (group, -1)), lengths)
     if takes_flash(q):                                       # all questions in one call
-        t = q.shape[3]
-        lengths_q, lengths_k = [], []                        # of all B·G responses
-        for n in row.lengths:
-            lengths_q += [t] * row.group
-            lengths_k += [n + t] * row.group
-        rows = [one_behind_the_other(x) for x in (q, keys, values)]
-        out = varlen_attention(*rows, lengths_q, lengths_k, causal=True)       # (B·G·T, H, E)
-        out = out.unflatten(0, (len(q), -1)).transpose(1, 2)
+        out = flash_questions(q, keys, values)
     else:
         outs = [causal_attention(*question) for question in zip(q, keys, values)]
-        out = torch.stack(outs).transpose(1, 2).flatten(2, 3)
-    return torch.cat([from_prompts, out], dim=2)             # out (B, H, G·T, E)
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = torch.stack(outs)
+    return torch.cat([from_prompts, out.flatten(1, 2)], 1)
 
 
 def behind_prompts(prompts: Tensor, own: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Keys or values that the responses of each question attend to: those of its prompt, n long
-    without padding, then their own. prompts (B, K, P, E), own (B, G, K, T, E) → each (G, K, n + T, E)
-    """
+    """Keys or values that the responses of each question see: those of its prompt, n long without
+    padding, then their own. prompts (B, P, K, E), own (B, G, T, K, E) → B × (G, n + T, K, E)"""
     joined = []
     for prompt, responses, n in zip(prompts, own, lengths):
-        copies = prompt[:, :n].expand(len(responses), -1, -1, -1)
-        joined.append(torch.cat([copies, responses], dim=2))
+        copies = prompt[:n].expand(len(responses), -1, -1, -1)
+        joined.append(torch.cat([copies, responses], 1))
     return joined
-
-
-def one_behind_the_other(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors (N, H, T, E) as rows for `varlen_attention`, (ΣN·T, H, E)."""
-    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts])
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal, aligned at the lower right, and not, as `is_causal` is, top left.
-    q (G, H, T, E), k, v (G, K, S, E)"""
-    t, places = q.shape[2], k.shape[2]
-    if q.is_cuda:
-        mask = causal_lower_right(t, places)
-    else:
-        mask = torch.ones(t, places, dtype=torch.bool).tril(places - t)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class KV(NamedTuple):
@@ -385,17 +356,17 @@ class KV(NamedTuple):
     (N = B·G, S = T)."""
     k: Tensor                                                # (N, S, K, E)
     v: Tensor
-    used: Tensor                                             # (N,) int32: places in use, then padding
-    mask: Tensor | None = None                               # (N, 1, 1, S) -inf at padding, if any
+    used: Tensor                                             # (N,) int32: of the S places; the rest
+    mask: Tensor | None = None                               # is padding: (N, 1, 1, S) -inf there
     place: Tensor | None = None                              # (1,) where the current token's go
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, prompt: KV, own: KV) -> Tensor:
     """Attention in sampling: one token of each response; its key and value are written to `own`.
-    q (B·G, H, 1, E), k, v (B·G, K, 1, E) → as q"""
-    own.k.index_copy_(1, own.place, k.transpose(1, 2))
-    own.v.index_copy_(1, own.place, v.transpose(1, 2))
-    return decode_attention(q[:, :, 0], prompt, own)[:, :, None]
+    q (B·G, 1, H, E), k, v (B·G, 1, K, E) → as q"""
+    own.k.index_copy_(1, own.place, k)
+    own.v.index_copy_(1, own.place, v)
+    return decode_attention(q.squeeze(1), prompt, own).unsqueeze(1)
 
 
 def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
@@ -409,33 +380,28 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
     from_prompt, lse_prompt = attend(q, prompt)
     from_own, lse_own = attend(q, own)
     w = torch.sigmoid(lse_prompt - lse_own)[..., None]
-    return torch.lerp(from_own.float(), from_prompt.float(), w).to(q.dtype)
+    out = torch.lerp(from_own.float(), from_prompt.float(), w)
+    return out.to(q.dtype)
 
 
 def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
     """Attention of Q queries a row to all places in use, and the log-sum-exp of the scores. No
-    gradient. On CUDA no shape depends on how many are in use: a recorded step serves every token.
-    q (N·Q, H, E) → as q, (N·Q, H)"""
+    gradient. q (N·Q, H, E) → as q, (N·Q, H)"""
     if takes_flash(q):
         return flash_attend(q, kv)
-    room = kv.k.shape[1]
+    k, v = kv.k.transpose(1, 2), kv.v.transpose(1, 2)        # (N, K, S, E)
     if kv.place is not None:
-        room = int(kv.place) + 1
-    k = kv.k[:, :room].transpose(1, 2)                       # (N, K, S, E)
-    v = kv.v[:, :room].transpose(1, 2)
+        used = int(kv.place) + 1
+        k, v = k[:, :, :used], v[:, :, :used]
     n, heads, _, e = k.shape
-    grouped = q.view(n, -1, heads, q.shape[1] // heads, e)   # (N, Q, K, r, E)
-    queries = grouped.shape[1]
-    # Heads with one key head, and the queries of a row, are rows of one product.
-    rows = grouped.transpose(1, 2).flatten(2, 3)             # (N, K, Q·r, E)
-    mask = kv.mask
-    if mask is not None:
-        mask = mask.expand(-1, -1, rows.shape[2], -1)
+    queries = len(q) // n
+    # Heads that share a key head, and the queries of a row, are rows of one product.
+    rows = q.view(n, queries, heads, -1, e).transpose(1, 2).flatten(2, 3)      # (N, K, Q·r, E)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if q.is_cuda:
         kernel = plain_attention
-    out, lse = kernel(rows, k, v, attn_mask=mask)            # (N, K, Q·r, E), (N, K, Q·r)
-    out = out.unflatten(2, (queries, -1)).transpose(1, 2)
+    out, lse = kernel(rows, k, v, attn_mask=kv.mask)         # (N, K, Q·r, E), (N, K, Q·r)
+    out = out.unflatten(2, (queries, -1)).transpose(1, 2)    # (N, Q, K, r, E)
     lse = lse.unflatten(2, (queries, -1)).transpose(1, 2)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
@@ -459,14 +425,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Callable) -> Tensor:
         """x (N, T, D) → (N, T, D)"""
-        q = apply_rotary(self.heads(self.q_proj(x)), rotary)           # (N, H, T, E)
-        k = apply_rotary(self.heads(self.k_proj(x)), rotary)           # (N, K, T, E)
-        v = self.heads(self.v_proj(x))
-        out = attention(q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def heads(self, x: Tensor) -> Tensor:                    # (N, T, H·E) → (N, H, T, E)
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        heads = -1, self.head_dim
+        q = apply_rotary(self.q_proj(x).unflatten(2, heads), rotary)   # (N, T, H, E)
+        k = apply_rotary(self.k_proj(x).unflatten(2, heads), rotary)   # (N, T, K, E)
+        v = self.v_proj(x).unflatten(2, heads)
+        return self.o_proj(attention(q, k, v).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -519,24 +482,22 @@ def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list
     Raises ValueError if placeholders and grids disagree.
     """
     merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
-    is_medium = config.is_medium(ids)
-    filled = torch.zeros_like(is_medium)                     # by the media of `grid`
-    pieces, at, start = [], 0, 0                             # `at` in tokens, `start` in positions
+    is_medium = config.is_medium(ids).tolist()
+    pieces, filled, start = [], [], 0                        # `filled` is what `is_medium` should be
     for (t, h, w), step in zip(grid, seconds, strict=True):
-        text = int((is_medium[at:].cumsum(0) == 0).sum())    # tokens before the next placeholder
+        rest = [*is_medium[len(filled):], True]
+        text = rest.index(True)                              # tokens before the next placeholder
         pieces.append(torch.arange(start, start + text).expand(3, -1))
         time = (torch.arange(t) * step * rate).long()
-        axes = time, torch.arange(h // merge), torch.arange(w // merge)
-        medium = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start + text
-        pieces.append(medium)
-        begin, at = at + text, at + text + medium.shape[1]
-        filled[begin:at] = True
-        start = int(medium.max()) + 1
-    if at > len(ids) or not torch.equal(filled, is_medium):
+        axes = torch.cartesian_prod(time, torch.arange(h // merge), torch.arange(w // merge))
+        pieces.append(axes.T + start + text)
+        filled += [False] * text + [True] * len(axes)
+        start = int(pieces[-1].max()) + 1
+    text = len(ids) - len(filled)
+    if filled + [False] * text != is_medium:
         raise ValueError(f"the placeholders of media in the prompt do not fit the grids {grid}")
-    end = start + len(ids) - at
-    pieces.append(torch.arange(start, end).expand(3, -1))
-    return torch.cat(pieces, dim=1), end
+    pieces.append(torch.arange(start, start + text).expand(3, -1))
+    return torch.cat(pieces, 1), start + text
 
 
 # -------------------------------------------------------------------------------- the whole model
@@ -553,10 +514,8 @@ class Prompts:
     grid: list[tuple[int, int, int]]                         # (steps, rows, columns) of each medium
 
     def to(self, device) -> "Prompts":
-        moved = {}
-        for name, x in vars(self).items():
-            moved[name] = x.to(device) if isinstance(x, Tensor) else x
-        return Prompts(**moved)
+        values = vars(self).values()
+        return Prompts(*(x.to(device) if isinstance(x, Tensor) else x for x in values))
 
 
 class Sampled(NamedTuple):
@@ -601,12 +560,15 @@ class Step:
                  limit: int):
         self.model = model
         self.prompt_kv = prompt_kv
-        self.start = prompts.next_position.repeat_interleave(group)    # (B·G,) of the first token
-        self.place = self.start.new_zeros(1)
-        self.used = torch.zeros_like(self.start, dtype=torch.int32)
+        cache = prompt_kv[0].k                               # (B, P, K, E)
+        start = prompts.next_position.repeat_interleave(group)         # (B·G,) of the first token
+        positions = start[:, None] + torch.arange(limit, device=start.device)
+        self.tables = model.rotary(positions.expand(3, -1, -1), cache.dtype)   # (B·G, T, 1, E) each
+        self.place = start.new_zeros(1)
+        self.used = torch.zeros_like(start, dtype=torch.int32)
         self.caches = []
-        for prompt in prompt_kv:
-            k = prompt.k.new_zeros(len(self.start), limit, *prompt.k.shape[2:])   # (B·G, T, K, E)
+        for _ in prompt_kv:
+            k = cache.new_zeros(len(start), limit, *cache.shape[2:])   # (B·G, T, K, E)
             self.caches.append(KV(k, torch.zeros_like(k), self.used, None, self.place))
 
     @torch.inference_mode()                  # no_grad without bookkeeping: 12 % of a row on a CPU
@@ -618,8 +580,7 @@ class Step:
     def forward(self, tokens: Tensor) -> Tensor:
         decoder = self.model.model
         x = decoder.embed_tokens(tokens[:, None])                      # (B·G, 1, D)
-        positions = (self.start + self.place).expand(3, -1)[..., None]
-        rotary = self.model.rotary(positions, x.dtype)
+        rotary = [x.index_select(1, self.place) for x in self.tables]  # (B·G, 1, 1, E) each
         for layer, prompt, own in zip(decoder.layers, self.prompt_kv, self.caches):
             attention = partial(cached_attention, prompt=prompt, own=own)
             x = layer.forward(x, rotary, attention)
@@ -658,13 +619,13 @@ class Qwen2_5_VL(nn.Module):
             return logits.index_fill_(-1, self.masked_token_ids, -1e30)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (3, N, T) → tables (N, 1, T, E). Each frequency follows one axis, in runs of
+        """positions (3, N, T) → tables (N, T, 1, E). Each frequency follows one axis, in runs of
         `mrope_section`."""
         c = self.config
         frequencies = inverse_frequencies(c.head_dim // 2, c.rope_theta, positions.device)
-        runs = (positions[..., None] * frequencies).split(c.mrope_section, dim=-1)
-        angles = torch.cat([run[axis] for axis, run in enumerate(runs)], dim=-1)   # (N, T, E/2)
-        return rotary_tables(angles[:, None], dtype)
+        runs = (positions[..., None] * frequencies).split(c.mrope_section, -1)
+        angles = torch.cat([run[axis] for axis, run in enumerate(runs)], -1)   # (N, T, E/2)
+        return rotary_tables(angles[:, :, None], dtype)
 
     def embed(self, prompts: Prompts) -> Tensor:
         """Embeddings of the prompts, with the features of the media at their placeholders,
@@ -689,12 +650,12 @@ class Qwen2_5_VL(nn.Module):
         padding = torch.arange(x.shape[1], device=x.device) >= used[:, None]   # (B, P)
         mask = None
         if padding.any():
-            mask = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None]
+            mask = torch.where(padding, -torch.inf, 0.0)[:, None, None].to(x.dtype)
         prompt_kv = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            prompt_kv.append(KV(k.transpose(1, 2), v.transpose(1, 2), used, mask))
-            return causal(q, k, v)                           # hides the padding, which is at the end
+            prompt_kv.append(KV(k, v, used, mask))
+            return causal_attention(q, k, v)                 # hides padding, which is at the end
         rotary = self.rotary(prompts.positions, x.dtype)
         x = self.model(x, rotary, attention, first, save_memory=False)
         return self.model.norm(x), prompt_kv
@@ -711,33 +672,33 @@ class Qwen2_5_VL(nn.Module):
         would run for every token.
         """
         b, g, limit = uniforms.shape
-        uniforms = uniforms.to(prompts.ids.device).flatten(0, 1)       # (B·G, T)
-        stops = torch.tensor(stop_ids, device=uniforms.device)
+        device = prompts.ids.device
+        stops = torch.tensor(stop_ids, device=device)
         first = int(prompts.lengths.min()) - 1
         hidden, prompt_kv = self.prefill(prompts, first)
-        last = last_of_prompts(hidden, prompts, first)
+        last = hidden[torch.arange(b, device=device), prompts.lengths - 1 - first]
         logits = self.logits(last).repeat_interleave(g, 0)             # (B·G, V)
-        tokens = torch.zeros_like(uniforms, dtype=torch.long)
-        logprobs = torch.zeros_like(uniforms, dtype=torch.float32)
-        lengths = torch.zeros_like(tokens[:, 0])
-        active = torch.ones_like(lengths, dtype=torch.bool)
         step = Step(self, prompts, prompt_kv, g, limit)
         if takes_flash(hidden):                              # both compute the same, faster
             record_step(step)
         elif not hidden.is_cuda:
             shorten_step(step)
-        check_every = 16 if hidden.is_cuda else 1            # the CPU waits for the GPU to read `active`
-        for t in range(limit):
-            token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
-            tokens[:, t] = token * active
-            logprobs[:, t] = logprob * active
+        check_every = 16 if hidden.is_cuda else 1            # to read `active`, the CPU waits
+        active = torch.ones(b * g, dtype=torch.bool, device=device)
+        lengths = torch.zeros_like(active, dtype=torch.long)
+        tokens, logprobs = [], []
+        for t, draws in enumerate(uniforms.to(device).flatten(0, 1).unbind(1)):
+            token, logprob = sample_token(logits, draws, temperature, top_p)
+            tokens.append(token * active)
+            logprobs.append(logprob * active)
             lengths += active
             active = active & ~torch.isin(token, stops)
-            if t + 1 == limit or (t + 1) % check_every == 0 and not bool(active.any()):
+            if t + 1 == limit or (t + 1) % check_every == 0 and not active.any():
                 break
-            logits = step(tokens[:, t], t)
+            logits = step(tokens[t], t)
         longest = int(lengths.max())
-        tokens, logprobs = (x[:, :longest].unflatten(0, (b, g)) for x in (tokens, logprobs))
+        tokens = torch.stack(tokens[:longest], 1).view(b, g, -1)
+        logprobs = torch.stack(logprobs[:longest], 1).view(b, g, -1)
         return Sampled(tokens, lengths.view(b, g), logprobs, ~active.view(b, g))
 
     def logprobs(self, prompts: Prompts, tokens: Tensor, lengths: Tensor, temperature: float = 1.0
@@ -753,19 +714,19 @@ class Qwen2_5_VL(nn.Module):
         p, device = prompts.ids.shape[1], tokens.device
         inputs = tokens[:, :, :-1].flatten(1)                # (B, G·(T-1)): the last is no input
         responses = self.model.embed_tokens(inputs)
-        x = torch.cat([self.embed(prompts), responses], dim=1)         # (B, P + G·(T-1), D)
+        x = torch.cat([self.embed(prompts), responses], 1)         # (B, P + G·(T-1), D)
         steps = torch.arange(t - 1, device=device).repeat(g)
         following = prompts.next_position[:, None] + steps   # (B, G·(T-1))
-        positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2)
+        positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], 2)
         rotary = self.rotary(positions, x.dtype)
-        row = PackedRow(p, g, prompts.lengths.tolist())
-        attention = partial(packed_attention, row=row)
-        first = min(row.lengths) - 1         # nothing is predicted before it: the last layer skips it
+        prompt_lengths = prompts.lengths.tolist()
+        attention = partial(packed_attention, group=g, lengths=prompt_lengths, width=p)
+        first = min(prompt_lengths) - 1      # nothing is predicted before: the last layer skips it
         x = self.model(x, rotary, attention, first, self.save_memory)
-        prompt, others = x.split([p - first, g * (t - 1)], dim=1)
-        last = last_of_prompts(prompt, prompts, first)       # (B, D), predicts token 0
-        last = last[:, None, None].expand(b, g, 1, -1)
-        hidden = torch.cat([last, others.unflatten(1, (g, t - 1))], dim=2)     # (B, G, T, D)
+        prompt, others = x.split([p - first, g * (t - 1)], 1)
+        last = prompt[torch.arange(b, device=device), prompts.lengths - 1 - first]
+        last = last[:, None, None].expand(b, g, 1, -1)       # it predicts token 0
+        hidden = torch.cat([last, others.unflatten(1, (g, t - 1))], 2)     # (B, G, T, D)
         real = torch.arange(t, device=device) < lengths[..., None]             # (B, G, T)
         hidden = self.model.norm(hidden[real])               # (N, D)
         logprobs, entropies = self.token_logprobs(hidden, tokens[real], temperature)
@@ -777,13 +738,11 @@ class Qwen2_5_VL(nn.Module):
         """log p(target) and entropy, in chunks recomputed in backward.
         hidden (N, D), targets (N,) → (N,), (N,)"""
         size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size)
-        if len(hidden) <= size:
-            return self.score(hidden, targets, temperature)
-        chunks = []
+        several, chunks = len(hidden) > size, []
         for h, t in zip(hidden.split(size), targets.split(size)):
-            chunks.append(run_block(self.score, True, h, t, temperature))
-        logprobs, entropies = zip(*chunks)
-        return torch.cat(logprobs), torch.cat(entropies)
+            chunks.append(run_block(self.score, several, h, t, temperature))
+        logprobs, entropies = map(torch.cat, zip(*chunks))
+        return logprobs, entropies
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.logits(hidden)
@@ -794,12 +753,6 @@ class Qwen2_5_VL(nn.Module):
             # Not logprobs.exp(): that of -1e30 is slow on a CPU.
             entropies = -(logits.softmax(-1) * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropies
-
-
-def last_of_prompts(hidden: Tensor, prompts: Prompts, first: int) -> Tensor:
-    """Where each prompt ends, (B, D). hidden (B, P - first, D)"""
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return hidden[rows, prompts.lengths - 1 - first]
 
 
 def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
@@ -818,7 +771,6 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
 
 # -------------------------------------------------------------------------------- kernels
 
-HALF = (torch.bfloat16, torch.float16)                       # what flash kernels on CUDA accept
 # SDPA's kernel of cuDNN, the first choice on Hopper, builds a plan for each new shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
 GQA = {}                                                     # torch 2.11 groups heads unasked
@@ -851,7 +803,8 @@ if ONEDNN:
 
 
 def takes_flash(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in HALF
+    """Flash kernels are for CUDA in half precision."""
+    return x.is_cuda and x.dtype.itemsize == 2
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int],
@@ -871,16 +824,29 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int],
     return varlen_attn(q, k, v, *where, window_size=window, **GQA)
 
 
+def flash_questions(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """`causal_attention` of each question, all in one call. q (B, G, T, H, E), as the result; keys
+    and values B × (G, S, K, E) with an S of each question."""
+    b, g, t = q.shape[:3]
+    lengths = []
+    for responses in keys:
+        lengths += [responses.shape[1]] * g
+    k, v = (torch.cat([x.flatten(0, 1) for x in parts]) for parts in (keys, values))
+    out = varlen_attention(q.flatten(0, 2), k, v, [t] * b * g, lengths, causal=True)
+    return out.unflatten(0, (b, g, t))
+
+
 def flash_attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-    """As `attend`, by the kernel that varlen_attn calls; in torch 2.11 that takes no `seqused_k`."""
+    """As `attend`. No shape depends on how many places are in use, so that a recorded step serves
+    every token. The kernel is that of varlen_attn, which takes no `seqused_k` in torch 2.11."""
     n, room = kv.k.shape[:2]
     queries = len(q) // n
+    k, v = kv.k.flatten(0, 1), kv.v.flatten(0, 1)            # (N·S, K, E)
     first_q = starts((queries,) * n, q.device)
     first_k = starts((room,) * n, q.device)
-    # 0.0, False, False: no dropout, no causal mask, no debugging.
+    no = 0.0, False, False                                   # dropout, causal mask, debugging
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, kv.k.flatten(0, 1), kv.v.flatten(0, 1), first_q, first_k, queries, room,
-        0.0, False, False, seqused_k=kv.used)
+        q, k, v, first_q, first_k, queries, room, *no, seqused_k=kv.used)
     return out, lse.T
 
 
@@ -888,8 +854,7 @@ def flash_attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
 @torch.inference_mode(False)                 # the backward pass takes no tensor of inference mode
 def starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where rows of these lengths start, and the end of the last one: (2, 3) → [0, 2, 5], int32."""
-    ends = torch.tensor(lengths).cumsum(0)
-    return F.pad(ends, (1, 0)).int().to(device)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
@@ -911,7 +876,8 @@ def record_step(step: Step) -> None:
     copied to a tensor that stays, logits are valid until the next call, and weights must not move: a
     graph serves one rollout.
     """
-    plain, graph, tokens = step.forward, torch.cuda.CUDAGraph(), torch.zeros_like(step.start)
+    plain, graph = step.forward, torch.cuda.CUDAGraph()
+    tokens = torch.zeros_like(step.used, dtype=torch.long)
     step(tokens, 0)                          # warms the libraries up; the first token overwrites it
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # other threads may use CUDA
         logits = plain(tokens)
@@ -925,68 +891,55 @@ def record_step(step: Step) -> None:
 
 def shorten_step(step: Step) -> None:
     """Makes `step` half the operations; their number is what it costs on a CPU. Matrices with one
-    input are joined, and all rotary tables are made beforehand. With a response each, prompts of one
-    length are put into the same cache."""
-    model, place = step.model, step.place                    # `forward` knows no step
+    input are joined, and all rotary tables are made beforehand. With a response each, prompts of
+    one length are put into the same cache."""
+    model, place, tables = step.model, step.place, step.tables         # `forward` knows no step
     prompt_kv, caches = step.prompt_kv, step.caches
     n, room, kv_heads, e = caches[0].k.shape
     heads = model.config.num_attention_heads
-    before = 0                                               # places of the prompt in the same cache
+    before = 0                                               # places of a prompt in the same cache
     if len(prompt_kv[0].k) == n and prompt_kv[0].mask is None:
         before = prompt_kv[0].k.shape[1]
-        caches = [joined_cache(*pair) for pair in zip(prompt_kv, caches)]
+        caches = [with_room(prompt, own) for prompt, own in zip(prompt_kv, caches)]
     layers = [joined_layer(layer, n) for layer in model.model.layers]
     head = reordered(model.head.weight, n)
-    positions = (step.start[:, None] + torch.arange(room)).expand(3, -1, -1)   # (3, N, T)
-    tables = model.rotary(positions, caches[0].k.dtype)      # (N, 1, T, E)
-    cos, sin = (x.transpose(1, 2).unbind(1) for x in tables)           # T × (N, 1, E)
 
     def forward(tokens: Tensor) -> Tensor:
         t = int(place)
-        rotary = cos[t], sin[t]
+        rotary = [x[:, t] for x in tables]
         x = model.model.embed_tokens(tokens)                 # (N, D)
         for layer, prompt, own in zip(layers, prompt_kv, caches):
-            qkv = product(layer.norm_1(x), layer.qkv) + layer.bias
-            qk, v = qkv.view(n, -1, e).split([heads + kv_heads, kv_heads], dim=1)
-            q, k = apply_rotary(qk, rotary).split([heads, kv_heads], dim=1)    # (N, H or K, E)
+            norm_1, norm_2, bias, qkv, o, gate_up, down = layer
+            joined = (product(norm_1(x), qkv) + bias).view(n, -1, e)
+            qk, v = joined.split([heads + kv_heads, kv_heads], 1)
+            q, k = apply_rotary(qk, rotary).split([heads, kv_heads], 1)        # (N, H or K, E)
             own.k[:, before + t] = k
             own.v[:, before + t] = v
             own.place.fill_(before + t)
             attended = attend(q, own)[0] if before else decode_attention(q, prompt, own)
-            x = x + product(attended.view(n, -1), layer.o)
-            gate, up = product(layer.norm_2(x), layer.gate_up).chunk(2, dim=1)
-            x = x + product(F.silu(gate) * up, layer.down)
+            x = x + product(attended.view(n, -1), o)
+            gate, up = product(norm_2(x), gate_up).chunk(2, 1)
+            x = x + product(F.silu(gate) * up, down)
         return model.mask(product(model.model.norm(x), head))
     step.forward = forward
 
 
-class JoinedLayer(NamedTuple):
-    """A decoder layer of four matrices, `reordered`: of queries, keys and values, of the output, of
-    gate and up, of down."""
-    norm_1: nn.Module
-    qkv: Tensor
-    bias: Tensor
-    o: Tensor
-    norm_2: nn.Module
-    gate_up: Tensor
-    down: Tensor
-
-
-def joined_layer(layer: DecoderLayer, rows: int) -> JoinedLayer:
+def joined_layer(layer: DecoderLayer, rows: int) -> tuple:
+    """Norms, bias and matrices of a layer, in the order in which `shorten_step` takes them."""
     a, mlp = layer.self_attn, layer.mlp
     qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
     bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias])
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-    return JoinedLayer(
-        layer.input_layernorm, reordered(qkv, rows), bias, reordered(a.o_proj.weight, rows),
-        layer.post_attention_layernorm, reordered(gate_up, rows),
-        reordered(mlp.down_proj.weight, rows))
+    weights = qkv, a.o_proj.weight, gate_up, mlp.down_proj.weight
+    matrices = [reordered(weight, rows) for weight in weights]
+    return layer.input_layernorm, layer.post_attention_layernorm, bias, *matrices
 
 
-def joined_cache(prompt: KV, own: KV) -> KV:
-    k = torch.cat([prompt.k, own.k], dim=1)
-    v = torch.cat([prompt.v, own.v], dim=1)
-    return KV(k, v, own.used, None, own.place.clone())
+def with_room(prompt: KV, own: KV) -> KV:
+    """The prompt's keys and values, with room for those of one response."""
+    k = torch.cat([prompt.k, own.k], 1)
+    v = torch.cat([prompt.v, own.v], 1)
+    return own._replace(k=k, v=v, place=own.place.clone())
 
 
 def reordered(weight: Tensor, rows: int) -> Tensor:
@@ -1015,27 +968,26 @@ SMALLEST_IN_BF16 = 512                                       # hidden_size
 
 def compute_dtype(device: torch.device, config: Config) -> torch.dtype:
     """bfloat16 on a GPU that computes in it, else float32. Toy-sized models are float32 everywhere."""
-    if device.type != "cuda" or config.hidden_size < SMALLEST_IN_BF16:
-        return torch.float32
-    supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if supported else torch.float32
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    large = config.hidden_size >= SMALLEST_IN_BF16
+    return torch.bfloat16 if supported and large else torch.float32
 
 
-def shard(model: Qwen2_5_VL, mesh: DeviceMesh, offload: bool = False) -> Qwen2_5_VL:
+def shard(model: Qwen2_5_VL, mesh, offload: bool = False) -> Qwen2_5_VL:
     """FSDP2: each rank keeps a part of every weight; a block's weights are gathered in
     `compute_dtype` while it runs. The root holds embedding, last norm and head. `offload` keeps the
-    parts in host memory (frozen models only)."""
+    parts in host memory (frozen models only). mesh: a DeviceMesh."""
     device = torch.device(mesh.device_type)
     dtype = compute_dtype(device, model.config)
     # Inputs are not cast: rotary tables stay fp32.
-    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    placement = OffloadPolicy()
+    precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    placement = fsdp.OffloadPolicy()
     if offload:
-        placement = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        placement = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in (*model.visual.blocks, *model.model.layers, model.visual, model):
-        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=placement)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=placement)
     for entry in ("generate", "logprobs"):   # FSDP gathers the root's weights for these calls too
-        register_fsdp_forward_method(model, entry)
+        fsdp.register_fsdp_forward_method(model, entry)
     model.sharded = True
     return model
 
@@ -1068,17 +1020,18 @@ def gathered(model: Qwen2_5_VL):
     if not model.sharded:                                    # or gathered by a caller
         yield
         return
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    modules = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
     frozen = not any(p.requires_grad for p in model.parameters())
     model.sharded = False
+    model.set_reshard_after_forward(False)
     for module in modules:
         module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for module in modules:               # as build_model set it: in training the root stays whole
-            module.set_reshard_after_forward(frozen or module is not model, recurse=False)
+        model.set_reshard_after_forward(True)                # then as in `build_model`
+        model.set_reshard_after_forward(frozen, recurse=False)
+        for module in modules:
             module.reshard()
         model.sharded = True
 
@@ -1087,7 +1040,6 @@ def gathered(model: Qwen2_5_VL):
 
 SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file
 CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SUPPORTED = {  # fields of config.json that would change the network
     "rope_type": ("mrope", "default"), "type": ("mrope", "default"), "hidden_act": ("silu",),
     "use_sliding_window": (False,)}
@@ -1105,12 +1057,15 @@ def why_unusable(folder: Path) -> str:
 
 
 def build_config(cls, source: dict):
-    """A VisionConfig or Config from the fields that `source` has. Raises TypeError naming those that
-    are missing."""
+    """A VisionConfig or Config from the fields that `source` has; null is as good as absent. Raises
+    TypeError naming those that are missing, ValueError for one that would change the network."""
     fields = {}
-    for name in cls.__dataclass_fields__:
-        value = source.get(name)
-        if value is not None:
+    for name, value in source.items():
+        if value is None:
+            continue
+        if value not in SUPPORTED.get(name, [value]):
+            raise ValueError(f"{name} {value!r} is not supported, only {SUPPORTED[name]}")
+        if name in cls.__dataclass_fields__:
             fields[name] = tuple(value) if isinstance(value, list) else value
     return cls(**fields)
 
@@ -1119,22 +1074,15 @@ def read_config(folder: str | Path) -> Config:
     """Reads config.json of a Qwen2.5-VL folder. Raises FileNotFoundError, or ValueError naming what
     is missing, or what would make it another network."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no config.json")
     try:
-        raw = dict(json.loads(path.read_text()))
-        encoder = raw.get("vision_config", {})
+        raw = json.loads(path.read_text())
         nested = raw.get("text_config", {})
         text = raw | {k: v for k, v in nested.items() if v is not None}
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-        for name, value in [*rope.items(), *text.items(), *encoder.items()]:
-            allowed = SUPPORTED.get(name, (value,))
-            if value is not None and value not in allowed:
-                raise ValueError(f"{name} {value!r} is not supported, only {allowed[0]!r}")
-        tied = bool(raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))
-        vision = build_config(VisionConfig, encoder)
-        text |= {"tie_word_embeddings": tied, "vision": vision}
-        return build_config(Config, rope | text)
+        tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
+        vision = build_config(VisionConfig, raw.get("vision_config", {}))
+        special = {"tie_word_embeddings": bool(tied), "vision": vision}
+        return build_config(Config, rope | text | special)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; is this a Qwen2.5-VL checkpoint?") from None
 
@@ -1159,25 +1107,17 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
 
 
 def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
-    """Maps each tensor to its file: one that the index stem.safetensors.index.json lists, without an
-    index stem.safetensors. No other file is read. {} if there is none. Raises ValueError if one is
-    damaged or missing."""
+    """Maps each tensor to its file: as the index stem.safetensors.index.json says, without an index
+    to stem.safetensors. No other file counts. {} if there is none."""
     index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in files.items()}
     path = folder / f"{stem}.safetensors"
-    files, where = set(), {}
-    try:
-        if index.is_file():
-            path = index
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = {folder / name for name in names}
-        elif path.is_file():
-            files = {path}
-        for path in sorted(files):
-            with safe_open(path, "pt") as file:
-                where |= dict.fromkeys(file.keys(), path)
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or missing: {error}") from None
-    return where
+    if not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), path)
 
 
 def load_weights(folder: str | Path, model: Qwen2_5_VL, dtype: torch.dtype, device="cpu"
@@ -1187,34 +1127,31 @@ def load_weights(folder: str | Path, model: Qwen2_5_VL, dtype: torch.dtype, devi
 
     Names as transformers has them in memory are accepted, and an output matrix beside an equal
     embedding that it is tied to."""
-    tied = model.config.tie_word_embeddings
+    folder, tensors = Path(folder), {}
+    try:
+        for stored, path in tensor_files(folder, "model").items():
+            with safe_open(path, "pt") as file:
+                x = file.get_tensor(stored)
+            if not x.isfinite().all():
+                raise ValueError(f"{stored} contains NaN or infinite values")
+            name = stored.replace("model.language_model.", "model.")
+            name = name.replace("model.visual.", "visual.")
+            tensors[name] = x.to(device, dtype)
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
+    if not tensors:
+        raise ValueError(f"{folder}: no model.safetensors{why_unusable(folder)}")
+    head = tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    found = {name: x.shape for name, x in tensors.items()}
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    where = {}
-    for stored, path in tensor_files(Path(folder), "model").items():
-        name = stored.replace("model.language_model.", "model.")
-        name = name.replace("model.visual.", "visual.")
-        where[name] = path, stored
-    if not where:
-        raise ValueError(f"{folder}: no model.safetensors{why_unusable(Path(folder))}")
-    if tied and HEAD in where:
-        wanted[HEAD] = wanted[EMBEDDING]
-    missing, unexpected = wanted.keys() - where.keys(), where.keys() - wanted.keys()
-    for kind, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            some = ", ".join(sorted(names)[:5])
-            raise ValueError(f"{folder}: {len(names)} {kind} tensors: {some}")
-    tensors = {}
-    for name, (path, stored) in where.items():
-        with safe_open(path, "pt") as file:
-            x = file.get_tensor(stored)
-        if x.shape != wanted[name]:
-            shapes = f"shape {tuple(x.shape)}, not {tuple(wanted[name])}"
-            raise ValueError(f"{path}: {name} has {shapes}")
-        if not bool(x.isfinite().all()):
-            raise ValueError(f"{path}: {name} contains NaN or infinite values")
-        tensors[name] = x.to(device, dtype)
-    if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise ValueError(f"{folder}: {HEAD} differs from {EMBEDDING}, to which config.json ties it")
+    wrong = sorted({name for name, _ in found.items() ^ wanted.items()})
+    if wrong:
+        first = wrong[0]
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json: {first} is "
+                         f"{found.get(first, 'missing')}, not {wanted.get(first, 'expected')}")
+    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, to which "
+                         "config.json ties it")
     return tensors
 
 
@@ -1227,43 +1164,41 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
     return model
 
 
-def newest_checkpoint(folder: str | Path, optimizer: bool = False) -> Path:
-    """A model folder itself, or a run's newest checkpoint. One that cannot be read, its state.json
-    or a safetensors header, is named, and the one before is taken. `optimizer`: its files count too.
-    Raises FileNotFoundError if nothing is left."""
+def newest_checkpoint(folder: str | Path) -> Path:
+    """A model folder itself, or a run's newest checkpoint. One whose state.json or whose header of a
+    safetensors file cannot be read is named, and the one before is taken. Raises FileNotFoundError
+    if nothing is left."""
     folder = Path(folder)
-    found = sorted(folder.glob(CHECKPOINTS), reverse=True)
+    checkpoints = sorted(folder.glob(CHECKPOINTS), reverse=True)
     if (folder / "config.json").is_file():
         if not (folder / "state.json").is_file():            # a model from elsewhere
             return folder
-        found = [folder]
-    stems = ("model", "optimizer") if optimizer else ("model",)
-    for path in found:
+        checkpoints = [folder]
+    for path in checkpoints:
         try:
             json.loads((path / "state.json").read_text())
-            for stem in stems:
-                tensor_files(path, stem)
+            for file in path.glob("*.safetensors"):
+                with safe_open(file, "pt"):
+                    pass
             return path
-        except (OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             print(f"{path} is damaged and not used: {error}", file=sys.stderr, flush=True)
     raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint, or they "
                             f"are damaged{why_unusable(folder)}")
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str,
-                  shard_bytes: int = SHARD_BYTES) -> None:
+def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
     """Writes stem.safetensors, or several files and an index where there are more than
-    `shard_bytes`."""
+    `SHARD_BYTES`."""
     pattern = stem + "{suffix}.safetensors"
     try:
-        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=shard_bytes)
+        save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
     except SafetensorError as error:                         # how the Rust library reports a full disk
         raise OSError(f"{folder} cannot be written: {error}") from None
 
 
 def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
-               write_extra: Callable[[Path], None] | None = None, shard_bytes: int = SHARD_BYTES
-               ) -> None:
+               write_extra: Callable[[Path], None] | None = None) -> None:
     """Writes a model folder: tensors, the configuration and tokenizer files of `source`, and what
     `write_extra` adds. It is there whole or not at all: written as FOLDER.writing, flushed to the
     disk, renamed. May raise OSError."""
@@ -1276,7 +1211,7 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
             written_here = file.name.endswith((".index.json", "state.json"))
             if file.suffix in (".json", ".txt", ".jinja") and not written_here:
                 shutil.copy(file, aside)
-        write_tensors(tensors, aside, "model", shard_bytes)
+        write_tensors(tensors, aside, "model")
         if write_extra:
             write_extra(aside)
         for file in aside.iterdir():
