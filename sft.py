@@ -501,7 +501,7 @@ class Run:
         """On rank 0: the newest usable checkpoint and its state.json."""
         data.check_settings(self.folder, self.settings)
         with suppress(FileNotFoundError):
-            newest = newest_checkpoint(self.folder, optimizer=True)
+            newest = newest_checkpoint(self.folder)
             return newest, read_json(newest / "state.json")
         return None, {}
 
