@@ -18,7 +18,7 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -325,10 +325,9 @@ def summary_text(s: dict) -> str:
              f"Without a readable answer: {s['unread']} (wrong); cut off: {s['cut_off']}; not "
              f"asked: {lost}."]
     lines += [f"  {n} × {reason}" for reason, n in s["missing"].items()]
-    differ = s["mismatch"]
-    if differ["n"]:
-        lines.append(f"Reasoning and answer name different options: {cell(differ)}, of "
-                     f"{differ['n']} responses in which both name one.")
+    if s["mismatch"]["n"]:
+        lines.append(f"Reasoning and answer name different options: {cell(s['mismatch'])}, of "
+                     f"{s['mismatch']['n']} responses in which both name one.")
     if s["paper"]:
         base, paper = s["paper"]
         lines.append(f"Paper, first row: Qwen2.5-VL-7B {base}, VideoP2R {paper}")
@@ -550,7 +549,8 @@ def make_question(row: dict, path: str, options: Sequence[str], groups: dict,
 
 VSI_NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
 VSI_DIRECTION = ("object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard")
-VSI_CHOICE = ("object_rel_distance", "route_planning", "obj_appearance_order", *VSI_DIRECTION)
+VSI_OTHER = ("object_rel_distance", "route_planning", "obj_appearance_order")
+VSI_CHOICE = VSI_OTHER + VSI_DIRECTION
 
 
 # Each loader makes a Question of a row, or None to leave it out. part: key of its file in
@@ -694,11 +694,11 @@ class Bench(NamedTuple):
 
 TRACKS, FORMATS = ("Perception", "Comprehension", "Adaptation"), ("multi-choice", "yes_no", "caption_matching")
 BENCHES = {
-    "toy": Bench({"heldout": "heldout.json"}, toy, 512, value=is_correct, folder="runs/tiny/toy"),
+    "toy": Bench({"heldout": "heldout.json"}, toy, 512, size="4 MB", value=is_correct, folder="runs/tiny/toy"),
     "vsibench": Bench({"test": "test.jsonl"}, vsibench, 5130, "nyu-visionx/VSI-Bench", "5.7 GB", (30.1, 36.8), {
         "mean of multiple choice and MRA (paper)": ((1, VSI_CHOICE), (1, VSI_NUMERIC)),
         "mean of eight tasks (official)": (*((1 / 3, (task,)) for task in VSI_DIRECTION),
-                                           *((1, (task,)) for task in VSI_NUMERIC + VSI_CHOICE[:3])),
+                                           *((1, (task,)) for task in VSI_NUMERIC + VSI_OTHER)),
         "multiple choice": ((1, VSI_CHOICE),), "MRA": ((1, VSI_NUMERIC),), "all questions": ALL}),
     "videommmu": Bench({track: f"{track}/test-*.parquet" for track in TRACKS}, videommmu, 900, "lmms-lab/VideoMMMU",
                        "14 GB", (48.1, 55.0), gated=True),
@@ -766,7 +766,8 @@ def read_bench(name: str, root: Path) -> tuple[list[Question], list[str]]:
 
 def how_to_fetch(name: str, root: Path, count: int) -> str:
     bench = BENCHES[name]
-    lines = [f"{name}: under {root} are {count} questions and none of their media. {bench.size}:"]
+    lines = [f"{name}: under {root} are {count} questions and none of their media. "
+             f"To fetch {bench.size}:"]
     if bench.gated:
         lines.append(f"accept the form at https://huggingface.co/datasets/{bench.repo}, run `hf auth "
                      "login`")
@@ -782,7 +783,6 @@ def how_to_fetch(name: str, root: Path, count: int) -> str:
 
 PROTOCOL = dict(frames=32, fps=2.0, max_pixels=256 * 28 * 28, max_response=1024)     # of Video-R1
 INPUTS = (*PROTOCOL, "max_prompt", "prompt", "template", "seed", "temperature", "top_p")
-FLAGS = (*INPUTS, "limit", "batch", *(f.name for f in fields(data.JudgeSettings)))
 
 
 @dataclass(frozen=True)
@@ -822,7 +822,7 @@ def find_settings(stage: Path, args: Namespace) -> EvalSettings:
         values["batch"] = 128
     elif args.bench:
         values |= PROTOCOL
-    values |= {name: given[name] for name in FLAGS if name in given}
+    values |= {name: given[name] for name in data.default_settings(EvalSettings) if name in given}
     return EvalSettings(**values)
 
 
@@ -851,20 +851,23 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
                             formatter_class=RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add("--bench", choices=[*BENCHES, "all"], help="benchmark to run")
+    add("--bench", choices=[*BENCHES, "all"], help="benchmark to run; toy: with the rule judge, "
+        "the others: without a judge unless --judge names one")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluations, question by question")
     add("--video", help="ask --question about this video, picture or folder of frames")
     add("--report", nargs="+", metavar="RUN", help="write the page of a run, or of two")
-    add = parser.add_argument_group("for --bench").add_argument
+    group = parser.add_argument_group("for --bench")
+    add = group.add_argument
     add("--model", help="model folder, or a stage's [the newest finished run, else the base model]")
     add("--blind", action="store_true", help="the model does not see the media")
     add("--given", metavar="RUN", help="responses begin with the observations of this evaluation")
     add("--data", help="folder of the benchmark [data/BENCH; toy: runs/tiny/toy]")
     add("--out", help="folder of results [eval/ in the model's folder]")
     add("--preset", choices=pagrpo.PRESETS, help="settings of a model from elsewhere [7b]")
-    group = parser.add_argument_group("settings [inputs: as the model's run, benchmarks: as below; "
-                                      "judge: rule in the toy world, else none]")
-    data.add_flags(group, EvalSettings, {"benchmarks": PROTOCOL}, FLAGS)
+    data.add_flags(group, EvalSettings, {}, ("limit", "batch"))
+    data.add_flags(parser, data.JudgeSettings)
+    group = parser.add_argument_group("input and sampling [as the model's run; benchmarks: as below]")
+    data.add_flags(group, EvalSettings, {"benchmarks": PROTOCOL}, INPUTS)
     add = parser.add_argument_group("for --video").add_argument
     add("--question", default="What can be seen?", help="[What can be seen?]")
     add("--options", nargs="+", default=[], help="its options, without letters")
@@ -929,8 +932,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.world = sft.start_world(timeout=timedelta(hours=12))    # ranks may end hours apart
         evaluate_all(args)
         args.world.shutdown()
-    except (OSError, ValueError, data.MediaError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
+    except data.MediaError as error:
+        sys.exit(f"{args.video}: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. The same command goes on from here.")
 
