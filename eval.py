@@ -813,10 +813,10 @@ def find_model(name: str | None) -> Path:
 
 
 def find_settings(stage: Path, args: Namespace) -> EvalSettings:
-    """How a stage's run read its inputs, else a preset; over them the protocol, then the flags."""
+    """A preset, over it the inputs of a stage's run, over them the protocol, then the flags."""
     saved, given = sft.read_json(stage / "settings.json"), data.given_flags(args)
     inputs = {*data.default_settings(data.InputSettings), "max_response", "seed"}
-    values = dict(pagrpo.PRESETS[args.preset or "7b"])
+    values = dict(pagrpo.PRESETS[args.preset or saved.get("preset") or "7b"])
     values |= {name: saved[name] for name in inputs if name in saved}
     if args.bench == "toy":
         values["batch"] = 128
