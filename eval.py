@@ -518,7 +518,7 @@ def run_bench(questions: list[Question], notes: list[str], args: Namespace) -> d
     print0(f"\n{name}: {'; '.join(notes)}\n{s.fps:g} frames a second (0: as many as allowed), at most "
            f"{s.frames}, of {s.max_pixels} pixels, uncut; temperature {s.temperature:g}, top-p "
            f"{s.top_p:g};\n{s.max_response} tokens; template {s.template}, {s.prompt} prompt; judge: "
-           f"{args.judge}.")
+           f"{args.judge or 'none'}.")
     rows = answer_bench(questions, folder, args)
     summary = summarise(args.bench, rows) | {"model": str(args.model)}
     if args.world.first:
