@@ -442,7 +442,7 @@ def keep_freed_memory() -> None:
         glibc.mallopt(-1, 2 ** 30)                           # M_TRIM_THRESHOLD
 
 
-def start_world(timeout: timedelta = TIMEOUT) -> World:
+def start_world(timeout: timedelta | None = None) -> World:
     """Joins the ranks that torchrun started. The ranks of a machine share a copy of the weights."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     rank, local_rank, size, shards = (int(os.environ.get(x, x.endswith("SIZE"))) for x in names)
@@ -455,7 +455,8 @@ def start_world(timeout: timedelta = TIMEOUT) -> World:
         keep_freed_memory()
     if not dist.is_initialized() and (size > 1 or device.type == "cuda"):
         store = None if size > 1 else dist.HashStore()       # torchrun's own, or none
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timeout or TIMEOUT, store=store, rank=rank,
+                                world_size=size)
     return World(rank, size, device, shards)
 
 

@@ -64,8 +64,7 @@ def test_rows_wait_for_the_sft_model_of_their_seed_and_judges_have_one_seed(args
 
 
 def test_another_budget_in_the_same_folder_is_refused(tmp_path):
-    args = miniature.parse_args(["--out", str(tmp_path), "--steps", "5"])
-    data.check_settings(args.out, miniature.budget(args), {}, ())
+    miniature.check_budget(miniature.parse_args(["--out", str(tmp_path), "--steps", "5"]))
     with pytest.raises(SystemExit, match="--steps was 5, is now 6"):
         miniature.main(["--out", str(tmp_path), "--steps", "6"])
 
@@ -130,7 +129,7 @@ def test_the_judge_errs_at_its_rate_always_in_the_same_claims(row):
         request = {"messages": rewards.judge_chat(claim)}
         reply = play(0, request)
         assert reply == play(1, request)
-        right = rewards.rule_judge([claim])[0].sufficient
+        right = data.rule_judge([claim])[0].sufficient
         wrong += rewards.read_verdict(rewards.Reply(reply)).sufficient != right
     spread = math.sqrt(row.error * (1 - row.error) / len(asked))
     assert abs(wrong / len(asked) - row.error) < 3 * spread
