@@ -2,15 +2,16 @@
 cleaned, quoted text and gives its verdict last; a missing verdict is unknown, never a No. The policy is trained against
 the judge, so every weakness would be found."""
 import json
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
-import torch
 
 import pagrpo
-from data import JudgeSettings, make_judge
-from rewards import (JUDGE_PROMPT, UNREADABLE, Claim, Judge, Reply, Verdict, clean, judge_chat, language_judge, leaks,
-                     read_verdict, rule_judge)
+from data import JudgeSettings, make_judge, rule_judge
+from rewards import (JUDGE_PROMPT, UNREADABLE, Claim, Reply, Verdict, clean, judge_by_chat, judge_chat, judge_claims,
+                     leaks, read_verdict)
 from serving import Fault, serving
 
 SEEN = "1 red O, 2 blue X, 3 green T"
@@ -48,19 +49,19 @@ def attack(name):
 
 # ------------------------------------------------------------------------------------------------ the attacks
 
-def repeat(chats):
+def repeat(chat):
     """The weakest language model: it repeats the observation, and its reply ends as the observation does."""
-    return [Reply("I read: " + json.loads(c[0]["content"].split("JSON string: ")[1].split("\n")[0])) for c in chats]
+    return Reply("I read: " + json.loads(chat[0]["content"].split("JSON string: ")[1].split("\n")[0]))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_attack_is_accepted(name):
     """Neither the exact rule nor a model that repeats what it reads accepts it; a bare answer is refused before."""
     for refuse_leaks in (True, False):
-        assert Judge(rule_judge, refuse_leaks)([attack(name)])[0].sufficient is False
-        assert not Judge(language_judge(repeat), refuse_leaks)([attack(name)])[0].sufficient
+        assert judge_claims(rule_judge, refuse_leaks, [attack(name)])[0].sufficient is False
+        assert not judge_claims(partial(judge_by_chat, repeat), refuse_leaks, [attack(name)])[0].sufficient
     if name not in ("instructions to the judge", "an end of the quotation"):
-        verdict, = Judge(lambda claims: [Verdict(True, "asked") for _ in claims])([attack(name)])
+        verdict, = judge_claims(lambda claims: [Verdict(True, "asked") for _ in claims], True, [attack(name)])
         assert verdict.sufficient is False, "refused before any judge is asked"
     text = clean(ATTACKS[name])
     assert not set(text) & set("<>＜＞[]") and text.isprintable() and len(text) <= 8000 and clean(text) == text
@@ -72,39 +73,6 @@ def test_the_leak_check_can_be_left_to_the_judge():
         assert make_judge(settings)([attack("the letter")])[0].sufficient is False and not server.requests
         verdict, = make_judge(replace(settings, refuse_leaks=False))([attack("the letter")])
     assert verdict.sufficient and verdict.leak, "found, not refused"
-
-
-@pytest.fixture(scope="module")
-def folder(base, tmp_path_factory):
-    """A language model of another architecture, with random weights and a chat template."""
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    folder, tokenizer = tmp_path_factory.mktemp("judge"), PreTrainedTokenizerFast.from_pretrained(str(base))
-    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-                               "{% endfor %}<|im_start|>{{ 'assistant\\n' }}")
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                 num_attention_heads=2, num_key_value_heads=1)).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-def test_a_model_in_a_folder_judges_on_the_cpu_and_its_nonsense_is_unknown(folder):
-    judge = make_judge(JudgeSettings(judge=str(folder), judge_device="cpu", judge_tokens=8))
-    other = CLAIM._replace(observation=SEEN + ", and much more is seen there")
-    both = judge([CLAIM, other])
-    assert [(v.sufficient, v.error) for v in both] == [(None, UNREADABLE)] * 2 and both[0].explanation
-    assert both == judge([CLAIM]) + judge([other]), "padding changes nothing"
-    assert judge([]) == [] and not judge.background, "on the CPU it would take threads from training"
-
-
-def test_special_tokens_reach_the_model_only_from_the_chat_template(folder, monkeypatch):
-    import transformers
-    seen, generate = [], transformers.Qwen2ForCausalLM.generate
-    monkeypatch.setattr(transformers.Qwen2ForCausalLM, "generate",
-                        lambda self, **inputs: seen.append(inputs["input_ids"]) or generate(self, **inputs))
-    judge = make_judge(JudgeSettings(judge=str(folder), judge_device="cpu", judge_tokens=2, refuse_leaks=False))
-    judge([CLAIM, attack("a turn of its own")])
-    assert (seen[0] == 1).sum(1).tolist() == [2, 2], "1 is <|im_start|> in the toy vocabulary"
 
 
 # ------------------------------------------------------------------------------------------------ what a judge reads
@@ -177,32 +145,29 @@ def test_equal_claims_are_asked_once_and_every_one_is_answered():
         asked.append(claims)
         return [Verdict(c.observation.startswith("1"), c.observation) for c in claims]
     other = CLAIM._replace(observation="four letters go past")
-    verdicts = Judge(decide)([other, CLAIM, CLAIM._replace(observation=SEEN + "\x00 "), other, attack("nothing")])
+    verdicts = judge_claims(decide, True, [other, CLAIM, CLAIM._replace(observation=SEEN + "\x00 "), other, attack("nothing")])
     assert asked == [[other, CLAIM]], "cleaned first, in order"
     assert [v.sufficient for v in verdicts] == [False, True, True, False, False]
-    assert Judge(decide)([]) == [] and asked[1:] == [[]], "a rank without claims takes part in what all ranks do"
+    assert judge_claims(decide, True, []) == [] and asked[1:] == [[]], "a rank without claims takes part in what all ranks do"
 
 
-def test_a_judge_behind_http_works_while_its_caller_goes_on():
-    with serving(lambda n, request: "<judgement>Yes</judgement>", delay=0.2) as server:
-        judge = make_judge(JudgeSettings(judge=server.url, judge_model="m"))
-        verdicts = judge.start([CLAIM])
-        assert judge.background and judge.seconds == 0, "not yet"
-        assert [v.sufficient for v in verdicts()] == [True] and judge.seconds >= 0.2
-
-
-def test_an_error_in_a_background_judge_is_an_unknown_verdict():
-    """Other ranks wait for this one: it must come as far as the count of unknown verdicts, which stops them all."""
-    def breaks(claims):
-        raise RuntimeError("no such device")
-    verdict, = Judge(breaks, background=True).start([CLAIM])()
-    assert verdict.sufficient is None and verdict.error == "RuntimeError: no such device"
-    with pytest.raises(RuntimeError, match="no such device"):
-        Judge(breaks)([CLAIM])
+def test_a_judge_behind_http_answers_while_the_reference_is_scored(started, toy, tmp_path, monkeypatch):
+    """The server gets claims before the reference is scored."""
+    seen, score = [], pagrpo.score
+    with serving(lambda n, request: "<judgement>Yes</judgement>", delay=0.5) as server:
+        def scored(*inputs):
+            end = time.monotonic() + 20
+            while not server.requests and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(len(server.requests))
+            return score(*inputs)
+        monkeypatch.setattr(pagrpo, "score", scored)
+        rl(started, toy, tmp_path, "--judge", server.url, "--judge-model", "m", "--steps", "1", "--no-refuse-leaks")
+    assert seen and seen[0] > 0
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--judge", "claude"], "--judge claude: neither rule, reference, a folder that is there, nor an address"),
+    (["--judge", "claude"], "--judge claude: neither rule, reference nor an address"),
     (["--judge", "http://host/v1"], "--judge http://host/v1 needs --judge-model"),
     (["--judge", "rule", "--data", "real.json", "--media", "."], "--judge rule knows toy questions only")])
 def test_a_judge_that_cannot_judge_is_refused_before_anything_is_written(flags, complaint, base, tmp_path, monkeypatch):
@@ -236,12 +201,12 @@ def test_a_run_with_a_server_counts_its_verdicts_and_prints_them(started, toy, t
     with serving(reply) as server:
         rows = rl(started, toy, tmp_path, "--judge", server.url, "--judge-model", "m", "--retries", "0",
                   "--max-unknown", "0.99", "--no-refuse-leaks", "--transcript-every", "1")
-    asked = sum(row["judge/requests"] for row in rows)
-    assert asked == len(server.requests) > 0 and "judge       " in capsys.readouterr().out
+    asked = len(server.requests)
+    assert asked > 0 and "judge       " in capsys.readouterr().out
     for row in rows:
         assert {"judge/leak", "judge/agreement", "judge/false_positive", "seconds_judging"} <= row.keys()
         assert 0 < row["judge/unknown"] < row["judge/claims"] and row["perception/accuracy"] >= 0, "JSON knows no NaN"
-    kept = (tmp_path / "pagrpo" / "judge-0.jsonl").read_text().splitlines()
+    kept = (tmp_path / "pagrpo" / "judge.0.jsonl").read_text().splitlines()
     assert len(kept) == sum(i % 4 > 1 for i in range(asked)), "verdicts are kept for a resume, and nothing else"
 
 
