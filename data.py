@@ -1280,7 +1280,9 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
         own = [f for f in fields(part) if f.name in part.__annotations__ and f.name not in seen]
         own = [f for f in own if not names or f.name in names]
         seen |= {f.name for f in own}
-        group = parser.add_argument_group(part.__doc__) if own and not names else parser
+        group = parser
+        if own and not names:
+            group = parser.add_argument_group(part.__doc__.split(".")[0])
         for f in own:
             group.add_argument("--" + f.name.replace("_", "-"), **flag_options(f, presets))
 
