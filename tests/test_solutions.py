@@ -174,8 +174,8 @@ def test_a_new_toy_question_has_answers_traces_and_an_exact_judge(solved, tmp_pa
 
 
 def run_tests(folder: Path) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    words = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    run = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     return run.returncode, run.stdout
 
 
