@@ -1037,7 +1037,7 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
     decide = rule_judge if s.judge == "rule" else reference
     if is_http(s.judge):
         ask = ask_server(s, "judge", max_tokens=s.judge_tokens, temperature=0)
-        same = [s.judge, s.judge_model, s.judge_tokens]
+        same = [s.judge_model, s.judge_tokens]             # not the address: a server may move
         decide = partial(rewards.journaled, partial(rewards.judge_by_chat, ask), same,
                          rewards.Journal(place, rank), threads=s.concurrency, title=title,
                          max_failed=s.max_unknown if title else 1)
@@ -1178,9 +1178,9 @@ def cot(s: CotSettings) -> Path:
     """
     s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
     with lock_folder(folder):
-        records = {}                                         # equal records are one
+        judge, records = make_cot_judge(s, folder / "3-judged"), {}    # equal records are one
         inputs = [s.prompt, s.frames, s.fps, s.min_pixels, s.max_pixels, s.image_max_pixels]
-        writing = [s.teacher, s.teacher_model, s.temperature, s.max_response, s.seed, s.mistakes]
+        writing = [s.teacher_model or s.teacher, s.temperature, s.max_response, s.seed, s.mistakes]
         for r in read_records(s.data)[:s.limit or None]:
             records[key_of(asdict(r), inputs, writing)] = r
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
@@ -1204,7 +1204,7 @@ def cot(s: CotSettings) -> Path:
         # Step 3, observation sufficiency: the judge reads nothing else.
         left = [key for key, row in rows.items() if row["select"]]
         claims = [claim_about(records[key], rows[key]["observation"]) for key in left]
-        for key, verdict in zip(left, make_cot_judge(s, folder / "3-judged")(claims), strict=True):
+        for key, verdict in zip(left, judge(claims), strict=True):
             if not verdict.sufficient:
                 reason = "not judged" if verdict.error else "observation insufficient"
                 rows[key] |= dict(select=False, reason=reason, error=verdict.error)
