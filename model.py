@@ -1,4 +1,4 @@
-"""Qwen2.5-VL from scratch: vision encoder, decoder, sampling and log-probabilities, in plain PyTorch.
+"""Qwen2.5-VL from scratch in plain PyTorch: vision encoder, decoder, sampling, log-probabilities.
 
 Read it from top to bottom: configuration, building blocks, vision encoder, attention, decoder, then
 the whole model with its entry points `prefill`, `generate`, `logprobs`. Tensors have the names of
@@ -23,21 +23,16 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple
 
 LOADS = Path("/proc/loadavg")                                # on Linux
-
-
-def running_threads() -> int:
-    """How many threads can run at this moment. This one is among them."""
-    counts = LOADS.read_text().split()[3]                    # "running/all"
-    return int(counts.split("/")[0])
-
-
-if LOADS.exists() and min(running_threads() for _ in range(5)) > 1:
-    # OpenMP threads spin while they wait: beside another program a step takes three times as long.
-    # Read when torch is loaded; alone it would cost 60 %.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if LOADS.exists():
+    # The fourth word is "threads that can run/all threads"; this one can.
+    counts = [LOADS.read_text().split()[3] for _ in range(5)]
+    if not any(count.startswith("1/") for count in counts):
+        # OpenMP threads spin while they wait: beside another program a step takes three times as
+        # long. Read when torch is loaded; alone it would cost 60 %.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Shapes change from step to step.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
@@ -69,7 +64,7 @@ class VisionConfig:
     default would be silently wrong."""
     hidden_size: int                                         # D of the vision encoder
     out_hidden_size: int                                     # D of the decoder
-    tokens_per_second: int                                   # temporal positions per second of video
+    tokens_per_second: int                                   # temporal positions in a second
     depth: int = 32
     num_heads: int = 16
     intermediate_size: int = 3420
@@ -84,7 +79,7 @@ class VisionConfig:
 class Config:
     """Fields of config.json, flat (official) or nested under `text_config` (transformers 5)."""
     vision: VisionConfig
-    vocab_size: int                                          # V, padded beyond the tokenizer's length
+    vocab_size: int                                          # V, more than the tokenizer has
     hidden_size: int                                         # D
     num_hidden_layers: int
     num_attention_heads: int                                 # H
@@ -106,8 +101,10 @@ class Config:
         return (ids == self.image_token_id) | (ids == self.video_token_id)
 
 
-def qwen(hidden, layers, heads, kv_heads, mlp, vocab, tied,
-         sections=(16, 24, 24), ids=(151655, 151656), vision=None):
+def qwen(
+    hidden, layers, heads, kv_heads, mlp, vocab, tied,
+    sections=(16, 24, 24), ids=(151655, 151656), vision=None
+):
     """One row of the table below. Official vision encoders differ in `out_hidden_size` only."""
     encoder = dict(hidden_size=1280, out_hidden_size=hidden, tokens_per_second=2)
     encoder |= vision or {}
@@ -115,7 +112,8 @@ def qwen(hidden, layers, heads, kv_heads, mlp, vocab, tied,
                   sections, tied, *ids)
 
 
-TINY = dict(hidden_size=96, depth=2, num_heads=4, intermediate_size=256, fullatt_block_indexes=(1,))
+TINY = dict(
+    hidden_size=96, depth=2, num_heads=4, intermediate_size=256, fullatt_block_indexes=(1,))
 CONFIGS = {  # one architecture, three sizes: students train `tiny`, the paper trains 3b and 7b
     #            D     layers H   K  MLP    V       tied
     "tiny": qwen(128,  4,     4,  2, 384,   384,    True, sections=(4, 6, 6), ids=(6, 7), vision=TINY),
@@ -126,7 +124,9 @@ CONFIGS = {  # one architecture, three sizes: students train `tiny`, the paper t
 
 # -------------------------------------------------------------------------------- building blocks
 
-Linear, linear = nn.Linear, F.linear    # below the ruled line: by another kernel, where it is faster
+# Below the ruled line they are replaced on CPUs where another kernel computes the same faster.
+Linear = nn.Linear
+linear = F.linear
 
 
 class SwiGLU(nn.Module):
@@ -143,10 +143,12 @@ class SwiGLU(nn.Module):
 
 
 def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For `apply_rotary`: (cos, cos) and (-sin, sin), each (…, E), for all heads. angles (…, E/2)"""
+    """For `apply_rotary`: (cos, cos) and (-sin, sin), each (…, E), for all heads.
+    angles (…, E/2)"""
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    factors = torch.cat([cos, cos], -1)
+    return factors, torch.cat([-sin, sin], -1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -174,18 +176,29 @@ def run_block(block: Callable, save_memory: bool, *inputs):
 
 # -------------------------------------------------------------------------------- vision encoder
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Softmax attention inside each of the consecutive blocks of these lengths. q, k, v and the
-    result (S, H, E)."""
+def attention_by_head(
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False
+) -> Tensor:
+    """softmax(q kᵀ / √E) v for each head. q (…, T, H, E), k, v (…, S, K, E) → as q"""
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    return out.transpose(-3, -2)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Attention inside each of the consecutive blocks of these lengths. q, k, v (S, H, E) → as q"""
     if takes_flash(q):
         return varlen_attention(q, k, v, lengths, lengths)
     if min(lengths) == max(lengths):                         # one call for all blocks
-        q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)        # (N, H, L, E)
-        return out.transpose(1, 2).flatten(0, 1)
-    q, k, v = (x.transpose(0, 1).split(lengths, 1) for x in (q, k, v))
-    outs = [F.scaled_dot_product_attention(*block) for block in zip(q, k, v)]   # each (H, L, E)
-    return torch.cat(outs, 1).transpose(0, 1)
+        shape = len(lengths), -1
+        q, k, v = (x.unflatten(0, shape) for x in (q, k, v))           # (N, L, H, E)
+        return attention_by_head(q, k, v).flatten(0, 1)
+    blocks = zip(q.split(lengths), k.split(lengths), v.split(lengths))
+    outs = [attention_by_head(*block) for block in blocks]             # each (L, H, E)
+    return torch.cat(outs)
 
 
 class VisionAttention(nn.Module):
@@ -236,7 +249,9 @@ class PatchMerger(nn.Module):
         self.width = c.hidden_size * c.spatial_merge_size ** 2
         self.ln_q = nn.RMSNorm(c.hidden_size, 1e-6)
         self.mlp = nn.Sequential(
-            Linear(self.width, self.width), nn.GELU(), Linear(self.width, c.out_hidden_size))
+            Linear(self.width, self.width),
+            nn.GELU(),
+            Linear(self.width, c.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:                  # (S, D) → (S/4, D of the decoder)
         return self.mlp(self.ln_q(x).view(-1, self.width))
@@ -250,8 +265,9 @@ class VisionEncoder(nn.Module):
         self.merger = PatchMerger(c)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
 
-    def layout(self, grid: list[tuple[int, int, int]], device
-               ) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    def layout(
+        self, grid: list[tuple[int, int, int]], device
+    ) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """Positions and blocks of all patches. `grid` holds (steps in time, rows, columns) of
         patches of each medium.
 
@@ -276,10 +292,14 @@ class VisionEncoder(nn.Module):
         windows = torch.cat(windows)
         order = windows.argsort(stable=True)
         _, lengths = windows.unique(return_counts=True)
-        return torch.cat(positions).to(device), order.to(device), lengths.tolist(), frames
+        positions = torch.cat(positions)
+        return positions.to(device), order.to(device), lengths.tolist(), frames
 
-    def forward(self, pixels: Tensor, grid: list[tuple[int, int, int]], save_memory: bool = False
-                ) -> Tensor:
+    def forward(
+        self, pixels: Tensor,
+        grid: list[tuple[int, int, int]],
+        save_memory: bool = False
+    ) -> Tensor:
         """pixels (S, 1176), patches in the processor's order → features (S/4, D of the decoder),
         in the same order."""
         c = self.config
@@ -302,17 +322,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each query sees the keys up to its own place; the last query is at the place of the last key.
     (`is_causal` puts the first query at the first key.) q (N, T, H, E), k, v (N, S, K, E) → as q"""
     t, places = q.shape[1], k.shape[1]
-    mask = None
-    if t < places:
-        mask = torch.ones(t, places, dtype=torch.bool, device=q.device).tril(places - t)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
+    if t == places:
+        return attention_by_head(q, k, v, causal=True)
+    every = torch.ones(t, places, dtype=torch.bool, device=q.device)
+    return attention_by_head(q, k, v, mask=every.tril(places - t))
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, group: int, lengths: list[int], width: int
-                     ) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    group: int,
+    lengths: list[int],
+    width: int
+) -> Tensor:
     """Attention in training, where a row is a prompt, P = `width` places with its padding, then G
     responses of T places each (in `logprobs` T - 1: the last token is no input). The prompt attends
     causally to itself, each response to the prompt and causally to itself.
@@ -327,7 +348,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, group: int, lengths: list[
     prompt_k, k = k.split(sizes, 1)
     prompt_v, v = v.split(sizes, 1)
     from_prompts = causal_attention(prompt_q, prompt_k, prompt_v)
-    if not q.numel():                                        # one token each: the prompt predicts it
+    if not q.numel():                                        # one token: the prompt predicts it
         return from_prompts
     q = q.unflatten(1, (group, -1))                          # (B, G, T, H, E)
     keys = behind_prompts(prompt_k, k.unflatten(1, (group, -1)), lengths)
@@ -351,9 +372,9 @@ def behind_prompts(prompts: Tensor, own: Tensor, lengths: list[int]) -> list[Ten
 
 
 class KV(NamedTuple):
-    """Keys and values in one layer: those of the prompts, computed once for a question's G responses
-    (N = B, S = P), or those of the tokens sampled so far, with room for the longest response
-    (N = B·G, S = T)."""
+    """Keys and values in one layer: those of the prompts, computed once for a question's G
+    responses (N = B, S = P), or those of the tokens sampled so far, with room for the longest
+    response (N = B·G, S = T)."""
     k: Tensor                                                # (N, S, K, E)
     v: Tensor
     used: Tensor                                             # (N,) int32: of the S places; the rest
@@ -389,14 +410,14 @@ def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
     gradient. q (N·Q, H, E) → as q, (N·Q, H)"""
     if takes_flash(q):
         return flash_attend(q, kv)
-    k, v = kv.k.transpose(1, 2), kv.v.transpose(1, 2)        # (N, K, S, E)
-    if kv.place is not None:
-        used = int(kv.place) + 1
-        k, v = k[:, :, :used], v[:, :, :used]
+    used = None if kv.place is None else int(kv.place) + 1
+    k = kv.k[:, :used].transpose(1, 2)                       # (N, K, S, E)
+    v = kv.v[:, :used].transpose(1, 2)
     n, heads, _, e = k.shape
     queries = len(q) // n
     # Heads that share a key head, and the queries of a row, are rows of one product.
-    rows = q.view(n, queries, heads, -1, e).transpose(1, 2).flatten(2, 3)      # (N, K, Q·r, E)
+    rows = q.view(n, queries, heads, -1, e).transpose(1, 2)
+    rows = rows.flatten(2, 3)                                # (N, K, Q·r, E)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if q.is_cuda:
         kernel = plain_attention
@@ -440,9 +461,13 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(c)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Callable, first: int = 0
-                ) -> Tensor:
-        """x (N, T, D) → (N, T - first, D): places before `first` are attended to, and end here."""
+    def forward(
+        self, x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: Callable,
+        first: int = 0
+    ) -> Tensor:
+        """x (N, T, D) → (N, T - first, D): places before `first` are attended to and end here."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, attention)
         x = x[:, first:]
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -457,8 +482,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Callable, first: int,
-                save_memory: bool) -> Tensor:
+    def forward(
+        self, x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: Callable,
+        first: int,
+        save_memory: bool
+    ) -> Tensor:
         """The layers alone: embeddings (N, T, D) → (N, T - first, D). Nothing is predicted before
         place `first`: the last layer skips what others no longer attend to."""
         *others, last = self.layers
@@ -467,13 +497,17 @@ class Decoder(nn.Module):
         return run_block(last, save_memory, x, rotary, attention, first)
 
 
-def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list[float],
-                    config: Config) -> tuple[Tensor, int]:
+def mrope_positions(
+    ids: Tensor,
+    grid: list[tuple[int, int, int]],
+    seconds: list[float],
+    config: Config
+) -> tuple[Tensor, int]:
     """Multimodal rotary positions of one prompt (section 2.1.2 of the Qwen2.5-VL report).
 
-    A text token has the same position on all three axes, one more than the token before it. A medium
-    begins where the text stopped and has positions (time, row, column). Text resumes after the
-    largest position used.
+    A text token has the same position on all three axes, one more than the token before it. A
+    medium begins where the text stopped and has positions (time, row, column). Text resumes after
+    the largest position used.
 
     ids (P,); grid and `seconds` (per grid step, 0 for an image) of its media in order. Returns
     positions (3, P) and the position of the first response token. Time is
@@ -483,13 +517,16 @@ def mrope_positions(ids: Tensor, grid: list[tuple[int, int, int]], seconds: list
     """
     merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
     is_medium = config.is_medium(ids).tolist()
-    pieces, filled, start = [], [], 0                        # `filled` is what `is_medium` should be
+    pieces, start = [], 0
+    filled = []                                              # what `is_medium` should be
     for (t, h, w), step in zip(grid, seconds, strict=True):
         rest = [*is_medium[len(filled):], True]
         text = rest.index(True)                              # tokens before the next placeholder
         pieces.append(torch.arange(start, start + text).expand(3, -1))
         time = (torch.arange(t) * step * rate).long()
-        axes = torch.cartesian_prod(time, torch.arange(h // merge), torch.arange(w // merge))
+        rows = torch.arange(h // merge)
+        columns = torch.arange(w // merge)
+        axes = torch.cartesian_prod(time, rows, columns)
         pieces.append(axes.T + start + text)
         filled += [False] * text + [True] * len(axes)
         start = int(pieces[-1].max()) + 1
@@ -527,8 +564,12 @@ class Sampled(NamedTuple):
     finished: Tensor                                         # (B, G) False: cut off by the limit
 
 
-def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float
-                 ) -> tuple[Tensor, Tensor]:
+def sample_token(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    top_p: float
+) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling of one token a row, from a given uniform number, so that the randomness
     of a response is fixed before it is sampled.
     logits (N, V) fp32, uniforms (N,) in [0, 1) → tokens (N,), log-probabilities (N,)
@@ -539,7 +580,7 @@ def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
         tokens = logits.argmax(-1)
     else:
         logits = logits / temperature
-        if top_p < 1:  # the smallest set of tokens that holds top_p, always with the most likely one
+        if top_p < 1:  # the smallest set of tokens that holds top_p, at least the most likely one
             ranked, order = logits.softmax(-1).sort(descending=True)
             cut = ranked.cumsum(-1) - ranked >= top_p        # the tokens before it hold enough
             logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
@@ -556,20 +597,27 @@ class Step:
     keys and values into the caches. Call it with tokens (B·G,) and t = 0, 1, …; it returns the
     logits of the next tokens, (B·G, V)."""
 
-    def __init__(self, model: "Qwen2_5_VL", prompts: Prompts, prompt_kv: list[KV], group: int,
-                 limit: int):
+    def __init__(
+        self, model: "Qwen2_5_VL",
+        prompts: Prompts,
+        prompt_kv: list[KV],
+        group: int,
+        limit: int
+    ):
         self.model = model
         self.prompt_kv = prompt_kv
         cache = prompt_kv[0].k                               # (B, P, K, E)
         start = prompts.next_position.repeat_interleave(group)         # (B·G,) of the first token
         positions = start[:, None] + torch.arange(limit, device=start.device)
-        self.tables = model.rotary(positions.expand(3, -1, -1), cache.dtype)   # (B·G, T, 1, E) each
+        positions = positions.expand(3, -1, -1)
+        self.tables = model.rotary(positions, cache.dtype)             # (B·G, T, 1, E) each
         self.place = start.new_zeros(1)
         self.used = torch.zeros_like(start, dtype=torch.int32)
         self.caches = []
         for _ in prompt_kv:
             k = cache.new_zeros(len(start), limit, *cache.shape[2:])   # (B·G, T, K, E)
-            self.caches.append(KV(k, torch.zeros_like(k), self.used, None, self.place))
+            v = torch.zeros_like(k)
+            self.caches.append(KV(k, v, self.used, None, self.place))
 
     @torch.inference_mode()                  # no_grad without bookkeeping: 12 % of a row on a CPU
     def __call__(self, tokens: Tensor, t: int) -> Tensor:
@@ -587,7 +635,7 @@ class Step:
         return self.model.logits(decoder.norm(x)[:, 0])
 
 
-LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # the most fp32 logits at a time in training
+LOGITS_AT_ONCE = {"cpu": 2 ** 25, "cuda": 2 ** 27}           # at most, in fp32, in training
 
 
 class Qwen2_5_VL(nn.Module):
@@ -599,14 +647,14 @@ class Qwen2_5_VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.masked_token_ids = torch.empty(0, dtype=torch.long, device="cpu")   # see `logits`
-        self.sharded = False                 # are the weights sharded among ranks, and not gathered?
+        self.sharded = False                 # are weights sharded among ranks, and not gathered?
         self.save_memory = False                             # activation checkpointing
 
     # Every probability that leaves the model is computed from these: sampling, training and the KL
     # reference agree.
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (…, D) → logits (…, V) in fp32, -1e30 at the masked ids, which are never sampled
-        (-inf would give 0 · inf in the entropy)."""
+        """hidden (…, D) → logits (…, V) in fp32, -1e30 at the masked ids, which are never
+        sampled (-inf would give 0 · inf in the entropy)."""
         return self.mask(linear(hidden, self.head.weight).float())
 
     @property
@@ -615,7 +663,7 @@ class Qwen2_5_VL(nn.Module):
 
     def mask(self, logits: Tensor) -> Tensor:
         self.masked_token_ids = self.masked_token_ids.to(logits.device)          # moves once
-        with torch.no_grad():                                # the probability there is 0, as its gradient
+        with torch.no_grad():                # the probability there is 0, and so is the gradient
             return logits.index_fill_(-1, self.masked_token_ids, -1e30)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -638,7 +686,8 @@ class Qwen2_5_VL(nn.Module):
         elif self.sharded:  # other ranks may have media: all run the encoder for FSDP's all-gathers
             c = self.config.vision
             side = c.spatial_merge_size
-            patches = x.new_zeros(side ** 2, 3 * c.temporal_patch_size * c.patch_size ** 2)
+            numbers = 3 * c.temporal_patch_size * c.patch_size ** 2
+            patches = x.new_zeros(side ** 2, numbers)
             blank = self.visual(patches, [(1, side, side)], self.save_memory)
             x = x + 0 * blank.sum()
         return x
@@ -647,10 +696,12 @@ class Qwen2_5_VL(nn.Module):
         """Hidden states of the prompts (B, P - first, D), and every layer's keys and values."""
         x = self.embed(prompts)
         used = prompts.lengths.int()
-        padding = torch.arange(x.shape[1], device=x.device) >= used[:, None]   # (B, P)
+        places = torch.arange(x.shape[1], device=x.device)
+        padding = places >= used[:, None]                    # (B, P)
         mask = None
         if padding.any():
-            mask = torch.where(padding, -torch.inf, 0.0)[:, None, None].to(x.dtype)
+            mask = torch.where(padding, -torch.inf, 0.0).to(x.dtype)
+            mask = mask[:, None, None]
         prompt_kv = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -661,18 +712,24 @@ class Qwen2_5_VL(nn.Module):
         return self.model.norm(x), prompt_kv
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, uniforms: Tensor, stop_ids: list[int],
-                 temperature: float = 1.0, top_p: float = 1.0) -> Sampled:
+    def generate(
+        self, prompts: Prompts,
+        uniforms: Tensor,
+        stop_ids: list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0
+    ) -> Sampled:
         """Samples G responses to each prompt, at most T tokens long, from given uniform numbers
         (B, G, T).
 
-        A prompt is computed once; its keys and values serve the whole group. The uniform numbers are
-        given, not drawn here, so that any number of ranks samples the same responses. Sharded
-        weights must be gathered (`gathered`): decoding calls the layers without FSDP's hooks, which
-        would run for every token.
+        A prompt is computed once; its keys and values serve the whole group. The uniform numbers
+        are given, not drawn here, so that any number of ranks samples the same responses. Sharded
+        weights must be gathered (`gathered`): decoding calls the layers without FSDP's hooks,
+        which would run for every token.
         """
         b, g, limit = uniforms.shape
         device = prompts.ids.device
+        uniforms = uniforms.to(device).flatten(0, 1)                   # (B·G, T)
         stops = torch.tensor(stop_ids, device=device)
         first = int(prompts.lengths.min()) - 1
         hidden, prompt_kv = self.prefill(prompts, first)
@@ -687,28 +744,36 @@ class Qwen2_5_VL(nn.Module):
         active = torch.ones(b * g, dtype=torch.bool, device=device)
         lengths = torch.zeros_like(active, dtype=torch.long)
         tokens, logprobs = [], []
-        for t, draws in enumerate(uniforms.to(device).flatten(0, 1).unbind(1)):
-            token, logprob = sample_token(logits, draws, temperature, top_p)
+        for t in range(limit):
+            token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
             tokens.append(token * active)
             logprobs.append(logprob * active)
             lengths += active
             active = active & ~torch.isin(token, stops)
-            if t + 1 == limit or (t + 1) % check_every == 0 and not active.any():
+            if t + 1 == limit:
+                break
+            if (t + 1) % check_every == 0 and not active.any():
                 break
             logits = step(tokens[t], t)
         longest = int(lengths.max())
         tokens = torch.stack(tokens[:longest], 1).view(b, g, -1)
         logprobs = torch.stack(logprobs[:longest], 1).view(b, g, -1)
-        return Sampled(tokens, lengths.view(b, g), logprobs, ~active.view(b, g))
+        finished = ~active.view(b, g)
+        return Sampled(tokens, lengths.view(b, g), logprobs, finished)
 
-    def logprobs(self, prompts: Prompts, tokens: Tensor, lengths: Tensor, temperature: float = 1.0
-                 ) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, prompts: Prompts,
+        tokens: Tensor,
+        lengths: Tensor,
+        temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of given responses under this model, with gradient, and the entropy at
         each token.
 
         A prompt and its G responses are one row, and each block runs once (`packed_attention`).
         Logits are computed only where a response token is predicted.
-        tokens (B, G, T), lengths (B, G) → log-probabilities and entropies (B, G, T), 0 after the end.
+        tokens (B, G, T), lengths (B, G) → log-probabilities (B, G, T), entropies (B, G, T), both 0
+        after the end.
         """
         b, g, t = tokens.shape
         p, device = prompts.ids.shape[1], tokens.device
@@ -717,24 +782,29 @@ class Qwen2_5_VL(nn.Module):
         x = torch.cat([self.embed(prompts), responses], 1)         # (B, P + G·(T-1), D)
         steps = torch.arange(t - 1, device=device).repeat(g)
         following = prompts.next_position[:, None] + steps   # (B, G·(T-1))
-        positions = torch.cat([prompts.positions, following.expand(3, -1, -1)], 2)
+        following = following.expand(3, -1, -1)
+        positions = torch.cat([prompts.positions, following], 2)
         rotary = self.rotary(positions, x.dtype)
         prompt_lengths = prompts.lengths.tolist()
         attention = partial(packed_attention, group=g, lengths=prompt_lengths, width=p)
         first = min(prompt_lengths) - 1      # nothing is predicted before: the last layer skips it
         x = self.model(x, rotary, attention, first, self.save_memory)
         prompt, others = x.split([p - first, g * (t - 1)], 1)
+        others = others.unflatten(1, (g, t - 1))             # they predict tokens 1, 2, …
         last = prompt[torch.arange(b, device=device), prompts.lengths - 1 - first]
-        last = last[:, None, None].expand(b, g, 1, -1)       # it predicts token 0
-        hidden = torch.cat([last, others.unflatten(1, (g, t - 1))], 2)     # (B, G, T, D)
+        last = last[:, None, None].expand(b, g, 1, -1)       # predicts token 0
+        hidden = torch.cat([last, others], 2)                # (B, G, T, D)
         real = torch.arange(t, device=device) < lengths[..., None]             # (B, G, T)
         hidden = self.model.norm(hidden[real])               # (N, D)
         logprobs, entropies = self.token_logprobs(hidden, tokens[real], temperature)
         empty = torch.zeros(b, g, t, device=device)
         return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropies)
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float
-                       ) -> tuple[Tensor, Tensor]:
+    def token_logprobs(
+        self, hidden: Tensor,
+        targets: Tensor,
+        temperature: float
+    ) -> tuple[Tensor, Tensor]:
         """log p(target) and entropy, in chunks recomputed in backward.
         hidden (N, D), targets (N,) → (N,), (N,)"""
         size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size)
@@ -761,7 +831,8 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5)
+            inputs = p[0].numel()
+            p.data.copy_(torch.randn(p.shape, generator=generator) * inputs ** -0.5)
         else:
             p.data.fill_(0.0 if name.endswith("bias") else 1.0)
     return model
@@ -783,14 +854,16 @@ ONEDNN = AVX512 and torch.backends.mkldnn.is_available()
 
 
 def linear_by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias, for x (…, D) and weight (O, D). On a CPU as a convolution over N rows of one
-    pixel: torch asks oneDNN for convolutions, which on AMD's CPUs takes half the time. It does not
-    for few rows."""
+    """x weightᵀ + bias, for x (…, D) and weight (O, D). On a CPU as a convolution over N rows of
+    one pixel: torch asks oneDNN for convolutions, which on AMD's CPUs takes half the time. It does
+    not for few rows."""
     if not x.is_cpu or x.numel() <= 20480:
         return F.linear(x, weight, bias)
-    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)      # (1, D, N, 1), as (N, D)
-    out = F.conv2d(pixels, weight[:, :, None, None], bias)             # (1, O, N, 1)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    pixels = x.reshape(1, -1, 1, x.shape[-1])
+    pixels = pixels.permute(0, 3, 1, 2)                      # (1, D, N, 1), in memory (N, D)
+    out = F.conv2d(pixels, weight[:, :, None, None], bias)
+    out = out.permute(0, 2, 3, 1)                            # (1, N, 1, O)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 class LinearByConvolution(nn.Linear):
@@ -799,7 +872,8 @@ class LinearByConvolution(nn.Linear):
 
 
 if ONEDNN:
-    Linear, linear = LinearByConvolution, linear_by_convolution
+    Linear = LinearByConvolution
+    linear = linear_by_convolution
 
 
 def takes_flash(x: Tensor) -> bool:
@@ -807,13 +881,16 @@ def takes_flash(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int],
-                     lengths_k: Sequence[int], causal: bool = False) -> Tensor:
-    """Attention of N rows of unequal lengths that lie one behind the other, by a flash kernel: CUDA
-    in half precision.
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    causal: bool = False
+) -> Tensor:
+    """Attention of N rows of unequal lengths that lie one behind the other, by a flash kernel.
 
-    Row i has lengths_q[i] queries and lengths_k[i] keys. `causal` is aligned at the lower right: the
-    last query of a row sees all its keys. q (ΣQ, H, E), k, v (ΣS, K, E) → as q.
+    Row i has lengths_q[i] queries and lengths_k[i] keys. `causal` is aligned at the lower right:
+    the last query of a row sees all its keys. q (ΣQ, H, E), k, v (ΣS, K, E) → as q.
     flash-attn (2.1 or later) computes it where it is installed, else torch."""
     first_q = starts(tuple(lengths_q), q.device)
     first_k = starts(tuple(lengths_k), q.device)
@@ -827,13 +904,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths_q: Sequence[int],
 def flash_questions(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     """`causal_attention` of each question, all in one call. q (B, G, T, H, E), as the result; keys
     and values B × (G, S, K, E) with an S of each question."""
-    b, g, t = q.shape[:3]
-    lengths = []
+    b, g, t, _, _ = q.shape
+    lengths_q = [t] * b * g
+    lengths_k = []
     for responses in keys:
-        lengths += [responses.shape[1]] * g
-    k, v = (torch.cat([x.flatten(0, 1) for x in parts]) for parts in (keys, values))
-    out = varlen_attention(q.flatten(0, 2), k, v, [t] * b * g, lengths, causal=True)
-    return out.unflatten(0, (b, g, t))
+        lengths_k += [responses.shape[1]] * g
+    k = torch.cat([x.flatten(0, 1) for x in keys])           # (ΣS, K, E)
+    v = torch.cat([x.flatten(0, 1) for x in values])
+    out = varlen_attention(q.flatten(0, 2), k, v, lengths_q, lengths_k, causal=True)
+    return out.view(q.shape)
 
 
 def flash_attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
@@ -850,15 +929,17 @@ def flash_attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
     return out, lse.T
 
 
-@lru_cache(maxsize=64)                       # the same for all layers; a recorded step reads it there
+@lru_cache(maxsize=64)                       # the same for all layers; recorded steps read it there
 @torch.inference_mode(False)                 # the backward pass takes no tensor of inference mode
 def starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where rows of these lengths start, and the end of the last one: (2, 3) → [0, 2, 5], int32."""
+    """Where rows of these lengths start, and the end of the last: (2, 3) → [0, 2, 5], int32."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
-                    ) -> tuple[Tensor, Tensor]:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """With the log-sum-exp, which no kernel on CUDA returns in fp32."""
     scores = q @ k.mT * q.shape[-1] ** -0.5                  # (N, K, Q·r, S)
     if attn_mask is not None:
@@ -873,8 +954,8 @@ def record_step(step: Step) -> None:
     kernels.
 
     They are recorded as a CUDA graph, which runs them again at the same addresses. So tokens are
-    copied to a tensor that stays, logits are valid until the next call, and weights must not move: a
-    graph serves one rollout.
+    copied to a tensor that stays, logits are valid until the next call, and weights must not move:
+    a graph serves one rollout.
     """
     plain, graph = step.forward, torch.cuda.CUDAGraph()
     tokens = torch.zeros_like(step.used, dtype=torch.long)
@@ -910,13 +991,17 @@ def shorten_step(step: Step) -> None:
         x = model.model.embed_tokens(tokens)                 # (N, D)
         for layer, prompt, own in zip(layers, prompt_kv, caches):
             norm_1, norm_2, bias, qkv, o, gate_up, down = layer
-            joined = (product(norm_1(x), qkv) + bias).view(n, -1, e)
+            joined = product(norm_1(x), qkv) + bias
+            joined = joined.view(n, -1, e)
             qk, v = joined.split([heads + kv_heads, kv_heads], 1)
             q, k = apply_rotary(qk, rotary).split([heads, kv_heads], 1)        # (N, H or K, E)
             own.k[:, before + t] = k
             own.v[:, before + t] = v
             own.place.fill_(before + t)
-            attended = attend(q, own)[0] if before else decode_attention(q, prompt, own)
+            if before:
+                attended, _ = attend(q, own)
+            else:
+                attended = decode_attention(q, prompt, own)
             x = x + product(attended.view(n, -1), o)
             gate, up = product(norm_2(x), gate_up).chunk(2, 1)
             x = x + product(F.silu(gate) * up, down)
@@ -927,8 +1012,9 @@ def shorten_step(step: Step) -> None:
 def joined_layer(layer: DecoderLayer, rows: int) -> tuple:
     """Norms, bias and matrices of a layer, in the order in which `shorten_step` takes them."""
     a, mlp = layer.self_attn, layer.mlp
-    qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
-    bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias])
+    projections = a.q_proj, a.k_proj, a.v_proj
+    qkv = torch.cat([x.weight for x in projections])
+    bias = torch.cat([x.bias for x in projections])
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     weights = qkv, a.o_proj.weight, gate_up, mlp.down_proj.weight
     matrices = [reordered(weight, rows) for weight in weights]
@@ -967,7 +1053,8 @@ SMALLEST_IN_BF16 = 512                                       # hidden_size
 
 
 def compute_dtype(device: torch.device, config: Config) -> torch.dtype:
-    """bfloat16 on a GPU that computes in it, else float32. Toy-sized models are float32 everywhere."""
+    """bfloat16 on a GPU that computes in it, else float32. Toy-sized models are float32
+    everywhere."""
     supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     large = config.hidden_size >= SMALLEST_IN_BF16
     return torch.bfloat16 if supported and large else torch.float32
@@ -992,10 +1079,16 @@ def shard(model: Qwen2_5_VL, mesh, offload: bool = False) -> Qwen2_5_VL:
     return model
 
 
-def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False,
-                frozen: bool = False, offload: bool = False) -> Qwen2_5_VL:
-    """Loads a model folder for training (fp32), or `frozen` (in `compute_dtype`); sharded where there
-    are several ranks or a GPU: rank 0 reads it and broadcasts the parts.
+def build_model(
+    folder: str | Path,
+    vocabulary,
+    world,
+    save_memory: bool = False,
+    frozen: bool = False,
+    offload: bool = False
+) -> Qwen2_5_VL:
+    """Loads a model folder for training (fp32), or `frozen` (in `compute_dtype`); sharded where
+    there are several ranks or a GPU: rank 0 reads it and broadcasts the parts.
     vocabulary: a data.Vocabulary, world: a sft.World."""
     config = read_config(folder)
     dtype = compute_dtype(world.device, config) if frozen else torch.float32
@@ -1016,7 +1109,8 @@ def build_model(folder: str | Path, vocabulary, world, save_memory: bool = False
 
 @contextmanager
 def gathered(model: Qwen2_5_VL):
-    """Inside, every rank holds all weights, so that ranks may sample different numbers of tokens."""
+    """Inside, every rank holds all weights, so that ranks may sample different numbers of
+    tokens."""
     if not model.sharded:                                    # or gathered by a caller
         yield
         return
@@ -1041,23 +1135,27 @@ def gathered(model: Qwen2_5_VL):
 SHARD_BYTES = 5 * 2 ** 30                                    # largest safetensors file
 CHECKPOINTS = "step-" + 6 * "[0-9]"                          # a run's folders
 SUPPORTED = {  # fields of config.json that would change the network
-    "rope_type": ("mrope", "default"), "type": ("mrope", "default"), "hidden_act": ("silu",),
-    "use_sliding_window": (False,)}
+    "rope_type": ("mrope", "default"),
+    "type": ("mrope", "default"),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+}
 
 
 def why_unusable(folder: Path) -> str:
-    """What helps with a folder that people bring and that is no model folder with safetensors; "" if
-    nothing is known."""
+    """What helps with a folder that people bring and that is no model folder with safetensors; ""
+    if nothing is known."""
     if (folder / "adapter_config.json").is_file():
-        return (". It is a LoRA adapter: merge it into its base model (peft: merge_and_unload) and "
-                "save that")
+        return (". It is a LoRA adapter: merge it into its base model (peft: merge_and_unload) "
+                "and save that")
     if any(folder.glob("*.bin")):
-        return ". Its weights are pickled (.bin), and nothing is unpickled: save them as safetensors"
+        return (". Its weights are pickled (.bin), and nothing is unpickled: save them as "
+                "safetensors")
     return ""
 
 
 def build_config(cls, source: dict):
-    """A VisionConfig or Config from the fields that `source` has; null is as good as absent. Raises
+    """A VisionConfig or Config from the fields that `source` has; null counts as absent. Raises
     TypeError naming those that are missing, ValueError for one that would change the network."""
     fields = {}
     for name, value in source.items():
@@ -1077,7 +1175,10 @@ def read_config(folder: str | Path) -> Config:
     try:
         raw = json.loads(path.read_text())
         nested = raw.get("text_config", {})
-        text = raw | {k: v for k, v in nested.items() if v is not None}
+        text = dict(raw)
+        for name, value in nested.items():                   # nested values win over flat ones
+            if value is not None:
+                text[name] = value
         rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         tied = raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
         vision = build_config(VisionConfig, raw.get("vision_config", {}))
@@ -1092,7 +1193,8 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
     from it."""
     flat = asdict(config)
     rope = {"type": "mrope", "mrope_section": flat.pop("mrope_section")}
-    vision = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "in_chans": 3, **flat.pop("vision")}
+    vision = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "in_chans": 3}
+    vision |= flat.pop("vision")
     flat |= {
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -1107,8 +1209,8 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
 
 
 def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
-    """Maps each tensor to its file: as the index stem.safetensors.index.json says, without an index
-    to stem.safetensors. No other file counts. {} if there is none."""
+    """Maps each tensor to its file: as the index stem.safetensors.index.json says, without an
+    index to stem.safetensors. No other file counts. {} if there is none."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         files = json.loads(index.read_text())["weight_map"]
@@ -1120,14 +1222,19 @@ def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def load_weights(folder: str | Path, model: Qwen2_5_VL, dtype: torch.dtype, device="cpu"
-                 ) -> dict[str, Tensor]:
-    """Reads exactly the tensors of `model`, each converted as it is read. ValueError names what does
-    not fit.
+def load_weights(
+    folder: str | Path,
+    model: Qwen2_5_VL,
+    dtype: torch.dtype,
+    device="cpu"
+) -> dict[str, Tensor]:
+    """Reads exactly the tensors of `model`, each converted as it is read. ValueError names what
+    does not fit.
 
     Names as transformers has them in memory are accepted, and an output matrix beside an equal
     embedding that it is tied to."""
-    folder, tensors = Path(folder), {}
+    folder = Path(folder)
+    tensors = {}
     try:
         for stored, path in tensor_files(folder, "model").items():
             with safe_open(path, "pt") as file:
@@ -1141,23 +1248,25 @@ def load_weights(folder: str | Path, model: Qwen2_5_VL, dtype: torch.dtype, devi
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
     if not tensors:
         raise ValueError(f"{folder}: no model.safetensors{why_unusable(folder)}")
-    head = tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    found = {name: x.shape for name, x in tensors.items()}
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    wrong = sorted({name for name, _ in found.items() ^ wanted.items()})
-    if wrong:
-        first = wrong[0]
-        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json: {first} is "
-                         f"{found.get(first, 'missing')}, not {wanted.get(first, 'expected')}")
+    head = None
+    if model.config.tie_word_embeddings:
+        head = tensors.pop("lm_head.weight", None)
+    found = {name: tuple(x.shape) for name, x in tensors.items()}
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    missing = sorted(wanted.items() - found.items())
+    unexpected = sorted(found.items() - wanted.items())
+    if missing or unexpected:
+        raise ValueError(f"{folder}: {len(missing)} missing tensors {missing[:3]}, "
+                         f"{len(unexpected)} unexpected {unexpected[:3]}")
     if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-        raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, to which "
-                         "config.json ties it")
+        raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, to "
+                         "which config.json ties it")
     return tensors
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
-    """Builds the network on the meta device, where weights take no memory, and fills it from a model
-    folder."""
+    """Builds the network on the meta device, where weights take no memory, and fills it from a
+    model folder."""
     with torch.device("meta"):
         model = Qwen2_5_VL(read_config(folder))
     model.load_state_dict(load_weights(folder, model, dtype, device), assign=True)
@@ -1165,9 +1274,9 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device="c
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
-    """A model folder itself, or a run's newest checkpoint. One whose state.json or whose header of a
-    safetensors file cannot be read is named, and the one before is taken. Raises FileNotFoundError
-    if nothing is left."""
+    """A model folder itself, or a run's newest checkpoint. One whose state.json, or the header of
+    one of its safetensors files, cannot be read is named, and the one before is taken. Raises
+    FileNotFoundError if nothing is left."""
     folder = Path(folder)
     checkpoints = sorted(folder.glob(CHECKPOINTS), reverse=True)
     if (folder / "config.json").is_file():
@@ -1183,8 +1292,8 @@ def newest_checkpoint(folder: str | Path) -> Path:
             return path
         except (SafetensorError, OSError, ValueError) as error:
             print(f"{path} is damaged and not used: {error}", file=sys.stderr, flush=True)
-    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint, or they "
-                            f"are damaged{why_unusable(folder)}")
+    raise FileNotFoundError(f"{folder} is neither a model folder nor a run with a checkpoint, or "
+                            f"they are damaged{why_unusable(folder)}")
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
@@ -1193,12 +1302,16 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
     pattern = stem + "{suffix}.safetensors"
     try:
         save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
-    except SafetensorError as error:                         # how the Rust library reports a full disk
+    except SafetensorError as error:                         # e.g. a full disk
         raise OSError(f"{folder} cannot be written: {error}") from None
 
 
-def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Path | None = None,
-               write_extra: Callable[[Path], None] | None = None) -> None:
+def save_model(
+    tensors: dict[str, Tensor],
+    folder: str | Path,
+    source: str | Path | None = None,
+    write_extra: Callable[[Path], None] | None = None
+) -> None:
     """Writes a model folder: tensors, the configuration and tokenizer files of `source`, and what
     `write_extra` adds. It is there whole or not at all: written as FOLDER.writing, flushed to the
     disk, renamed. May raise OSError."""
@@ -1217,8 +1330,7 @@ def save_model(tensors: dict[str, Tensor], folder: str | Path, source: str | Pat
         for file in aside.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-    except OSError:                                          # most often a full disk
+        shutil.rmtree(folder, ignore_errors=True)            # a damaged one of the same name
+        os.replace(aside, folder)
+    finally:                                                 # most often a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)                # a damaged one of the same name
-    os.replace(aside, folder)
