@@ -7,10 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
 import bench_gpu
 import data
-import model as network
 import ruler
 import whole_steps
 from model import Prompts, load_model, qwen
@@ -43,23 +41,15 @@ def test_a_ratio_is_taken_pair_by_pair(tmp_path, capsys):
         table = ruler.Ruler(file)
         for target in (4.0, 4.1):
             table.row("rollout", "8×8", seconds, peer="theirs", target=target)
-    machine, first, second = rows(file)
+        table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
+        table.row("growth", "", {"ours": [0.5]}, roofline=0.4, note="told")
+    machine, first, second, memory, growth = rows(file)
     assert machine["cores"] and machine["torch"] == torch.__version__
-    assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5}
+    assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5} and memory["ratio"]["median"] == 3.0
     assert first["median"] == {"ours": 2.0, "theirs": 9.0} and first["seconds"] == seconds
-    assert (first["verdict"], second["verdict"]) == ("reached", "missed")
-    *_, titles, line, _ = capsys.readouterr().out.splitlines()
+    assert [row["verdict"] for row in (first, second, memory, growth)] == ["reached", "missed", "missed", ""]
+    titles, line, _, _, last = capsys.readouterr().out.splitlines()[-5:]
     assert "3.00–4.50" in line and "≥ 4 reached" in line and titles.index("ratio") + 5 == line.index("4.00") + 4
-
-
-def test_a_row_of_bytes_and_a_row_without_a_peer(tmp_path, capsys):
-    table = ruler.Ruler(tmp_path / "rows.jsonl")
-    table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
-    table.row("growth", "", {"ours": [0.5]}, roofline=0.4, note="told")
-    _, memory, growth = rows(tmp_path / "rows.jsonl")
-    assert memory["ratio"]["median"] == 3.0 and memory["verdict"] == "missed"
-    assert growth["ratio"] == {} and growth["target"] is None and growth["verdict"] == ""
-    *_, last = capsys.readouterr().out.splitlines()
     assert "500.0" in last and last.endswith("40%  told")
 
 
@@ -109,15 +99,6 @@ def test_the_peak_of_each_phase_is_its_own():
         assert peaks.take() == 2 * 4096 and len(kept) == len(more)
 
 
-def test_the_judge_reads_prompts_of_the_usual_length(base, vocabulary):
-    asked = bench_gpu.Bench(None, bench_gpu.LARGE, None)
-    question, observation = bench_gpu.claim_texts(asked)
-    record = data.Record("", question, (), "free-form", "1", "", "video", blind=True, given=observation)
-    settings = bench_gpu.paper_settings(asked, "3b")
-    example = data.build_example(record, base, vocabulary, network.read_config(base), settings)
-    assert len(example.ids) == pytest.approx(asked.size.claim[-1], rel=0.05)
-
-
 def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch):
     """They are those of the clips. A machine with a GPU may have no decoder."""
     toy, settings = data.make_toy(tmp_path / "toy", {"rl": 3}), data.InputSettings()
@@ -130,17 +111,6 @@ def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch):
         assert r.path.endswith("0" + r.problem_id[3:]) and (found[0] == frames).all() and found[1] == seconds
     (row,) = small(tmp_path, "waiting")
     assert row["what"] == "waiting for data" and row["sizes"] == "3 steps, folders of frames"
-
-
-def test_rows_are_chosen_on_the_command_line(tmp_path, monkeypatch):
-    asked, chosen = [], ["decoding", "whole_step", "by_parts", "training", "waiting", "rollouts"]
-    monkeypatch.setattr(bench_gpu, "run", asked.append)
-    words = ["gpu", "--json", str(tmp_path / "bench.jsonl"), "--minutes", "4.25", "--only", *chosen]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
-    bench.main()
-    (args,) = asked
-    assert args.only == chosen and set(chosen) <= set(bench_gpu.ROWS)
-    assert (args.minutes, args.small, args.json) == (4.25, False, tmp_path / "bench.jsonl")
 
 
 def test_a_row_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
