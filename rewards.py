@@ -582,8 +582,11 @@ def journaled(decide: Judge, same: list, journal: Journal, claims: Sequence[Clai
     def work(part: list[Claim]) -> list[dict]:
         return [verdict._asdict() for verdict in decide(part)]
     rows = journal.complete(items, work, **how)
-    names = Verdict._fields
-    return [Verdict(**{name: rows[key][name] for name in names}) for key in items]
+    verdicts = []
+    for key in items:
+        row = rows[key]
+        verdicts.append(Verdict(*(row[name] for name in Verdict._fields)))
+    return verdicts
 
 
 REFUSABLE = ("max_tokens", "temperature", "seed")            # fields that some servers do not take

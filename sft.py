@@ -285,7 +285,7 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, about
     if "data" in given and "preset" not in given:
         parser.error(f"--data needs --preset: {', '.join(presets)} ({toy} for files of the toy "
                      "world)")
-    several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = torch.cuda.is_available() and environment("WORLD_SIZE", 1) > 1
     preset = given.get("preset", largest if several else toy)
     return cls(**{"out": f"runs/{preset}", "preset": preset} | presets[preset] | given)
 
@@ -381,7 +381,8 @@ class World:
 
     def share(self, count: int, size: int) -> list[range]:
         """This rank's part of each batch of `size` out of `count` indices."""
-        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        whole = range(count)
+        batches = [whole[i:i + size] for i in range(0, count, size)]
         return [batch[self.rank::self.size] for batch in batches]
 
     def gather(self, value) -> list:
@@ -391,8 +392,11 @@ class World:
         return values
 
     def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
-        parts = self.gather(values)
-        return {name: sum(part[name] for part in parts) for name in values}
+        total = dict.fromkeys(values, 0)
+        for part in self.gather(values):
+            for name in total:                               # ranks may hold them in another order
+                total[name] += part[name]
+        return total
 
     def all_reduce_max(self, value: float) -> float:
         return max(self.gather(value))
@@ -442,10 +446,15 @@ def keep_freed_memory() -> None:
         glibc.mallopt(-1, 2 ** 30)                           # M_TRIM_THRESHOLD
 
 
+def environment(name: str, default: int) -> int:
+    """What torchrun tells a rank."""
+    return int(os.environ.get(name, default))
+
+
 def start_world(timeout: timedelta | None = None) -> World:
     """Joins the ranks that torchrun started. The ranks of a machine share a copy of the weights."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    rank, local_rank, size, shards = (int(os.environ.get(x, x.endswith("SIZE"))) for x in names)
+    rank, local_rank = environment("RANK", 0), environment("LOCAL_RANK", 0)
+    size, shards = environment("WORLD_SIZE", 1), environment("LOCAL_WORLD_SIZE", 1)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
@@ -747,7 +756,7 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
            about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line for each rank."""
     settings = parse_flags(settings_class, presets, argv, about)
-    rank, size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size = environment("RANK", 0), environment("WORLD_SIZE", 1)
     world = World(rank, size, torch.device("cpu"))
     try:
         world = start_world()
