@@ -160,7 +160,8 @@ def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Verdi
     responses, parts = [response for group in groups for response in group], []
     for response, verdict in zip(responses, verdicts, strict=True):
         parts.append(rewards.reward_parts(response, verdict, settings.windows))
-    shape = len(groups), settings.group_size, len(SEGMENTS), len(rewards.REWARD_PARTS)
+    size = len(groups[0]) if groups else settings.group_size
+    shape = len(groups), size, len(SEGMENTS), len(rewards.REWARD_PARTS)
     return torch.tensor(parts).view(shape)
 
 
