@@ -844,9 +844,8 @@ def init_weights(model: Qwen2_5_VL, seed: int) -> Qwen2_5_VL:
 
 # SDPA's kernel of cuDNN, the first choice on Hopper, builds a plan for each new shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
-GQA = {}                                                     # torch 2.11 groups heads unasked
-if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-    GQA["enable_gqa"] = True
+PARAMETERS = inspect.signature(varlen_attn).parameters       # torch 2.11 groups heads unasked
+GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}
 # MKL, which computes F.linear on CPUs, uses AVX-512 on Intel's alone. oneDNN, which is also in
 # torch, uses it on all.
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -1246,18 +1245,16 @@ def load_weights(
             tensors[name] = x.to(device, dtype)
     except (SafetensorError, OSError, ValueError, LookupError) as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
-    if not tensors:
-        raise ValueError(f"{folder}: no model.safetensors{why_unusable(folder)}")
     head = None
     if model.config.tie_word_embeddings:
         head = tensors.pop("lm_head.weight", None)
-    found = {name: tuple(x.shape) for name, x in tensors.items()}
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    missing = sorted(wanted.items() - found.items())
-    unexpected = sorted(found.items() - wanted.items())
+    found = {(name, tuple(x.shape)) for name, x in tensors.items()}
+    wanted = {(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    missing = sorted(wanted - found)
+    unexpected = sorted(found - wanted)
     if missing or unexpected:
         raise ValueError(f"{folder}: {len(missing)} missing tensors {missing[:3]}, "
-                         f"{len(unexpected)} unexpected {unexpected[:3]}")
+                         f"{len(unexpected)} unexpected {unexpected[:3]}{why_unusable(folder)}")
     if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
         raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, to "
                          "which config.json ties it")
