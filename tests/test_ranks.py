@@ -116,7 +116,7 @@ def kill(run: subprocess.Popen, rank: int, number: signal.Signals) -> int:
 
 
 def wait_until(run: subprocess.Popen, happened) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not happened():
         assert run.poll() is None and time.monotonic() < end, run.communicate()
         time.sleep(0.02)
