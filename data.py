@@ -166,7 +166,8 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
         return result
     if isinstance(result, (MediaError, ImportError)):
         raise result
-    reason = (str(result).strip() or "it ends early").splitlines()[-1][:200]
+    said = str(result).strip() or "it ends early"
+    reason = said.splitlines()[-1][:200]
     if "cannot find video stream" in reason:
         reason = "no video, or a codec that decord lacks"
     raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)")
@@ -174,8 +175,9 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
 
 def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.ndarray, float]:
     """`read_video` of a folder of pictures."""
-    files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-    files.sort(key=lambda f: (len(f.name), f.name))          # 2.png before 10.png
+    kinds = (".jpg", ".jpeg", ".png", ".webp")
+    files = [file for file in path.iterdir() if file.suffix.lower() in kinds]
+    files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
     fps = rate or settings.fps or 2.0
     indices = frame_indices(len(files), fps, settings)
     frames = np.concatenate([read_image(files[i]) for i in indices])
@@ -207,7 +209,8 @@ def open_video(path: Path) -> tuple:
                          "convert an animation to MP4 (H.264)")
     # fault_tol: a frame that cannot be decoded is an error
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
-    fps, starts = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    fps = reader.get_avg_fps()
+    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]      # seconds
     gaps = np.diff(starts)
     if not (len(gaps) and gaps.min() > 0):                   # AVI and MPEG do not time all frames
         return reader, fps, len(starts), False
@@ -284,13 +287,17 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
     if "transparency" in image.info:
         grey[grey == image.info["transparency"]] = top       # white
-    return Image.fromarray((255 * grey.clip(0, top) / top).astype(np.uint8))
+    scaled = 255 * grey.clip(0, top) / top
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    resized = [Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC) for f in frames]
-    return np.stack([np.asarray(image) for image in resized])
+    resized = []
+    for frame in frames:
+        image = Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC)
+        resized.append(np.asarray(image))
+    return np.stack(resized)
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int
@@ -349,7 +356,9 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
             rows = [line for line in text.split("\n") if line.strip()]
         for i, row in enumerate(rows):
             where = f"{file}, record {i + 1}"
-            rows[i] = to_record(json.loads(row) if text[:1] != "[" else row, traces)
+            if isinstance(row, str) and text[:1] != "[":
+                row = json.loads(row)
+            rows[i] = to_record(row, traces)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{where}: {error}") from None
     except (LookupError, TypeError, AttributeError, SyntaxError) as error:
@@ -390,7 +399,8 @@ def read_options(options, problem_type: str, reference: str) -> tuple[str, ...]:
     if isinstance(options, str) and options:
         options = ast.literal_eval(options)
     options = options or []
-    if not isinstance(options, list | tuple) or not all(isinstance(x, str) for x in options):
+    texts = isinstance(options, list | tuple) and all(isinstance(x, str) for x in options)
+    if not texts:
         raise ValueError(f"options are no list of texts: {options!r:.80}")
     if problem_type == "multiple choice":
         if len(options) == 1:
@@ -540,11 +550,12 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         places = [pad] * (len(pixels) // MERGE ** 2)
         medium = [v.id["<|vision_start|>"], *places, v.id["<|vision_end|>"]]
-    start, end = v.id["<|im_start|>"], [v.id["<|im_end|>"], *v.encode("\n")]
-    ids = []
+    start, ids = v.id["<|im_start|>"], []
+    end = [v.id["<|im_end|>"], *v.encode("\n")]
     if settings.prompt != "short":
         ids += [start, *v.encode("system\nYou are a helpful assistant."), *end]
-    ids += [start, *v.encode("user\n"), *medium, *v.encode(instruction(r, settings)), *end]
+    question = v.encode(instruction(r, settings))
+    ids += [start, *v.encode("user\n"), *medium, *question, *end]
     ids += [start, *v.encode("assistant\n")]
     if r.given is not None:
         ids += v.encode(f"<observation> {r.given} </observation>\n")
@@ -557,7 +568,8 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
 def blank_example(v: Vocabulary) -> Example:
     """A picture without a question, for a rank without questions: all ranks must run the same
     passes."""
-    ids = torch.tensor([v.id["<|vision_start|>"], v.id["<|image_pad|>"], v.id["<|vision_end|>"]])
+    names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    ids = torch.tensor([v.id[name] for name in names])
     pixels = torch.zeros(MERGE ** 2, 3 * TEMPORAL_PATCH * PATCH ** 2)
     record = Record("", "", (), "numerical", "0", "", "image")
     positions = torch.arange(3).expand(3, -1)
@@ -759,7 +771,9 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
     if len(shown) != TOY_EVENTS:
         return None
     if toy.name == "next":
-        after = shown[shown.index(toy.asked) + 1] if shown[:-1].count(toy.asked) == 1 else None
+        if shown[:-1].count(toy.asked) != 1:
+            return None
+        after = shown[shown.index(toy.asked) + 1]
         return "ABC"[toy.options.index(after)] if after in toy.options else None
     if toy.name == "count":
         return str([x.split()[0] for x in shown].count(toy.asked))
@@ -844,7 +858,8 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
     other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
     for paint, shape, strength in (other, (colour, letter, 1)):
-        y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
+        middle = TOY_SIZE / 2 + rng.uniform(-2, 2, (2, 1, 1))
+        y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - middle
         r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
         inside = (abs(x) < r) & (abs(y) < r)
         stem, bar = abs(x) < thick, abs(y + r - thick) < thick
@@ -925,7 +940,10 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
     """Writes clips and `<split>.json`, unless they are there as the code would write them now."""
     for split, count in splits.items():
         file, clips = Path(folder) / f"{split}.json", Path(folder) / split
-        rows = [toy_record(random.Random(f"{seed}/{split}/{n}"), n, split)[0] for n in range(count)]
+        rows = []
+        for number in range(count):
+            row, _ = toy_record(random.Random(f"{seed}/{split}/{number}"), number, split)
+            rows.append(row)
         first, text = clips / "00000.avi", json.dumps(rows, indent=1)
         if file.is_file() and file.read_text() == text and first.is_file():
             if first.read_bytes() == toy_clip(seed, split, 0):
@@ -1027,7 +1045,8 @@ def ask_server(s: JudgeSettings, name: str, **body) -> Callable[[list[dict]], Re
     if not (key.isascii() and key.isprintable()):            # it fits no header; do not show it
         raise ValueError(f"{name.upper()}_API_KEY holds characters that no key can have")
     url, model = getattr(s, name), getattr(s, f"{name}_model")
-    return rewards.ChatClient(url, key, s.timeout, s.retries, {"model": model} | body).ask
+    body = {"model": model} | body
+    return rewards.ChatClient(url, key, s.timeout, s.retries, body).ask
 
 
 def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | None = None,
@@ -1062,7 +1081,8 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, settings: InputSett
     examples = [build_example(r, Path(), vocabulary, model.config, settings) for r in records]
     greedy = torch.zeros(len(examples), 1, tokens), vocabulary.stop_ids, 0.0
     out = model.generate(collate(examples).to(device), *greedy)
-    for r, ids, n in zip(records, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
+    tokens, lengths = out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()
+    for r, ids, n in zip(records, tokens, lengths):
         text = vocabulary.decode(ids[:n])
         score = answer_score(r, parse(text).contents["answer"])
         explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
@@ -1086,7 +1106,8 @@ def picture(frame: np.ndarray) -> str:
 
 def teacher_chat(r: Record, s: CotSettings) -> list[dict]:
     """The conversation that asks for a trace: frames, then the instruction. Raises MediaError."""
-    (frames, _, most), content = read_media(r, Path(s.media), s), []
+    content = []
+    frames, _, most = read_media(r, Path(s.media), s)
     for frame in resize(frames, min(s.min_pixels, most), most):
         content.append({"type": "image_url", "image_url": {"url": picture(frame)}})
     content.append({"type": "text", "text": instruction(r, s)})
@@ -1123,8 +1144,10 @@ def toy_draft(r: Record, s: CotSettings) -> str:
         reasoned = shown if rng.random() < 0.5 else seen
     if rng.random() < s.mistakes:
         reasoned = misread(toy, shown, r, THRESHOLD, rng)
-    texts = {tag.name: TOY_TEXTS[tag.name](toy, reasoned) for tag in template_tags("p2r")}
-    texts |= {tag.name: TOY_TEXTS[tag.name](toy, seen) for tag in SEGMENTS[0].tags}
+    texts = {}
+    for tag in template_tags("p2r"):
+        letters = seen if tag in SEGMENTS[0].tags else reasoned
+        texts[tag.name] = TOY_TEXTS[tag.name](toy, letters)
     text = trace_text(replace(r, trace=texts, reference=texts["answer"]), "p2r")
     if rng.random() < s.mistakes / 5:
         text = text[:rng.randrange(len(text))]               # cut off: no </answer>
@@ -1176,7 +1199,8 @@ def cot(s: CotSettings) -> Path:
     Journals in --out grow by a line for each finished piece of work; traces.jsonl (kept) and
     dropped.jsonl (with reasons) come at the end. Started again, it does what is missing.
     """
-    s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
+    folder, media = Path(s.out), s.media or str(Path(s.data).parent)
+    s = replace(s, media=media)
     with lock_folder(folder):
         judge, records = make_cot_judge(s, folder / "3-judged"), {}    # equal records are one
         inputs = [s.prompt, s.frames, s.fps, s.min_pixels, s.max_pixels, s.image_max_pixels]
@@ -1228,8 +1252,8 @@ def verify(r: Record, output: str | None, error: str) -> dict:
     elif score < THRESHOLD:
         reason = "answer wrong"
     trace = {tag: contents.get(tag) or "" for tag in TRACE_TAGS}
-    return to_row(replace(r, trace=trace)) | dict(output=text, reward=score, select=not reason,
-                                                  reason=reason, error=error)
+    row = to_row(replace(r, trace=trace))
+    return row | dict(output=text, reward=score, select=not reason, reason=reason, error=error)
 
 
 def make_cot_judge(s: CotSettings, place: Path) -> Judge:
@@ -1249,8 +1273,10 @@ def make_cot_judge(s: CotSettings, place: Path) -> Judge:
 
 def weights_of(folder: Path) -> list:
     """What tells one checkpoint from another: size and time of its weight files."""
-    files = [file.stat() for file in sorted(folder.glob("*.safetensors"))]
-    return [str(folder.resolve()), *((x.st_size, int(x.st_mtime)) for x in files)]
+    found = [str(folder.resolve())]
+    for file in sorted(folder.glob("*.safetensors")):
+        found += [file.stat().st_size, int(file.stat().st_mtime)]
+    return found
 
 
 def funnel(rows: Iterable[dict]) -> list[str]:
@@ -1277,9 +1303,11 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
     of the method first. None if not given."""
     seen = set()
     for part in cls.__mro__[:-1]:
-        own = [f for f in fields(part) if f.name in part.__annotations__ and f.name not in seen]
-        own = [f for f in own if not names or f.name in names]
-        seen |= {f.name for f in own}
+        mine = part.__annotations__.keys() - seen
+        seen |= mine
+        if names:
+            mine &= set(names)
+        own = [f for f in fields(part) if f.name in mine]
         group = parser
         if own and not names:
             group = parser.add_argument_group(part.__doc__.split(".")[0])
@@ -1300,8 +1328,11 @@ def flag_options(f: Field, presets: dict[str, dict]) -> dict:
 
 
 def given_flags(args: argparse.Namespace) -> dict:
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+    given = {}
+    for name, value in vars(args).items():
+        if value is not None:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def default_settings(settings) -> dict:
@@ -1346,11 +1377,14 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table with a rule below its head, the first column to the left, the others to
     the right."""
-    widths, lines = [max(map(len, column)) for column in zip(*rows)], []
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
     for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    rule = "─" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:]]
 
 
 @contextmanager
