@@ -89,7 +89,8 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             if heldout.records and settings.eval_every and run.evaluation_due(step + 1):
                 metrics |= heldout_metrics(policy, heldout, judge, settings, world)
             show(step, policy, groups, verdicts, parts, ref_logprobs, vocabulary, run)
-            run.log({"step": step + 1, "lr": lr, **metrics}, in_short(metrics))
+            metrics |= {"step": step + 1, "lr": lr}
+            run.log(metrics, in_short(metrics))
             run.end_of_step(step + 1, policy, optimizer)
 
 
@@ -468,8 +469,9 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
                                  "loss": sum(values["loss"]), "tokens": int(lengths.sum())})
     if not sums["questions"]:
         world.print0("The media of none of this step's questions can be read; nothing was learned.")
-    return {**mean_over_ranks(spread, world, deviation=True), **mean_over_ranks(shares, world),
-            "logprob_gap_max": world.all_reduce_max(max(values["logprob_gap"], default=0.0)),
+    means = mean_over_ranks(spread, world, deviation=True) | mean_over_ranks(shares, world)
+    largest = max(values["logprob_gap"], default=0.0)
+    return {**means, "logprob_gap_max": world.all_reduce_max(largest),
             "loss": sums["loss"] / max(1, sums["responses"]),
             "grad_norm": statistics.fmean(values["grad_norm"]),
             "questions": sums["questions"], "skipped": settings.questions - sums["questions"],
@@ -542,9 +544,9 @@ def show(step: int, policy: Qwen2_5_VL, groups: list[list[Response]], verdicts: 
     s = run.settings
     if step % s.transcript_every and step + 1 < s.steps:
         return
-    rows, inputs, segments, weights, _ = next(micro_batches(groups, vocabulary, s, run.world),
-                                              [[]] * 5)
-    after = policy.logprobs(*inputs)[0] if rows else None    # by the updated weights, (B, G, T)
+    for rows, inputs, segments, weights, _ in micro_batches(groups, vocabulary, s, run.world):
+        after, _ = policy.logprobs(*inputs)                  # by the updated weights, (b, G, T)
+        break
     if not groups or not run.world.first:
         return
     # Of the first micro-batch, the group whose segments differ most in their advantages.
@@ -556,8 +558,9 @@ def show(step: int, policy: Qwen2_5_VL, groups: list[list[Response]], verdicts: 
     received = token_advantages(credit[s.advantage][rows], segments.cpu())       # (B, G, T)
     zeros = torch.zeros_like(received)                       # no value network, perhaps no reference
     columns = {"logprobs_after": after, "weights": weights, "token_rewards": received,
-               "ref_logprobs": zeros if ref_logprobs[0] is None else ref_logprobs[0],
-               "values": zeros}
+               "ref_logprobs": zeros, "values": zeros}
+    if ref_logprobs[0] is not None:
+        columns["ref_logprobs"] = ref_logprobs[0]
     for g, response in enumerate(groups[b]):
         verdict, n = verdicts[b * s.group_size + g], len(response.tokens)
         row = asdict(response.example.record) | {
@@ -586,10 +589,11 @@ def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: 
     advantages (K,)"""
     r = response.example.record
     says = {True: "Yes", False: "No", None: "unknown"}[verdict.sufficient]
+    cut = "" if response.finished else " … (cut off)"
     lines = [f"── {r.path}  {r.problem_type} ".ljust(100, "─"),
              f"question    {r.question}  {'  '.join(r.options)}".rstrip(),
              f"reference   {r.reference}",
-             response.text.strip() + ("" if response.finished else " … (cut off)"),
+             response.text.strip() + cut,
              f"judge       {says}: {verdict.error or verdict.explanation}"]
     lengths = rewards.segment_lengths(response.segments)
     for k, segment in enumerate(SEGMENTS):
@@ -709,10 +713,12 @@ def run_stage(settings: Settings, world: World) -> None:
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
-    run = sft.Run(folder, settings, settings.questions, Path(settings.model), world)
+    source = Path(settings.model)
+    run = sft.Run(folder, settings, settings.questions, source, world)
     results = world.on_rank0(lambda: sft.read_json(run.folder / "results.json"))
     if run.finished and results:
-        return world.print0(f"{run.folder} is finished:\n{results_table(results)}")
+        world.print0(f"{run.folder} is finished:\n{results_table(results)}")
+        return
     if not run.finished:
         train(*prepare(settings, run, world))
         gc.collect()                                         # FSDP modules are reference cycles
