@@ -2,7 +2,7 @@
 
     python tests/bench.py cpu                 seconds and bytes beside transformers and TRL, and how they grow
     python tests/bench.py gpu                 the same on a GPU
-    python tests/bench.py memory              the peak of a step beside what --dry-run says; on a GPU five steps of 3b
+    python tests/bench.py memory              the peak of a step beside what tests/memory.py says; on a GPU five steps of 3b
     python tests/bench.py judge               what a judge behind http costs a step: a loopback server that takes 2 s
 
 Run them with nothing else on the machine. `cpu` needs pip install -r tests/requirements-bench.txt.
@@ -30,20 +30,21 @@ def command(script: str, *flags) -> float:
 
 
 def on_cpu() -> None:
-    """Bytes of tensors at their most, counted while two steps of a small model run."""
+    """Bytes of tensors at their most in each phase of a step, counted while a small model runs."""
     import tempfile
 
     from data import make_toy, make_toy_model
-    from sft import memory as said
+    from memory import estimate
     from test_memory import SHAPES, WIDE, counted, shaped
     with tempfile.TemporaryDirectory() as folder:
         toy = make_toy(Path(folder) / "toy", {"rl": 20})
         make_toy_model(Path(folder) / "base", seed=0)
-        print(f"{'counted':>12}{'said':>12}{'ratio':>8}   settings")
+        print(f"{'phase':>12}{'counted':>12}{'said':>12}{'ratio':>8}   settings")
         for shape in SHAPES:
-            real = counted(shaped(shape), toy, Path(folder) / "base", WIDE) / 2 ** 20
-            told = said(WIDE, shaped(shape), 1, cuda=False)["peak"] / 2 ** 20
-            print(f"{real:>8.1f} MiB{told:>8.1f} MiB{told / real:>8.2f}   {shape}", flush=True)
+            told = estimate(WIDE, shaped(shape), 1, cuda=False)
+            for phase, real in counted(shaped(shape), toy, Path(folder) / "base", WIDE).items():
+                print(f"{phase:>12}{real / 2 ** 20:>8.1f} MiB{told[phase] / 2 ** 20:>8.1f} MiB"
+                      f"{told[phase] / real:>8.2f}   {shape}", flush=True)
 
 
 def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
@@ -55,8 +56,8 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
 
     import pagrpo
     from data import make_toy, make_toy_model
+    from memory import estimate
     from model import CONFIGS, Qwen2_5_VL, save_model, write_config
-    from sft import memory as said
     gpus, clips = torch.cuda.device_count(), 64
     if not (out / "model").is_dir():
         make_toy_model(out / "base", seed=0)
@@ -92,7 +93,7 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     first.wait()
     subprocess.run(words, check=True)
     settings = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
-    told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
+    told = estimate(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):
         print(f"step {row['step']}: {row['reserved_memory_gb']:.1f} GB reserved; sampling "

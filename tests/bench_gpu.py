@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import data  # noqa: E402  (found by bench.py)
+import memory
 import pagrpo
 import sft
 import whole_steps
@@ -268,12 +269,12 @@ def whole_step(b: Bench) -> None:
     for name, seconds in phases.items():
         b.ruler.row(f"{preset}, step: {name}", sizes(b), {"ours": [seconds]}, bytes={"ours": bytes[name]})
     said_of(b, preset, sum(phases.values()), 10.0, f"{preset}: whole step")
-    told = sft.memory(CONFIGS[preset], settings, 1, b.device.type == "cuda")["peak"]
+    told = memory.estimate(CONFIGS[preset], settings, 1, b.device.type == "cuda")["peak"]
     note = f"{peaks.reserved / 2 ** 20:,.0f} MiB reserved"
     if not peaks.reserved:
         note = "ours without weights and moments, which were made before"
-    b.ruler.row(f"{preset}, step: memory", sizes(b), {}, peer="--dry-run", note=note,
-                bytes={"ours": max(bytes.values()), "--dry-run": int(told)})
+    b.ruler.row(f"{preset}, step: memory", sizes(b), {}, peer="estimate", note=note,
+                bytes={"ours": max(bytes.values()), "estimate": int(told)})
 
 
 def claim_texts(b: Bench) -> tuple[str, str]:
