@@ -145,13 +145,13 @@ def test_slow_answers_are_waited_for_and_too_slow_ones_asked_for_again(waits):
 
 def test_a_program_that_ends_does_not_wait_for_a_slow_server():
     program = """if True:
-        import sys, threading
+        import sys
+        from functools import partial
         from multiprocessing.pool import ThreadPool
-        import data
-        s = data.JudgeSettings(judge=sys.argv[1], judge_model="m", refuse_leaks=False)
-        claims = [data.Claim("What is it?", (), "free-form", "a cat", "a small grey animal")]
-        thread = ThreadPool(1)
-        asked = thread.apply_async(data.make_judge(s), (claims,))
+        from rewards import ChatClient, Claim, Journal, journaled, judge_by_chat
+        decide = partial(judge_by_chat, ChatClient(sys.argv[1], "", 60, 24, {"model": "m"}).ask)
+        claim = Claim("What is it?", (), "free-form", "a cat", "a small grey animal")
+        ThreadPool(1).apply_async(journaled, (decide, [], Journal(None), [claim]))
         sys.stdin.readline()
     """
     with serving(lambda n, request: "late", delay=60) as server:
