@@ -95,15 +95,15 @@ class InputSettings:
                 check_address(name, value, built_in, getattr(self, f"{f.name}_model"))
 
 
-# ------------------------------------------------------------------------------------------------ media
+# ------------------------------------------------------------------------------------------ media
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official preprocessor_config.json
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels per side, frames, patches merged per side
+PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels a side, frames, patches a side
 MIN_FRAMES = 4
-READ_ON = 2000                                               # frames in a clip that is read on from its start
-HANG = 60                                                    # seconds without a frame after which a clip is given up
-MAX_UNREADABLE = 0.2                                         # share of unreadable media above which a run stops
+READ_ON = 2000                                               # frames of a clip that is not seeked in
+HANG = 60                                                    # seconds without a frame
+MAX_UNREADABLE = 0.2                                         # share of media above which a run stops
 
 
 class MediaError(Exception):
@@ -111,11 +111,13 @@ class MediaError(Exception):
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's rule: multiples of 28, area within the limits, aspect ratio kept as far as possible, at most 200."""
+    """Qwen's rule: multiples of 28, area within the limits, aspect ratio kept as far as possible, at
+    most 200."""
     unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
-        raise MediaError(f"{width}×{height} pixels are too narrow: sides may differ by a factor of 200 at most")
-    h, w = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+        raise MediaError(f"{width}×{height} pixels are too narrow: sides may differ by a factor of "
+                         "200 at most")
+    h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         h, w = (max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
@@ -126,100 +128,114 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
-    """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes them."""
+    """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes
+    them."""
+    if not (total and 0 < fps < 500):                        # 600: an AVI whose header has no rate
+        raise MediaError(f"it holds {total} frames at {fps} a second")
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
-    wanted = min(max(wanted, MIN_FRAMES), settings.frames, total) // TEMPORAL_PATCH * TEMPORAL_PATCH
-    return np.linspace(0, total - 1, max(TEMPORAL_PATCH, wanted)).round().astype(int).tolist()
+    wanted = min(max(wanted, MIN_FRAMES), settings.frames, total)
+    count = max(TEMPORAL_PATCH, wanted // TEMPORAL_PATCH * TEMPORAL_PATCH)
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
-def read_video(path: Path, settings: InputSettings, rate: float = 0.0
-               ) -> tuple[np.ndarray, float]:
-    """Frames (N, height, width, 3) uint8 and seconds per temporal patch of a file, or a folder with `rate` frames a
-    second. `bounds`: start and end in seconds. Raises MediaError, also where nothing comes for HANG seconds. That depends
-    on the machine: the rule that any number of ranks has the same samples does not hold for such a clip."""
-    import decord                                            # not at the top: torch must be imported before it
-    events = SimpleQueue()                                   # None for each frame, then the result or an error
+def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[np.ndarray, float]:
+    """Frames (N, height, width, 3) uint8, as a viewer shows them, and seconds per temporal patch of
+    a file, or of a folder of pictures with `rate` a second.
 
-    def read():
+    Raises MediaError, also where nothing comes for HANG seconds. That depends on the machine: for
+    such a clip the rule that any number of ranks has the same samples does not hold.
+    """
+    if path.is_dir():
+        return read_folder(path, settings, rate)
+    events = SimpleQueue()                                   # None for each frame, then the result
+
+    def read() -> None:
         try:
-            events.put(decode(path, settings, rate, partial(events.put, None)))
+            events.put(decode(path, settings, partial(events.put, None)))
         except Exception as error:
             events.put(error)
 
-    # A read that hangs is left behind. The program need not wait for it to end, as for those of a ThreadPoolExecutor.
+    # A read that hangs is left behind, and a program that ends does not wait for it.
     threading.Thread(target=read, daemon=True).start()
     try:
         while (result := events.get(timeout=HANG)) is None:
             pass
-        if isinstance(result, Exception):
-            raise result
-        return result
     except Empty:
         raise MediaError(f"reading it hangs: nothing came for {HANG} seconds") from None
-    except (OSError, RuntimeError, ValueError, AssertionError, decord.DECORDError) as error:
-        reason = (str(error).strip() or "it ends early").splitlines()[-1][:200]
-        if "cannot find video stream" in reason:
-            reason = "no video, or a codec that decord lacks"
-        raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)") from None
+    if not isinstance(result, Exception):
+        return result
+    if isinstance(result, (MediaError, ImportError)):
+        raise result
+    said = str(result).strip() or "it ends early"
+    reason = said.splitlines()[-1][:200]
+    if "cannot find video stream" in reason:
+        reason = "no video, or a codec that decord lacks"
+    raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)")
 
 
-def decode(path: Path, settings: InputSettings, rate: float, beat: Callable
-           ) -> tuple[np.ndarray, float]:
-    """What `read_video` returns. Calls `beat` at each frame."""
-    if folder := path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
-        files.sort(key=lambda f: (len(f.name), f.name))      # 2.png before 10.png
-        fps = rate or settings.fps or 2.0
-        starts = np.arange(1, len(files) + 1) / fps          # 00001.jpg is the first
-    else:
-        reader, fps, starts, exact = open_video(path)
-    if not (len(starts) and 0 < fps < 500):                  # 600 or 1,000: an AVI whose header has no rate
-        raise MediaError(f"it holds {len(starts)} frames at {fps} a second")
-    total = len(starts)
-    indices = frame_indices(total, fps, settings)
-    if folder:
-        frames = {i: read_image(files[i])[0] for i in indices}
-    else:
-        frames = seek(reader, indices, beat) if exact and len(starts) > READ_ON else {}
-        frames = frames or read_on(reader, indices, len(starts), beat)
-    return np.stack([frames[i] for i in indices]), TEMPORAL_PATCH * total / (fps * len(indices))
+def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.ndarray, float]:
+    """`read_video` of a folder of pictures."""
+    kinds = (".jpg", ".jpeg", ".png", ".webp")
+    files = [file for file in path.iterdir() if file.suffix.lower() in kinds]
+    files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
+    fps = rate or settings.fps or 2.0
+    indices = frame_indices(len(files), fps, settings)
+    frames = np.concatenate([read_image(files[i]) for i in indices])
+    return frames, TEMPORAL_PATCH * len(files) / (fps * len(indices))
 
 
-def open_video(path: Path) -> tuple[Any, float, np.ndarray, bool]:
-    """A decord.VideoReader, frames a second, the seconds at which frames start, and whether it may seek: each frame has
-    its time, and none is hidden."""
-    import decord
+def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
+    """`read_video` of a file. Calls `beat` at each frame. Short clips are read on from the start: a
+    seek costs as much as decoding some hundred frames, and is not exact in every file."""
+    reader, fps, total, exact = open_video(path)
+    indices, frames = frame_indices(total, fps, settings), {}
+    if exact and total > READ_ON:
+        frames = seek(reader, indices, beat)
+    if not frames:
+        frames = read_on(reader, indices, total, beat)
+    seconds = TEMPORAL_PATCH * total / (fps * len(indices))
+    return np.stack([frames[i] for i in indices]), seconds
+
+
+def open_video(path: Path) -> tuple:
+    """A decord.VideoReader, frames a second, the number of frames that a viewer shows, and whether
+    it may seek: each frame has its time, and none is hidden."""
+    import decord                                            # not at the top: torch comes before it
     with path.open("rb") as file:
-        picture = re.match(rb"(?s)(?:.|RIFF....|....ftyp)?(GIF8|PNG|WEBP|avi[fs])", file.read(12))
-    if picture:
-        kind = picture[1].decode().upper()
-        raise MediaError(f"a picture or an animation ({kind}), not a video: convert an animation to MP4 (H.264)")
+        head = file.read(12)
+    kind = re.match(rb"(?s)(?:.|RIFF....|....ftyp)?(GIF8|PNG|WEBP|avi[fs])", head)
+    if kind:
+        raise MediaError(f"a picture or an animation ({kind[1].decode().upper()}), not a video: "
+                         "convert an animation to MP4 (H.264)")
     # fault_tol: a frame that cannot be decoded is an error
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
-    fps, starts = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    fps = reader.get_avg_fps()
+    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]      # seconds
     gaps = np.diff(starts)
     if not (len(gaps) and gaps.min() > 0):                   # AVI and MPEG do not time all frames
-        return reader, fps, np.arange(len(starts)) / fps, False
+        return reader, fps, len(starts), False
     measured = 1 / float(gaps.mean())
-    if not math.isclose(fps, measured, rel_tol=0.01):        # a header does not know a variable rate
+    if not math.isclose(fps, measured, rel_tol=0.01):        # the header knows no variable rate
         fps = measured
-    # An edit list hides frames that would start before 0. VP8 hides frames that last no time.
-    return reader, fps, starts[starts >= 0], starts[0] >= 0 and gaps.min() > np.median(gaps) / 2
+    shown = int((starts >= 0).sum())                         # an edit list hides what is before 0
+    gapless = gaps.min() > np.median(gaps) / 2               # VP8 hides frames that last no time
+    return reader, fps, shown, shown == len(starts) and gapless
 
 
 def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
-    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of decoding. They are shown
-    later where frames before a key frame need it (open groups, usual in HEVC and MPEG-2)."""
+    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of
+    decoding. They are shown later where frames before a key frame need it (open groups, usual in
+    HEVC and MPEG-2)."""
     from decord.video_reader import _CAPI_VideoReaderGetCurrentPosition as position
     keys, key, frames = [0, *reader.get_key_indices()], None, {}
     with suppress(Exception):                                # then reading on tells what is wrong
-        reader.next()                                        # away from the start: the first seek is a seek, too
+        reader.next()                                        # the first seek is a seek, too
         for i in indices:
             nearest = keys[bisect_right(keys, i) - 1]
             if nearest != key:
                 key = nearest
                 reader.seek_accurate(key)
-                if position(reader._handle) != key + 1:      # the frame there has not the time of frame `key`
+                if position(reader._handle) != key + 1:      # another frame has this time
                     return {}
                 frame = reader.next()
             if i > key:
@@ -233,17 +249,17 @@ def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
 def read_on(reader, indices: list[int], total: int, beat: Callable) -> dict[int, np.ndarray]:
     """Index → frame. Decodes all frames: only where `total` come is the number of each known."""
     from decord import DECORDLimitReachedError
-    frames, i = {}, 0
+    frames, count = {}, 0
     reader.seek(0)
     with suppress(StopIteration, DECORDLimitReachedError):
         while True:
             frame = reader.next()
-            if i in indices:
-                frames[i] = frame.asnumpy()
-            i += 1
+            if count in indices:
+                frames[count] = frame.asnumpy()
+            count += 1
             beat()
-    if i != total:
-        raise ValueError(f"{i} of {total} frames can be decoded")
+    if count != total:
+        raise ValueError(f"{count} of {total} frames can be decoded")
     return frames
 
 
@@ -251,44 +267,55 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8, turned as its EXIF data say. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):            # broken EXIF data
+            with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):   # broken EXIF
                 image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":
                 image = to_8_bits(image)
             if image.has_transparency_data:                  # on white, as the official utility does
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot be decoded: {error}") from None
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value tells their range."""
+    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value
+    tells their range."""
     grey = np.nan_to_num(np.asarray(image).astype(float))
     largest = 65535 if image.mode.startswith("I;16") else grey.max()
     top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
     if "transparency" in image.info:
         grey[grey == image.info["transparency"]] = top       # white
-    return Image.fromarray((255 * grey.clip(0, top) / top).astype(np.uint8))
+    scaled = 255 * grey.clip(0, top) / top
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    return np.stack([np.asarray(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC)) for f in frames])
+    resized = []
+    for frame in frames:
+        image = Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC)
+        resized.append(np.asarray(image))
+    return np.stack(resized)
 
 
-def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the vision tower's order,
-    and their grid (temporal patches, rows, columns). The four patches that will be merged are neighbours."""
+def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int
+             ) -> tuple[Tensor, tuple[int, int, int]]:
+    """Frames (N, height, width, 3) uint8 → patches (S, 3·2·14·14), resized, normalized, in the
+    vision tower's order, and their grid (temporal patches, rows, columns). The four patches that
+    will be merged are neighbours."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
-    x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD          # (N, h, w, 3)
+    x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD   # (N, h, w, 3)
     if len(x) % TEMPORAL_PATCH:
-        x = torch.cat([x, x[-1:]])                           # an image fills its temporal patch twice
+        x = torch.cat([x, x[-1:]])                           # an image fills its patch twice
     t, rows, columns = len(x) // TEMPORAL_PATCH, h // PATCH, w // PATCH
     x = x.view(t, TEMPORAL_PATCH, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    # temporal patch, merged row, merged column, then the patch in it by row and column, then colour, frame, row, column
-    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, -1), (t, rows, columns)
+    # temporal patch, merged row, merged column, then the patch in it by row and column, then
+    # colour, frame, row, column
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return x.reshape(t * rows * columns, -1), (t, rows, columns)
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -329,7 +356,9 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
             rows = [line for line in text.split("\n") if line.strip()]
         for i, row in enumerate(rows):
             where = f"{file}, record {i + 1}"
-            rows[i] = to_record(json.loads(row) if text[:1] != "[" else row, traces)
+            if isinstance(row, str) and text[:1] != "[":
+                row = json.loads(row)
+            rows[i] = to_record(row, traces)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{where}: {error}") from None
     except (LookupError, TypeError, AttributeError, SyntaxError) as error:
@@ -370,7 +399,8 @@ def read_options(options, problem_type: str, reference: str) -> tuple[str, ...]:
     if isinstance(options, str) and options:
         options = ast.literal_eval(options)
     options = options or []
-    if not isinstance(options, list | tuple) or not all(isinstance(x, str) for x in options):
+    texts = isinstance(options, list | tuple) and all(isinstance(x, str) for x in options)
+    if not texts:
         raise ValueError(f"options are no list of texts: {options!r:.80}")
     if problem_type == "multiple choice":
         if len(options) == 1:
@@ -387,18 +417,20 @@ def to_row(r: Record) -> dict:
 
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
-    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises MediaError."""
+    """Frames, seconds per temporal patch (0 for an image), and most pixels of a frame. Raises
+    MediaError."""
     path = root / r.path
     try:
         root, target = root.resolve(), path.resolve()
         there = target.is_file() or target.is_dir()          # no pipe, no device
-    except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a link to itself
+    except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a cycle
         raise MediaError(f"no file can have this path: {error}") from None
     # In a Hugging Face cache, what lies below snapshots/ are links into blobs/ beside it.
     blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
-    inside = any(target.is_relative_to(folder) for folder in [root, *blobs])
-    if not (inside and there):
-        raise MediaError("no such file" if inside else "its path, or a link on it, leads out of the media folder")
+    if not any(target.is_relative_to(folder) for folder in [root, *blobs]):
+        raise MediaError("its path, or a link on it, leads out of the media folder")
+    if not there:
+        raise MediaError("no such file")
     if r.data_type == "image":
         return read_image(path), 0.0, settings.image_max_pixels
     return *read_video(path, settings, r.rate), settings.max_pixels
@@ -518,11 +550,12 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
         pad = config.video_token_id if r.data_type == "video" else config.image_token_id
         places = [pad] * (len(pixels) // MERGE ** 2)
         medium = [v.id["<|vision_start|>"], *places, v.id["<|vision_end|>"]]
-    start, end = v.id["<|im_start|>"], [v.id["<|im_end|>"], *v.encode("\n")]
-    ids = []
+    start, ids = v.id["<|im_start|>"], []
+    end = [v.id["<|im_end|>"], *v.encode("\n")]
     if settings.prompt != "short":
         ids += [start, *v.encode("system\nYou are a helpful assistant."), *end]
-    ids += [start, *v.encode("user\n"), *medium, *v.encode(instruction(r, settings)), *end]
+    question = v.encode(instruction(r, settings))
+    ids += [start, *v.encode("user\n"), *medium, *question, *end]
     ids += [start, *v.encode("assistant\n")]
     if r.given is not None:
         ids += v.encode(f"<observation> {r.given} </observation>\n")
@@ -535,7 +568,8 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
 def blank_example(v: Vocabulary) -> Example:
     """A picture without a question, for a rank without questions: all ranks must run the same
     passes."""
-    ids = torch.tensor([v.id["<|vision_start|>"], v.id["<|image_pad|>"], v.id["<|vision_end|>"]])
+    names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    ids = torch.tensor([v.id[name] for name in names])
     pixels = torch.zeros(MERGE ** 2, 3 * TEMPORAL_PATCH * PATCH ** 2)
     record = Record("", "", (), "numerical", "0", "", "image")
     positions = torch.arange(3).expand(3, -1)
@@ -640,8 +674,8 @@ class Examples:
 def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]:
     """Indices of the records whose media exist under `root`. They are kept in `file`: a run that is
     resumed has the same order when more media have arrived. SystemExit if there are none."""
-    if file.is_file():
-        return json.loads(file.read_text())
+    if file.is_file() and file.with_name("settings.json").is_file():     # the run has begun
+        return [i for i in json.loads(file.read_text()) if i < len(records)]
     there = lru_cache(maxsize=None)(lambda path: (Path(root) / path).exists())
     found = [i for i, r in enumerate(records) if r.blind or there(r.path)]
     if len(found) < len(records):
@@ -737,7 +771,9 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
     if len(shown) != TOY_EVENTS:
         return None
     if toy.name == "next":
-        after = shown[shown.index(toy.asked) + 1] if shown[:-1].count(toy.asked) == 1 else None
+        if shown[:-1].count(toy.asked) != 1:
+            return None
+        after = shown[shown.index(toy.asked) + 1]
         return "ABC"[toy.options.index(after)] if after in toy.options else None
     if toy.name == "count":
         return str([x.split()[0] for x in shown].count(toy.asked))
@@ -822,7 +858,8 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
     other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
     for paint, shape, strength in (other, (colour, letter, 1)):
-        y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2 - rng.uniform(-2, 2, (2, 1, 1))
+        middle = TOY_SIZE / 2 + rng.uniform(-2, 2, (2, 1, 1))
+        y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - middle
         r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
         inside = (abs(x) < r) & (abs(y) < r)
         stem, bar = abs(x) < thick, abs(y + r - thick) < thick
@@ -903,7 +940,10 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
     """Writes clips and `<split>.json`, unless they are there as the code would write them now."""
     for split, count in splits.items():
         file, clips = Path(folder) / f"{split}.json", Path(folder) / split
-        rows = [toy_record(random.Random(f"{seed}/{split}/{n}"), n, split)[0] for n in range(count)]
+        rows = []
+        for number in range(count):
+            row, _ = toy_record(random.Random(f"{seed}/{split}/{number}"), number, split)
+            rows.append(row)
         first, text = clips / "00000.avi", json.dumps(rows, indent=1)
         if file.is_file() and file.read_text() == text and first.is_file():
             if first.read_bytes() == toy_clip(seed, split, 0):
@@ -1005,7 +1045,8 @@ def ask_server(s: JudgeSettings, name: str, **body) -> Callable[[list[dict]], Re
     if not (key.isascii() and key.isprintable()):            # it fits no header; do not show it
         raise ValueError(f"{name.upper()}_API_KEY holds characters that no key can have")
     url, model = getattr(s, name), getattr(s, f"{name}_model")
-    return rewards.ChatClient(url, key, s.timeout, s.retries, {"model": model} | body).ask
+    body = {"model": model} | body
+    return rewards.ChatClient(url, key, s.timeout, s.retries, body).ask
 
 
 def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | None = None,
@@ -1015,7 +1056,7 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
     decide = rule_judge if s.judge == "rule" else reference
     if is_http(s.judge):
         ask = ask_server(s, "judge", max_tokens=s.judge_tokens, temperature=0)
-        same = [s.judge, s.judge_model, s.judge_tokens]
+        same = [s.judge_model, s.judge_tokens]             # not the address: a server may move
         decide = partial(rewards.journaled, partial(rewards.judge_by_chat, ask), same,
                          rewards.Journal(place, rank), threads=s.concurrency, title=title,
                          max_failed=s.max_unknown if title else 1)
@@ -1040,7 +1081,8 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, settings: InputSett
     examples = [build_example(r, Path(), vocabulary, model.config, settings) for r in records]
     greedy = torch.zeros(len(examples), 1, tokens), vocabulary.stop_ids, 0.0
     out = model.generate(collate(examples).to(device), *greedy)
-    for r, ids, n in zip(records, out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()):
+    tokens, lengths = out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()
+    for r, ids, n in zip(records, tokens, lengths):
         text = vocabulary.decode(ids[:n])
         score = answer_score(r, parse(text).contents["answer"])
         explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
@@ -1064,7 +1106,8 @@ def picture(frame: np.ndarray) -> str:
 
 def teacher_chat(r: Record, s: CotSettings) -> list[dict]:
     """The conversation that asks for a trace: frames, then the instruction. Raises MediaError."""
-    (frames, _, most), content = read_media(r, Path(s.media), s), []
+    content = []
+    frames, _, most = read_media(r, Path(s.media), s)
     for frame in resize(frames, min(s.min_pixels, most), most):
         content.append({"type": "image_url", "image_url": {"url": picture(frame)}})
     content.append({"type": "text", "text": instruction(r, s)})
@@ -1101,8 +1144,10 @@ def toy_draft(r: Record, s: CotSettings) -> str:
         reasoned = shown if rng.random() < 0.5 else seen
     if rng.random() < s.mistakes:
         reasoned = misread(toy, shown, r, THRESHOLD, rng)
-    texts = {tag.name: TOY_TEXTS[tag.name](toy, reasoned) for tag in template_tags("p2r")}
-    texts |= {tag.name: TOY_TEXTS[tag.name](toy, seen) for tag in SEGMENTS[0].tags}
+    texts = {}
+    for tag in template_tags("p2r"):
+        letters = seen if tag in SEGMENTS[0].tags else reasoned
+        texts[tag.name] = TOY_TEXTS[tag.name](toy, letters)
     text = trace_text(replace(r, trace=texts, reference=texts["answer"]), "p2r")
     if rng.random() < s.mistakes / 5:
         text = text[:rng.randrange(len(text))]               # cut off: no </answer>
@@ -1154,11 +1199,12 @@ def cot(s: CotSettings) -> Path:
     Journals in --out grow by a line for each finished piece of work; traces.jsonl (kept) and
     dropped.jsonl (with reasons) come at the end. Started again, it does what is missing.
     """
-    s, folder = replace(s, media=s.media or str(Path(s.data).parent)), Path(s.out)
+    folder, media = Path(s.out), s.media or str(Path(s.data).parent)
+    s = replace(s, media=media)
     with lock_folder(folder):
-        records = {}                                         # equal records are one
+        judge, records = make_cot_judge(s, folder / "3-judged"), {}    # equal records are one
         inputs = [s.prompt, s.frames, s.fps, s.min_pixels, s.max_pixels, s.image_max_pixels]
-        writing = [s.teacher, s.teacher_model, s.temperature, s.max_response, s.seed, s.mistakes]
+        writing = [s.teacher_model or s.teacher, s.temperature, s.max_response, s.seed, s.mistakes]
         for r in read_records(s.data)[:s.limit or None]:
             records[key_of(asdict(r), inputs, writing)] = r
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
@@ -1182,7 +1228,7 @@ def cot(s: CotSettings) -> Path:
         # Step 3, observation sufficiency: the judge reads nothing else.
         left = [key for key, row in rows.items() if row["select"]]
         claims = [claim_about(records[key], rows[key]["observation"]) for key in left]
-        for key, verdict in zip(left, make_cot_judge(s, folder / "3-judged")(claims), strict=True):
+        for key, verdict in zip(left, judge(claims), strict=True):
             if not verdict.sufficient:
                 reason = "not judged" if verdict.error else "observation insufficient"
                 rows[key] |= dict(select=False, reason=reason, error=verdict.error)
@@ -1206,8 +1252,8 @@ def verify(r: Record, output: str | None, error: str) -> dict:
     elif score < THRESHOLD:
         reason = "answer wrong"
     trace = {tag: contents.get(tag) or "" for tag in TRACE_TAGS}
-    return to_row(replace(r, trace=trace)) | dict(output=text, reward=score, select=not reason,
-                                                  reason=reason, error=error)
+    row = to_row(replace(r, trace=trace))
+    return row | dict(output=text, reward=score, select=not reason, reason=reason, error=error)
 
 
 def make_cot_judge(s: CotSettings, place: Path) -> Judge:
@@ -1227,8 +1273,10 @@ def make_cot_judge(s: CotSettings, place: Path) -> Judge:
 
 def weights_of(folder: Path) -> list:
     """What tells one checkpoint from another: size and time of its weight files."""
-    files = [file.stat() for file in sorted(folder.glob("*.safetensors"))]
-    return [str(folder.resolve()), *((x.st_size, int(x.st_mtime)) for x in files)]
+    found = [str(folder.resolve())]
+    for file in sorted(folder.glob("*.safetensors")):
+        found += [file.stat().st_size, int(file.stat().st_mtime)]
+    return found
 
 
 def funnel(rows: Iterable[dict]) -> list[str]:
@@ -1255,10 +1303,14 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
     of the method first. None if not given."""
     seen = set()
     for part in cls.__mro__[:-1]:
-        own = [f for f in fields(part) if f.name in part.__annotations__ and f.name not in seen]
-        own = [f for f in own if not names or f.name in names]
-        seen |= {f.name for f in own}
-        group = parser.add_argument_group(part.__doc__) if own and not names else parser
+        mine = part.__annotations__.keys() - seen
+        seen |= mine
+        if names:
+            mine &= set(names)
+        own = [f for f in fields(part) if f.name in mine]
+        group = parser
+        if own and not names:
+            group = parser.add_argument_group(part.__doc__.split(".")[0])
         for f in own:
             group.add_argument("--" + f.name.replace("_", "-"), **flag_options(f, presets))
 
@@ -1276,8 +1328,11 @@ def flag_options(f: Field, presets: dict[str, dict]) -> dict:
 
 
 def given_flags(args: argparse.Namespace) -> dict:
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+    given = {}
+    for name, value in vars(args).items():
+        if value is not None:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def default_settings(settings) -> dict:
@@ -1322,11 +1377,14 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table with a rule below its head, the first column to the left, the others to
     the right."""
-    widths, lines = [max(map(len, column)) for column in zip(*rows)], []
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
     for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    rule = "─" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:]]
 
 
 @contextmanager

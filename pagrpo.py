@@ -43,7 +43,6 @@ import model
 import rewards
 import sft
 import torch
-import torch.nn.functional as F
 from data import Example, Examples, Vocabulary, flag
 from model import Qwen2_5_VL, newest_checkpoint
 from rewards import SEGMENTS, Claim, Judge, Verdict
@@ -66,7 +65,9 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
 
             # 2. rewards. A judge behind http answers while the reference is scored.
             claims = [claim_of(response) for group in groups for response in group]
-            asked = thread.apply_async(judge, (claims,)) if data.is_http(settings.judge) else None
+            asked = None
+            if data.is_http(settings.judge):
+                asked = thread.apply_async(judge, (claims,))
             ref_logprobs = score(reference, groups, vocabulary, settings, world)
             with timed("judging"):
                 verdicts = asked.get() if asked else judge(claims)
@@ -117,8 +118,10 @@ def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabul
     with model.gathered(policy):                             # once, on every rank
         if not examples:
             return []
-        uniforms = [data.question_uniforms(settings.seed, stream, example.record, group,
-                                           settings.max_response) for example in examples]
+        uniforms = []
+        for example in examples:
+            uniforms.append(data.question_uniforms(settings.seed, stream, example.record, group,
+                                                   settings.max_response))
         prompts = data.collate(examples).to(next(policy.parameters()).device)
         sampled = policy.generate(prompts, torch.stack(uniforms), vocabulary.stop_ids, temperature,
                                   top_p)
@@ -127,11 +130,17 @@ def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabul
     for b, example in enumerate(examples):
         groups.append([])
         for g in range(group):
-            ids = tokens[b, g, :lengths[b, g]].tolist()
+            n = int(lengths[b, g])
+            ids = tokens[b, g, :n].tolist()
             text = vocabulary.decode(ids)
-            segments = rewards.segment_ids([vocabulary.bytes[i] for i in ids])
-            groups[b].append(Response(example, ids, segments, logprobs[b, g, :len(ids)],
-                                      bool(finished[b, g]), text, rewards.parse(text)))
+            response = Response(
+                example, ids,
+                segments=rewards.segment_ids([vocabulary.bytes[i] for i in ids]),
+                logprobs=logprobs[b, g, :n],
+                finished=bool(finished[b, g]),
+                text=text,
+                parsed=rewards.parse(text))
+            groups[b].append(response)
     return groups
 
 
@@ -148,11 +157,12 @@ def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Verdi
                   settings: Settings) -> Tensor:
     """R_acc, R_form and R_len of every segment (eq. 3–5), (B, G, K, 3). NaN: the judge's verdict is
     unknown."""
-    responses = [response for group in groups for response in group]
-    parts = [rewards.reward_parts(response, verdict, settings.windows)
-             for response, verdict in zip(responses, verdicts, strict=True)]
+    responses, parts = [response for group in groups for response in group], []
+    for response, verdict in zip(responses, verdicts, strict=True):
+        parts.append(rewards.reward_parts(response, verdict, settings.windows))
     size = len(groups[0]) if groups else settings.group_size
-    return torch.tensor(parts).view(len(groups), size, len(SEGMENTS), len(rewards.REWARD_PARTS))
+    shape = len(groups), size, len(SEGMENTS), len(rewards.REWARD_PARTS)
+    return torch.tensor(parts).view(shape)
 
 
 def total_rewards(parts: Tensor, off: str) -> Tensor:
@@ -179,7 +189,8 @@ def normalize(totals: Tensor) -> Tensor:
     mean = totals.nansum(1, keepdim=True) / count.clamp(min=1)
     squares = ((totals - mean) ** 2).nansum(1, keepdim=True)
     std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(known & (std >= 1e-6), (totals - mean) / (std + 1e-4), 0.0)
+    normalized = (totals - mean) / (std + 1e-4)
+    return torch.where(known & (std >= 1e-6), normalized, 0.0)
 
 
 def group_advantages(totals: Tensor, mode: str) -> Tensor:
@@ -214,12 +225,14 @@ def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> 
     """
     longest = max(len(response.tokens) for group in groups for response in group)
     shape = len(groups), len(groups[0]), max(1, longest)
-    tokens, segments = torch.zeros(shape, dtype=torch.long), torch.full(shape, len(SEGMENTS))
+    tokens = torch.zeros(shape, dtype=torch.long)
+    segments = torch.full(shape, len(SEGMENTS))
     weights, sampled = torch.zeros(shape), torch.zeros(shape)
     lengths = torch.zeros(shape[:2], dtype=torch.long)
     for i, group in enumerate(groups):
         for j, response in enumerate(group):
-            n, ids = len(response.tokens), torch.tensor(response.segments, dtype=torch.long)
+            n = len(response.tokens)
+            ids = torch.tensor(response.segments, dtype=torch.long)
             lengths[i, j] = n
             tokens[i, j, :n] = torch.tensor(response.tokens)
             segments[i, j, :n] = ids
@@ -285,11 +298,15 @@ def micro_batches(groups: list[list[Response]], vocabulary: Vocabulary, settings
     All ranks must run the same passes, as FSDP needs. A rank that has no questions left takes a
     blank one with index B and responses without tokens, so that all its weights are 0.
     """
-    nothing = Response(data.blank_example(vocabulary), [], [], torch.zeros(0), True, "", None)
-    for i in range(0, world.all_reduce_max(len(groups)), settings.micro_batch):
-        rows = [*range(i, min(i + settings.micro_batch, len(groups)))] or [len(groups)]
-        part = groups[i:i + settings.micro_batch] or [[nothing] * settings.group_size]
-        prompts = data.collate([group[0].example for group in part]).to(world.device)
+    blank, size = data.blank_example(vocabulary), settings.micro_batch
+    nothing = Response(blank, [], [], torch.zeros(0), True, "", None)
+    for i in range(0, world.all_reduce_max(len(groups)), size):
+        part = groups[i:i + size]
+        rows = list(range(i, i + len(part)))
+        if not part:
+            part, rows = [[nothing] * settings.group_size], [len(groups)]
+        examples = [group[0].example for group in part]
+        prompts = data.collate(examples).to(world.device)
         tensors = collate_responses(part, settings.token_mean)
         tokens, lengths, *others = (x.to(world.device) for x in tensors)
         yield rows, (prompts, tokens, lengths, settings.temperature), *others
@@ -312,8 +329,10 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float,
            vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, list[float]]:
     """One or more optimizer steps on a step's responses. advantages (B, G, K). Returns what is
     worth logging, a value a token or an update."""
-    responses = world.all_reduce_sum({"n": advantages[..., 0].numel()})["n"]
-    advantages = F.pad(advantages, (0, 0, 0, 0, 0, 1)).to(world.device)      # B: the blank question
+    sums = world.all_reduce_sum({"responses": len(groups) * settings.group_size})
+    responses = max(1, sums["responses"])
+    blank = torch.zeros(1, settings.group_size, len(SEGMENTS))          # row B
+    advantages = torch.cat([advantages, blank]).to(world.device)
     old_logprobs, values = [], defaultdict(list)
     for number in range(settings.updates_per_rollout):
         batches = micro_batches(groups, vocabulary, settings, world)
@@ -321,17 +340,16 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float,
             logprobs, entropy = policy.logprobs(*inputs)               # (B, G, T)
             if number == 0:                                  # before any update
                 old_logprobs.append(logprobs.detach())
-            loss, kl, clipped = pa_grpo_loss(
-                logprobs, old_logprobs[i], ref_logprobs[i],
-                token_advantages(advantages[rows], segments), weights, settings.clip_eps,
-                settings.kl_beta)
+            of_tokens = token_advantages(advantages[rows], segments)   # (B, G, T)
+            loss, kl, clipped = pa_grpo_loss(logprobs, old_logprobs[i], ref_logprobs[i], of_tokens,
+                                             weights, settings.clip_eps, settings.kl_beta)
             # One denominator for all micro-batches and ranks. FSDP averages over ranks: undo that.
-            (loss * world.size / max(1, responses)).backward()
-            of_tokens = {"kl": kl, "entropy": entropy, "clip_share": clipped.float()}
+            (loss * world.size / responses).backward()
+            worth = {"kl": kl, "entropy": entropy, "clip_share": clipped.float()}
             if number == 0:                                  # by the policy that sampled
-                of_tokens["logprob_gap"] = (old_logprobs[i] - sampled).abs()
+                worth["logprob_gap"] = (old_logprobs[i] - sampled).abs()
                 values["loss"].append(float(loss.detach()))
-            for name, x in of_tokens.items():
+            for name, x in worth.items():
                 values[name] += x[weights > 0].tolist()
         values["grad_norm"].append(sft.optimizer_step(policy, optimizer, lr, settings.clip_norm))
     return values
@@ -377,8 +395,9 @@ class Settings(sft.TrainSettings, data.JudgeSettings):
 
 REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="reference")
 PRESETS = {
-    "tiny": sft.TINY | dict(questions=16, micro_batch=16, steps=160, lr=3e-4, warmup=15,
-                            max_response=64, windows=(8, 16, 10, 48), transcript_every=40),
+    "tiny": sft.TINY | dict(
+        questions=16, micro_batch=16, max_response=64, windows=(8, 16, 10, 48),
+        steps=160, lr=3e-4, warmup=15, transcript_every=40),
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),
 }
@@ -399,8 +418,9 @@ def prepare(settings: Settings, run: sft.Run, world: World) -> tuple:
     optimizer = sft.make_optimizer(policy, settings)
     run.restore(policy, optimizer)
     records = sft.with_media(settings, run.folder, world)
-    heldout = data.read_records(settings.heldout) if settings.heldout else []
-    questions, heldout = (run.examples(x, vocabulary, policy.config) for x in (records, heldout))
+    questions = run.examples(records, vocabulary, policy.config)
+    records = data.read_records(settings.heldout) if settings.heldout else []
+    heldout = run.examples(records, vocabulary, policy.config)
     return policy, reference, optimizer, judge, questions, heldout, run, settings, world
 
 
@@ -429,17 +449,21 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
     responses = [response for group in groups for response in group]
     lengths = torch.tensor([rewards.segment_lengths(r.segments) for r in responses])
     lengths = lengths.view(-1, len(SEGMENTS)).float()
-    spread, shares = {}, {"truncated": [float(not r.finished) for r in responses]}
+    truncated = [float(not response.finished) for response in responses]
+    spread, shares = {}, {"truncated": truncated}
     for k, segment in enumerate(SEGMENTS):
-        columns = dict(zip(rewards.REWARD_PARTS, parts[..., k, :].unbind(-1)))
+        of_segment = parts[..., k, :].unbind(-1)             # 3 × (B, G)
+        columns = dict(zip(rewards.REWARD_PARTS, of_segment))
         columns |= {"reward": totals[..., k], "tokens": lengths[:, k]}
         for name, x in columns.items():
             spread[f"{segment.name}/{name}"] = x[~x.isnan()].tolist()  # an unknown verdict is no 0
         alike = (normalize(totals[..., k]) == 0).all(1)
         shares[f"{segment.name}/zero_variance"] = alike.float().tolist()
     advantages = group_advantages(totals, settings.advantage)          # (B, G, K)
-    shares["zero_variance"] = (advantages == 0).flatten(1).all(1).float().tolist()
-    shares |= {name: x for name, x in values.items() if name not in ("loss", "grad_norm")}
+    alike = (advantages == 0).flatten(1).all(1)
+    shares["zero_variance"] = alike.float().tolist()
+    for name in values.keys() - {"loss", "grad_norm"}:
+        shares[name] = values[name]
     sums = world.all_reduce_sum({"questions": len(groups), "responses": len(responses),
                                  "loss": sum(values["loss"]), "tokens": int(lengths.sum())})
     if not sums["questions"]:
@@ -475,27 +499,36 @@ def check_verdicts(verdicts: list[Verdict], claims: list[Claim], settings: Setti
     values, exact = defaultdict(list), verdicts
     if settings.judge != "rule" and data.is_toy(claims):
         exact = data.rule_judge(claims)
-    asked = [pair for pair, claim in zip(zip(verdicts, exact), claims) if claim.observation]
-    for verdict, rule in asked:
+    errors, asked = [], 0
+    for claim, verdict, rule in zip(claims, verdicts, exact, strict=True):
+        if not claim.observation:
+            continue
+        asked += 1
+        if verdict.sufficient is None:
+            errors.append(verdict.error)
         values["judge/leak"].append(float(verdict.leak))
         if verdict is not rule and verdict.sufficient is not None:
             values["judge/agreement"].append(float(verdict.sufficient == rule.sufficient))
             accepted = float(verdict.sufficient > rule.sufficient)     # and too little is said
             values["judge/false_positive"].append(accepted)
-    errors = [verdict.error for verdict, _ in asked if verdict.sufficient is None]
-    sums = world.all_reduce_sum({"judge/claims": len(asked), "judge/unknown": len(errors)})
-    unknown, most, lost = sums["judge/unknown"], settings.max_unknown * sums["judge/claims"], ""
-    if unknown > most:
-        reason = Counter(errors).most_common(1)[0][0][:200] if errors else "see the other ranks"
-        lost = (f"{unknown} of {sums['judge/claims']} verdicts stayed unknown, more than "
-                f"--max-unknown {settings.max_unknown:g} allows. Most often: {reason}. ")
+    sums = world.all_reduce_sum({"judge/claims": asked, "judge/unknown": len(errors)})
+    unknown, asked, lost = sums["judge/unknown"], sums["judge/claims"], ""
+    if unknown > settings.max_unknown * asked:
+        reason = "see the other ranks"
+        if errors:
+            (reason, _), = Counter(errors).most_common(1)
+        lost = (f"{unknown} of {asked} verdicts stayed unknown, more than --max-unknown "
+                f"{settings.max_unknown:g} allows. Most often: {reason:.200}. ")
     return mean_over_ranks(values, world) | sums, lost
 
 
 def in_short(metrics: dict) -> str:
     """For the progress bar."""
-    accuracies = [(s.name, metrics.get(f"{s.name}/accuracy", math.nan)) for s in SEGMENTS]
-    return "  ".join(f"{name} {accuracy:.2f}" for name, accuracy in accuracies)
+    shown = []
+    for segment in SEGMENTS:
+        accuracy = metrics.get(f"{segment.name}/accuracy", math.nan)
+        shown.append(f"{segment.name} {accuracy:.2f}")
+    return "  ".join(shown)
 
 
 # --------------------------------------------------------------------------- what the page shows
@@ -517,7 +550,8 @@ def show(step: int, policy: Qwen2_5_VL, groups: list[list[Response]], verdicts: 
     # Of the first micro-batch, the group whose segments differ most in their advantages.
     totals = total_rewards(parts, s.reward_off)
     credit = {mode: group_advantages(totals, mode) for mode in STAGES}           # each (B, G, K)
-    differ = credit["pa"][rows].amax(-1) - credit["pa"][rows].amin(-1)
+    separate = credit["pa"][rows]
+    differ = separate.amax(-1) - separate.amin(-1)           # (b, G)
     b = int(differ.sum(1).argmax())
     received = token_advantages(credit[s.advantage][rows], segments.cpu())       # (B, G, T)
     zeros = torch.zeros_like(received)                       # no value network, perhaps no reference
@@ -526,16 +560,25 @@ def show(step: int, policy: Qwen2_5_VL, groups: list[list[Response]], verdicts: 
                "values": zeros}
     for g, response in enumerate(groups[b]):
         verdict, n = verdicts[b * s.group_size + g], len(response.tokens)
-        pieces = [vocabulary.bytes[i].decode(errors="replace") for i in response.tokens]
-        run.append("rollouts.jsonl", asdict(response.example.record) | {
-            "step": step + 1, "prompt": data.instruction(response.example.record, s),
-            "response": response.text, "response_tokens": pieces, "segments": response.segments,
-            "logprobs": response.logprobs, "finished": response.finished, "parts": parts[b, g],
-            "sufficient": verdict.sufficient, "judge": verdict.error or verdict.explanation,
-            "advantages": {mode: x[b, g] for mode, x in credit.items()}, "totals": totals[b, g],
-            "reward": totals[b, g].nansum(), **{name: x[b, g, :n] for name, x in columns.items()}})
-    tqdm.write(f"Before step {step + 1}, one of {s.group_size} responses:\n" + transcript(
-        groups[b][0], verdicts[b * s.group_size], parts[b, 0], credit[s.advantage][b, 0]))
+        row = asdict(response.example.record) | {
+            "step": step + 1,
+            "prompt": data.instruction(response.example.record, s),
+            "response": response.text,
+            "response_tokens": [vocabulary.bytes[i].decode(errors="replace")
+                                for i in response.tokens],
+            "segments": response.segments,
+            "logprobs": response.logprobs,
+            "finished": response.finished,
+            "parts": parts[b, g],
+            "totals": totals[b, g],
+            "reward": totals[b, g].nansum(),
+            "sufficient": verdict.sufficient,
+            "judge": verdict.error or verdict.explanation,
+            "advantages": {mode: x[b, g] for mode, x in credit.items()}}
+        run.append("rollouts.jsonl", row | {name: x[b, g, :n] for name, x in columns.items()})
+    verdict, advantages = verdicts[b * s.group_size], credit[s.advantage][b, 0]
+    tqdm.write(f"Before step {step + 1}, one of {s.group_size} responses:")
+    tqdm.write(transcript(groups[b][0], verdict, parts[b, 0], advantages))
 
 
 def transcript(response: Response, verdict: Verdict, parts: Tensor, advantages: Tensor) -> str:
@@ -564,7 +607,8 @@ def answer(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabula
     """A response to each example, and the judge's verdict on its observation: every evaluation."""
     groups = rollout(policy, examples, vocabulary, settings, "evaluation", 1, temperature, top_p)
     responses = [response for (response,) in groups]
-    return list(zip(responses, judge([claim_of(response) for response in responses]), strict=True))
+    verdicts = judge([claim_of(response) for response in responses])
+    return list(zip(responses, verdicts, strict=True))
 
 
 @torch.no_grad()
@@ -575,27 +619,30 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, settings: Setting
     Returns percentages with intervals, {"perception": {"value", "low", "high", "n"}, …, "answer",
     "format"}. Only a metric of 1 counts as a right answer. The toy world has an exact judge.
     """
-    judge = data.make_judge(data.JudgeSettings()) if data.is_toy(held.records) else judge
+    if data.is_toy(held.records):
+        judge = data.make_judge(data.JudgeSettings())
     size = settings.questions * settings.group_size          # as many responses at once as in a step
     mine, rows = world.share(len(held), size), []
     with model.gathered(policy):
-        for examples in tqdm(held.prefetch(mine), total=len(mine), desc="evaluating", unit="batch",
-                             leave=False, disable=not world.first):
+        for examples in tqdm(held.prefetch(mine), "evaluating", len(mine), leave=False,
+                             disable=not world.first):
             answered = answer(policy, examples, held.vocabulary, judge, settings, temperature)
             for response, verdict in answered:
-                *before, (right, _, _) = rewards.reward_parts(response, verdict, settings.windows)
-                rows.append([*(accuracy for accuracy, _, _ in before), right > 1 - 1e-9,
-                             all(response.parsed.formats)])
+                parts = rewards.reward_parts(response, verdict, settings.windows)
+                *before, right = [accuracy for accuracy, _, _ in parts]
+                rows.append([*before, right > 1 - 1e-9, all(response.parsed.formats)])
     rows = sum(world.gather(rows), [])
-    columns, result = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"], {}
+    columns = [segment.name for segment in SEGMENTS[:-1]] + ["answer", "format"]
+    result = {}
     for i, name in enumerate(columns):
-        known = [float(row[i]) for row in rows if not math.isnan(row[i])]
+        known = [row[i] for row in rows if not math.isnan(row[i])]
         level = sum(known) / max(1, len(known))
         low, high = wilson(level, len(known))
-        result[name] = {"value": 100 * level, "low": 100 * low, "high": 100 * high, "n": len(known)}
+        result[name] = {"value": 100 * level, "low": 100 * low, "high": 100 * high,
+                        "n": len(known)}
     pairs = Counter((row[0] > 1 - 1e-9, row[-2]) for row in rows)      # perception, answer
-    result["answer"]["crossed"] = [[pairs[True, True], pairs[True, False]],
-                                   [pairs[False, True], pairs[False, False]]]
+    both, seen = pairs[True, True], pairs[True, False]
+    result["answer"]["crossed"] = [[both, seen], [pairs[False, True], pairs[False, False]]]
     return result
 
 
@@ -603,9 +650,12 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % interval of a proportion of n answers (Wilson 1927): unlike share ± 2 s it stays in
     [0, 1] and is right near its ends."""
     z, n = 1.96, max(1, n)
-    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    centre = share + z * z / (2 * n)
+    variance = share * (1 - share) / n
+    half = z * math.sqrt(variance + z * z / (4 * n * n))
+    low, high = centre - half, centre + half
     scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return max(0.0, low / scale), min(1.0, high / scale)
 
 
 def heldout_metrics(policy: Qwen2_5_VL, held: Examples, judge: Judge, settings: Settings,
@@ -640,7 +690,8 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
             found = evaluate(policy, held, judge, settings, temperature, world)
             results[f"{name}, {how}"] = found
     if world.first:
-        data.write_atomically(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
+        text = json.dumps(results, indent=1) + "\n"
+        data.write_atomically(run.folder / "results.json", text)
     return results_table(results)
 
 

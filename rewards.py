@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import threading
 from collections import Counter
 from fractions import Fraction
 from itertools import accumulate
@@ -526,7 +525,7 @@ class Journal:
     """
 
     def __init__(self, place: Path | None, rank: int = 0):
-        self.file, self.lock, self.rows = None, threading.Lock(), {}
+        self.file, self.rows = None, {}
         if place:
             self.file = place.with_name(f"{place.name}.{rank}.jsonl")
             for file in sorted(place.parent.glob(f"{place.name}.*.jsonl")):
@@ -542,32 +541,31 @@ class Journal:
         the share `max_failed` of them have one, after at least 20."""
         todo, failed = [key for key in items if key not in self.rows], {}
 
-        def finish(keys: list[str]) -> None:                 # Ctrl-C waits for it and loses nothing
-            for key, row in zip(keys, work([items[key] for key in keys]), strict=True):
-                if row.get("error"):
-                    failed[key] = row
-                else:
-                    self.add({"key": key} | row)
-
+        def finish(keys: list[str]) -> list[tuple[str, dict]]:
+            rows = work([items[key] for key in keys])
+            return list(zip(keys, rows, strict=True))
         parts = [todo[i:i + batch] for i in range(0, len(todo), batch)]
         with ThreadPool(threads) as pool:                    # daemons: a program that ends is not held
-            bar = tqdm(total=len(parts), desc=title, disable=not (title and todo))
-            for _ in pool.imap_unordered(finish, parts):
-                bar.update()
+            done = pool.imap_unordered(finish, parts)
+            for rows in tqdm(done, title, len(parts), disable=not (title and todo)):
+                for key, row in rows:
+                    if row.get("error"):
+                        failed[key] = row
+                    else:
+                        self.add({"key": key} | row)
                 if len(failed) >= 20 and len(failed) > max_failed * len(todo):
                     errors = Counter(row["error"] for row in failed.values())
+                    (error, _), = errors.most_common(1)
                     raise ValueError(f"{title}: {len(failed)} of {len(todo)} failed, most often for "
-                                     f"{errors.most_common(1)[0][0]}. What is done is kept; the same "
-                                     "command goes on from there.")
-            bar.close()
-        return {key: failed[key] if key in failed else self.rows[key] for key in items}
+                                     f"{error}. The rest is kept; the same command goes on from "
+                                     "there.")
+        return {key: failed.get(key) or self.rows[key] for key in items}
 
     def add(self, row: dict) -> None:
-        with self.lock:
-            self.rows[row["key"]] = row
-            if self.file:
-                with self.file.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(row) + "\n")
+        self.rows[row["key"]] = row
+        if self.file:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
 
 
 def key_of(*decisive) -> str:
@@ -584,8 +582,11 @@ def journaled(decide: Judge, same: list, journal: Journal, claims: Sequence[Clai
     def work(part: list[Claim]) -> list[dict]:
         return [verdict._asdict() for verdict in decide(part)]
     rows = journal.complete(items, work, **how)
-    names = Verdict._fields
-    return [Verdict(**{name: rows[key][name] for name in names}) for key in items]
+    verdicts = []
+    for key in items:
+        row = rows[key]
+        verdicts.append(Verdict(*(row[name] for name in Verdict._fields)))
+    return verdicts
 
 
 REFUSABLE = ("max_tokens", "temperature", "seed")            # fields that some servers do not take

@@ -225,10 +225,10 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
     held-out records."""
     settings = find_files(settings, world, "cot/traces.jsonl")
     traces, heldout = settings.template != "none", []
-    records = with_media(settings, Path(settings.out) / settings.stage, world, traces)
     if settings.heldout:
         heldout = data.read_records(settings.heldout, traces)
-    else:
+    records = with_media(settings, Path(settings.out) / settings.stage, world, traces)
+    if not heldout:
         random.Random(0).shuffle(records)
         count = min(settings.heldout_count, len(records) // 10)
         heldout, records = records[:count], records[count:]
@@ -285,7 +285,7 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, about
     if "data" in given and "preset" not in given:
         parser.error(f"--data needs --preset: {', '.join(presets)} ({toy} for files of the toy "
                      "world)")
-    several = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = torch.cuda.is_available() and environment("WORLD_SIZE", 1) > 1
     preset = given.get("preset", largest if several else toy)
     return cls(**{"out": f"runs/{preset}", "preset": preset} | presets[preset] | given)
 
@@ -381,7 +381,8 @@ class World:
 
     def share(self, count: int, size: int) -> list[range]:
         """This rank's part of each batch of `size` out of `count` indices."""
-        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        whole = range(count)
+        batches = [whole[i:i + size] for i in range(0, count, size)]
         return [batch[self.rank::self.size] for batch in batches]
 
     def gather(self, value) -> list:
@@ -391,8 +392,11 @@ class World:
         return values
 
     def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
-        parts = self.gather(values)
-        return {name: sum(part[name] for part in parts) for name in values}
+        total = dict.fromkeys(values, 0)
+        for part in self.gather(values):
+            for name in total:                               # ranks may hold them in another order
+                total[name] += part[name]
+        return total
 
     def all_reduce_max(self, value: float) -> float:
         return max(self.gather(value))
@@ -442,10 +446,15 @@ def keep_freed_memory() -> None:
         glibc.mallopt(-1, 2 ** 30)                           # M_TRIM_THRESHOLD
 
 
-def start_world(timeout: timedelta = TIMEOUT) -> World:
+def environment(name: str, default: int) -> int:
+    """What torchrun tells a rank."""
+    return int(os.environ.get(name, default))
+
+
+def start_world(timeout: timedelta | None = None) -> World:
     """Joins the ranks that torchrun started. The ranks of a machine share a copy of the weights."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    rank, local_rank, size, shards = (int(os.environ.get(x, x.endswith("SIZE"))) for x in names)
+    rank, local_rank = environment("RANK", 0), environment("LOCAL_RANK", 0)
+    size, shards = environment("WORLD_SIZE", 1), environment("LOCAL_WORLD_SIZE", 1)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
@@ -455,14 +464,14 @@ def start_world(timeout: timedelta = TIMEOUT) -> World:
         keep_freed_memory()
     if not dist.is_initialized() and (size > 1 or device.type == "cuda"):
         store = None if size > 1 else dist.HashStore()       # torchrun's own, or none
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timeout or TIMEOUT, store=store, rank=rank,
+                                world_size=size)
     return World(rank, size, device, shards)
 
 
 # -------------------------------------------------------------------------------- a run on disk
 
 MAX_SKIPPED = 5                                              # updates in a row, not finite
-GB = 2 ** 30
 ON_RANK0 = StateDictOptions(full_state_dict=True, cpu_offload=True)      # gathered in host memory
 SECONDS = Counter()                                          # of each phase of the current step
 
@@ -491,13 +500,10 @@ class Run:
         self.last_checkpoint, state = world.on_rank0(self.find)
         self.step, before = state.get("step", 0), state.get("code", {})
         self.finished = self.step >= self.steps
-        changed = [name for name in self.code if self.code[name] != before.get(name, self.code[name])]
+        changed = [name for name in before if before[name] != self.code.get(name)]
         if changed:
-            what = "The run goes on with the new code"
-            if self.finished:
-                what = "These are the old code's results"
-            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}. {what}; "
-                         "another --out begins anew.")
+            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}: its results are "
+                         "the old code's, what follows is the new code's. Another --out begins anew.")
         if 0 < self.step < self.steps:
             world.print0(f"{folder.name} continues after step {self.step}")
 
@@ -505,7 +511,7 @@ class Run:
         """On rank 0: the newest usable checkpoint and its state.json."""
         data.check_settings(self.folder, self.settings)
         with suppress(FileNotFoundError):
-            newest = newest_checkpoint(self.folder, optimizer=True)
+            newest = newest_checkpoint(self.folder)
             return newest, read_json(newest / "state.json")
         return None, {}
 
@@ -570,10 +576,9 @@ class Run:
         SECONDS.clear()
         metrics["skipped_updates"] = int(not math.isfinite(metrics["grad_norm"]))
         self.skipped = (self.skipped + 1) * metrics["skipped_updates"]
-        if self.world.device.type == "cuda":                 # reserved: when a GPU is full
-            for name in ("allocated", "reserved"):
-                peak = getattr(torch.cuda, f"max_memory_{name}")() / GB
-                metrics[f"{name}_memory_gb"] = self.world.all_reduce_max(peak)
+        if self.world.device.type == "cuda":                 # what decides when a GPU is full
+            peak = torch.cuda.max_memory_reserved() / 2 ** 30
+            metrics["reserved_memory_gb"] = self.world.all_reduce_max(peak)
         row = {name: rounded(x) for name, x in metrics.items() if math.isfinite(x)}
         if self.world.first:
             self.append("metrics.jsonl", row)
@@ -751,7 +756,7 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
            about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line for each rank."""
     settings = parse_flags(settings_class, presets, argv, about)
-    rank, size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size = environment("RANK", 0), environment("WORLD_SIZE", 1)
     world = World(rank, size, torch.device("cpu"))
     try:
         world = start_world()

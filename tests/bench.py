@@ -95,10 +95,10 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):
-        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB allocated, {row['reserved_memory_gb']:.1f} "
-              f"reserved, allocated {told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, "
-              f"reference {row['seconds_scoring']:.1f} s, learning {row['seconds_training']:.1f} s, "
-              f"{row['tokens'] / row['seconds_sampling']:.0f} tokens/s sampled, gap {row['logprob_gap_max']:.3f}")
+        print(f"step {row['step']}: {row['reserved_memory_gb']:.1f} GB reserved; sampling "
+              f"{row['seconds_sampling']:.1f} s, reference {row['seconds_scoring']:.1f} s, learning "
+              f"{row['seconds_training']:.1f} s, {row['tokens'] / row['seconds_sampling']:.0f} tokens/s sampled, gap "
+              f"{row['logprob_gap_max']:.3f}")
 
 
 def judge(out: Path, delay: float, flags: list[str]) -> None:
@@ -108,22 +108,21 @@ def judge(out: Path, delay: float, flags: list[str]) -> None:
     large = ["--preset", "tiny", "--media", out / "toy", "--min-pixels", LARGE, "--max-pixels", LARGE]
     command("sft.py", "--out", out)
     command("sft.py", *large, "--out", out / "large", "--model", out / "sft", "--data", out / "cot" / "traces.jsonl",
-            "--heldout-count", 4, "--steps", 100, "--batch", 4, "--micro-batch", 4, "--lr", 1e-3, "--cache-gb", 4)
-    say = lambda number, request: f"Seen. <judgement>{'Yes' if number % 2 else 'No'}</judgement>"
+            "--heldout-count", 4, "--steps", 100, "--batch", 4, "--micro-batch", 4, "--lr", 1e-3)
+
+    def say(number: int, request: dict) -> str:
+        return f"Seen. <judgement>{'Yes' if number % 2 else 'No'}</judgement>"
     shutil.rmtree(out / "large" / "pagrpo", ignore_errors=True)
     with serving(say, delay) as server:
         command("pagrpo.py", *large, "--out", out / "large", "--model", out / "large" / "sft", "--data",
                 out / "toy" / "rl.json", "--judge", server.url, "--judge-model", "any", "--questions", 8,
                 "--micro-batch", 1, "--steps", 4, *flags)
     rows = [json.loads(line) for line in (out / "large" / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
-    names = ["step", "requests", "sampling", "reference", "judge itself", "waited for it", "learning", "whole step",
-             "share", "of 30 s"]
-    print("".join(f"{name:>14}" for name in names))
+    phases = ["sampling", "scoring", "judging", "training"]  # judging: waited for it
+    print(f"{len(server.requests)} requests\n" + "".join(f"{name:>14}" for name in ["step", *phases, "judging"]))
     for row in rows:
-        parts = [row[f"seconds_{k}"] for k in ("sampling", "scoring", "judging", "training")]
-        cells = [parts[0], parts[1], row["judge/seconds"], parts[2], parts[3], sum(parts)]
-        print(f"{row['step']:>14}{row['judge/requests']:>14}" + "".join(f"{x:>12.2f} s" for x in cells)
-              + f"{parts[2] / sum(parts):>14.1%}{parts[2] / 30:>14.1%}")
+        seconds = [row[f"seconds_{phase}"] for phase in phases]
+        print(f"{row['step']:>14}" + "".join(f"{x:>12.2f} s" for x in seconds) + f"{seconds[2] / sum(seconds):>14.1%}")
 
 
 def main() -> None:
