@@ -463,9 +463,12 @@ def start_world(timeout: timedelta | None = None) -> World:
     else:
         keep_freed_memory()
     if not dist.is_initialized() and (size > 1 or device.type == "cuda"):
-        store = None if size > 1 else dist.HashStore()       # torchrun's own, or none
-        dist.init_process_group(backend, timeout=timeout or TIMEOUT, store=store, rank=rank,
-                                world_size=size)
+        store, timeout = dist.HashStore(), timeout or TIMEOUT
+        if size > 1:                                         # torchrun's, which outlives a restart:
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            restarts = str(environment("TORCHELASTIC_RESTART_COUNT", 0))
+            store = dist.PrefixStore(restarts, store)        # what ranks before it wrote is hidden
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     return World(rank, size, device, shards)
 
 
