@@ -180,8 +180,10 @@ def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.nd
     files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
     fps = rate or settings.fps or 2.0
     indices = frame_indices(len(files), fps, settings)
-    frames = np.concatenate([read_image(files[i]) for i in indices])
-    return frames, TEMPORAL_PATCH * len(files) / (fps * len(indices))
+    frames = [read_image(files[i])[0] for i in indices]
+    if len({frame.shape for frame in frames}) > 1:
+        raise MediaError("its pictures differ in size")
+    return np.stack(frames), TEMPORAL_PATCH * len(files) / (fps * len(indices))
 
 
 def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:

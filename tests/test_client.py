@@ -151,7 +151,8 @@ def test_a_program_that_ends_does_not_wait_for_a_slow_server():
         from rewards import ChatClient, Claim, Journal, journaled, judge_by_chat
         decide = partial(judge_by_chat, ChatClient(sys.argv[1], "", 60, 24, {"model": "m"}).ask)
         claim = Claim("What is it?", (), "free-form", "a cat", "a small grey animal")
-        ThreadPool(1).apply_async(journaled, (decide, [], Journal(None), [claim]))
+        pool = ThreadPool(1)
+        pool.apply_async(journaled, (decide, [], Journal(None), [claim]))
         sys.stdin.readline()
     """
     with serving(lambda n, request: "late", delay=60) as server:
@@ -161,7 +162,7 @@ def test_a_program_that_ends_does_not_wait_for_a_slow_server():
         while not server.requests and started.poll() is None:
             time.sleep(0.01)
         _, said = started.communicate("\n", timeout=30)
-    assert started.returncode == 0 and server.requests and not said, said
+    assert started.returncode == 0 and server.requests, said
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/html"])
