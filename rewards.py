@@ -3,74 +3,73 @@
     <observation> what is seen </observation> <think> what follows </think> <answer> … </answer>
     └──────── perception segment P ─────────┘ └──────────── reasoning segment R ────────────────┘
 
-    R_k = R_acc,k + R_form,k + R_len,k      for each segment k                                     (eq. 5)
+    R_k = R_acc,k + R_form,k + R_len,k      for each segment k                            (eq. 5)
     R_acc,P   1 if a judge finds that the observation alone suffices for the correct answer, else 0
     R_acc,R   the metric of the problem type, in [0, 1]
     R_form,k  1 if the segment matches the template, else 0
-    R_len,k   0.2 if accuracy and format of the segment are both above 0 and its length is in its window, else 0
+    R_len,k   0.2 if accuracy and format of the segment are both above 0 and its length is in its
+              window, else 0
 
-The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and transcript are derived
-from it: a third segment is a third row. Judges of observations follow, then the toy world's questions.
+The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and
+transcript are derived from it: a third segment is a third row. Then: judges of observations.
 """
 import bisect
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
-import threading
-import time
 from collections import Counter
-from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
+
+from tqdm import tqdm
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 LENGTH_REWARD = 0.2
 
 
-# ------------------------------------------------------------------------------------------------ segments
+# --------------------------------------------------------------------------------------- segments
 
 class Tag(NamedTuple):
     """One pair of tags of the template."""
     name: str
-    instruction: str                                         # what the prompt asks for; {medium} is video or image
-    toy: Callable[["Toy", list[str]], str]                   # what the toy teacher writes from the letters it saw
+    instruction: str                                         # {medium} is video or image
 
 
 class Segment(NamedTuple):
     """A part of a response that has a reward and an advantage of its own."""
     name: str
     tags: tuple[Tag, ...]
-    window: tuple[int, int]                                  # tokens that earn the length reward, by default
-    accuracy: Callable[..., float]                           # R_acc in [0, 1] of a response and its verdict, or NaN
+    window: tuple[int, int]                                  # tokens that earn the length reward
+    accuracy: Callable[..., float]                           # R_acc of a response and its verdict
 
 
 def observation_suffices(response, verdict: "Verdict") -> float:
-    """R_acc,P: the judge's verdict on the observation."""
+    """R_acc,P: the judge's verdict on the observation; NaN if it is unknown."""
     return math.nan if verdict.sufficient is None else float(verdict.sufficient)
 
 
 def answer_is_right(response, verdict: "Verdict") -> float:
-    """R_acc,R: the metric of the problem type."""
+    """R_acc,R: the metric of the problem type, in [0, 1]."""
     r = response.example.record
     return task_metric(r.problem_type, response.parsed.contents["answer"], r.reference, r.options)
 
 
 SEGMENTS = (  # in order of appearance
     Segment("perception", (
-        Tag("observation", 'Start with "Based on the question, I need to notice", name what matters for the question, '
-            "then write down what the {medium} shows of it: so completely that somebody who cannot see the {medium} "
-            "could answer from this part alone. Draw no conclusions yet.",
-            lambda toy, shown: toy_observation(toy, shown)),
+        Tag("observation", 'Start with "Based on the question, I need to notice", name what matters '
+            "for the question, then write down what the {medium} shows of it: so completely that "
+            "somebody who cannot see the {medium} could answer from this part alone. Draw no "
+            "conclusions yet."),
     ), (128, 320), observation_suffices),
     Segment("reasoning", (
-        Tag("think", 'Start with "Based on the observations,", then reason step by step, talking to yourself, and '
-            "check the result before you settle on it.", lambda toy, shown: toy_think(toy, shown)),
-        Tag("answer", "The final answer and nothing else.", lambda toy, shown: toy_answer(toy, shown)),
+        Tag("think", 'Start with "Based on the observations,", then reason step by step, talking to '
+            "yourself, and check the result before you settle on it."),
+        Tag("answer", "The final answer and nothing else."),
     ), (320, 512), answer_is_right),
 )
 TAGS = tuple(tag.name for segment in SEGMENTS for tag in segment.tags)
@@ -79,12 +78,13 @@ TAG_PATTERN = re.compile(f"(</?(?:{'|'.join(TAGS)})>)")
 
 class Parsed(NamedTuple):
     """A parsed response."""
-    contents: dict[str, str | None]                          # by tag; None unless its segment holds exactly one pair
-    formats: tuple[bool, ...]                                # (K,) does the segment match the template?
+    contents: dict[str, str | None]                          # by tag; None unless there is one pair
+    formats: tuple[bool, ...]                                # (K,) does the segment match?
 
 
 def segment_ends(text: str | bytes) -> list[int | None]:
-    """Where each segment ends: behind its first closing tag, the last one at the end. None if its tag is missing.
+    """Where each segment ends: behind its first closing tag, the last one at the end. None if its
+    tag is missing.
         "<observation>a</observation>b" → [29, 30]        "<observation>a" → [None, 14]
     """
     ends, start = [], 0
@@ -99,13 +99,17 @@ def segment_ends(text: str | bytes) -> list[int | None]:
 def parse(text: str) -> Parsed:
     """Cuts a response into its segments and checks each by itself.
 
-    A segment matches the template if it is exactly its tags in order, with nothing but white space between them, and
-    every pair holds text without a tag in it. A tag that is nested, repeated or out of order fails the segment in which
-    it is, and only that one. A segment whose closing tag is missing is empty, and its text is read as part of the next.
+    A segment matches the template if it is exactly its tags in order, with nothing but white space
+    between them, and every pair holds text without a tag in it. A tag that is nested, repeated or
+    out of order fails the segment in which it is, and only that one. A segment before the last whose
+    closing tag is missing is empty, and its text is read as part of the next; the last one ends with
+    the text.
     """
     contents, formats, start = {}, [], 0
     for segment, end in zip(SEGMENTS, segment_ends(text)):
-        piece, start = text[start:end] if end is not None else "", end or start
+        piece = ""
+        if end is not None:
+            piece, start = text[start:end], end
         names = [tag.name for tag in segment.tags]
         contents |= {name: extract_tag(name, piece) for name in names}
         formats.append(matches_template(piece, names))
@@ -113,8 +117,9 @@ def parse(text: str) -> Parsed:
 
 
 def extract_tag(tag: str, text: str) -> str | None:
-    """The content of the one pair <tag>…</tag> in text, without the white space around it; None if the pair is missing,
-    repeated (two answers are no answer), left open or closed before it is opened."""
+    """The content of the one pair <tag>…</tag> in text, without the white space around it; None if
+    the pair is missing, repeated (two answers are no answer), left open or closed before it is
+    opened."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
     inside = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
@@ -124,18 +129,21 @@ def extract_tag(tag: str, text: str) -> str | None:
 def matches_template(text: str, tags: Sequence[str]) -> bool:
     """Is text nothing but these pairs of tags in this order, each around something?
 
-    "<think>a</think> <answer>b</answer>" splits into ["", <think>, "a", </think>, " ", <answer>, "b", </answer>, ""]:
+    "<think>a</think> <answer>b</answer>" splits into
+        ["", <think>, "a", </think>, " ", <answer>, "b", </answer>, ""]:
     tags have odd indices, and of the texts at even indices every second one is inside a pair.
     """
     pieces = TAG_PATTERN.split(text)
+    found, texts = pieces[1::2], pieces[::2]
     wanted = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
-    return pieces[1::2] == wanted and all(bool(p.strip()) == (i % 2 == 1) for i, p in enumerate(pieces[::2]))
+    filled = [bool(text.strip()) for text in texts]
+    return found == wanted and filled == [i % 2 == 1 for i in range(len(texts))]
 
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
-    """The segment of each token: 0 up to and including the token that completes the first segment's closing tag, then 1
-    …, K - 1: a token belongs to the segment in which its first byte lies. If any closing tag before the last segment is
-    missing, every token gets K (unknown).
+    """The segment of each token, 0 … K - 1: a token belongs to the segment in which its first byte
+    lies. So 0 goes up to and including the token that completes the first closing tag. If any
+    closing tag before the last segment is missing, every token gets K (unknown).
 
     Works on the bytes of the sampled tokens, because encoding the text again may cut it elsewhere.
         [b"<observation>", b"a cat", b"</observ", b"ation>\n", b"<think>", b"…"] → [0, 0, 0, 0, 1, 1]
@@ -143,35 +151,41 @@ def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     ends = segment_ends(b"".join(token_bytes))[:-1]
     if None in ends:
         return [len(SEGMENTS)] * len(token_bytes)
-    begins = itertools.accumulate(map(len, token_bytes), initial=0)
-    return [bisect.bisect_right(ends, begin) for _, begin in zip(token_bytes, begins)]     # segments ended so far
+    begins = [0, *accumulate(map(len, token_bytes))][:-1]
+    return [bisect.bisect_right(ends, begin) for begin in begins]      # segments ended so far
 
 
-# ------------------------------------------------------------------------------------------------ rewards
+# ---------------------------------------------------------------------------------------- rewards
 
 REWARD_PARTS = ("accuracy", "format", "length")
 
 
-def reward_parts(response, verdict: "Verdict", windows: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
-    """R_acc, R_form and R_len of each segment of a response, (K, 3); eq. 5 sums them. A response cut off by the token
-    limit keeps what its closed segments earned. An unknown verdict makes accuracy and length NaN."""
-    parts = []
-    for k, (segment, tokens, (low, high)) in enumerate(zip(SEGMENTS, segment_lengths(response.segments), windows)):
-        counts = response.finished or k < len(SEGMENTS) - 1  # the last segment of a truncated response does not
-        accuracy, format = segment.accuracy(response, verdict) * counts, float(response.parsed.formats[k] and counts)
-        length = LENGTH_REWARD * (accuracy > 0 and format > 0 and low <= tokens <= high)
-        parts.append((accuracy, format, math.nan if math.isnan(accuracy) else length))
+def reward_parts(response, verdict: "Verdict", windows: Sequence[int]
+                 ) -> list[tuple[float, float, float]]:
+    """R_acc, R_form and R_len of each segment of a response, (K, 3); eq. 5 sums them. A response cut
+    off by the token limit keeps what its closed segments earned, and its last segment earns nothing.
+    An unknown verdict makes accuracy and length NaN. windows: low and high of each segment in turn."""
+    parts, lengths = [], segment_lengths(response.segments)
+    for k, segment in enumerate(SEGMENTS):
+        counts = response.finished or k < len(SEGMENTS) - 1
+        accuracy = segment.accuracy(response, verdict) * counts
+        format = float(response.parsed.formats[k] and counts)
+        low, high = windows[2 * k:2 * k + 2]
+        earned = accuracy > 0 and format > 0 and low <= lengths[k] <= high
+        length = math.nan if math.isnan(accuracy) else LENGTH_REWARD * earned
+        parts.append((accuracy, format, length))
     return parts
 
 
 def segment_lengths(ids: Sequence[int]) -> list[int]:
-    """Tokens in each segment, (K,). Where the segments are unknown (id K), all tokens count for the last one."""
+    """Tokens in each segment, (K,). Where the segments are unknown (id K), all tokens count for the
+    last one."""
     lengths = [ids.count(k) for k in range(len(SEGMENTS))]
     lengths[-1] += ids.count(len(SEGMENTS))
     return lengths
 
 
-# ------------------------------------------------------------------------------------------------ task metrics
+# ------------------------------------------------------------------------------------ task metrics
 
 def normalize_text(text: str) -> str:
     """Lower case, single spaces, no punctuation at the ends: for comparing short answers."""
@@ -184,7 +198,8 @@ LETTERED = re.compile(r"\s*\(?([A-Z])\)?\s*[.):]\s*(.*)", re.DOTALL)   # "A. a c
 def split_options(options: Sequence[str]) -> list[str]:
     """The texts of options without their letters: ["A. a cat", "(B) a dog"] → ["a cat", "a dog"].
 
-    Letters count only if all options carry their own, in order: "A: 3, B: 4" may be the text of one option."""
+    Letters count only if all options carry their own, in order: "A: 3, B: 4" may be the text of one
+    option."""
     found = [LETTERED.match(option) for option in options]
     if all(match and match[1] == chr(65 + i) for i, match in enumerate(found)):
         return [match[2] for match in found]
@@ -192,7 +207,8 @@ def split_options(options: Sequence[str]) -> list[str]:
 
 
 def letter_options(options: Sequence[str]) -> list[str]:
-    """["a cat", "a dog"] → ["A. a cat", "B. a dog"]. Options that all carry their letters stay as they are."""
+    """["a cat", "a dog"] → ["A. a cat", "B. a dog"]. Options that all carry their letters stay as
+    they are."""
     if split_options(options) != list(options):
         return list(options)
     return [f"{chr(65 + i)}. {option}" for i, option in enumerate(options)]
@@ -221,12 +237,14 @@ def option_texts(options: Sequence[str]) -> dict[str, str]:
 
 
 def choice(answer: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B". None if it names no
-    option, or a text that several options share, or puts one letter before another's text."""
-    texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}     # options may be in the question only
-    if (alone := normalize_text(answer).upper()) in texts:   # a letter alone is a letter, whatever the options say
-        return alone
-    same = [letter for letter, text in texts.items() if text and text == normalize_text(answer)]
+    """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B".
+    None if it names no option, or a text that several options share, or puts one letter before
+    another's text."""
+    texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}   # all in the question
+    said = normalize_text(answer)
+    if said.upper() in texts:                                # a letter alone, whatever options say
+        return said.upper()
+    same = [letter for letter, text in texts.items() if text and text == said]
     if same:
         return same[0] if len(same) == 1 else None
     named = re.fullmatch(r"\W*([A-Za-z])\W*|\s*\(?([A-Za-z])[.):]+\s*(.*)", answer.strip(), re.DOTALL)
@@ -234,8 +252,8 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     if letter not in texts:
         return None
     rest = normalize_text(named[3] or "")
-    other_text = rest and rest != texts[letter] and rest in texts.values()
-    return None if other_text else letter
+    of_another = rest and rest != texts[letter] and rest in texts.values()
+    return None if of_another else letter
 
 
 # Powers of ten, by the beginning of a magnitude: "1.5 million", "5k".
@@ -250,11 +268,11 @@ UNITS = rf"{UNIT}(?:(?:\s*[/·*]\s*|\s+){UNIT})*"             # "km/h", "red app
 def number(text: str) -> Fraction | None:
     """Reads "1,000", "-3.50", "1e3", "3/4", "$12", "1.5 million", "12 km/h" as exact fractions, so
     that "1000" equals "1,000.0" without a tolerance. None for all else, NaN and infinities too."""
-    text = text.strip()
-    # A longer text is no number, and would cost time. "5M" is 5 million; "5 m", "5 M" have units.
-    match = len(text) <= 100 and re.fullmatch(
+    if len(text) > 100:                                      # no number, and it would cost time
+        return None
+    match = re.fullmatch(                                    # "5M" is 5 million, "5 M" has a unit
         r"[$€£]?\s*([-+−]?)\s*[$€£]?(\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?"
-        rf"(?:\s*/\s*([1-9]\d*))?((?:{MAGNITUDE}|(?-i:[KMB])\b)*)\s*(?:{UNITS})?\.?", text, re.I)
+        rf"(?:\s*/\s*([1-9]\d*))?((?:{MAGNITUDE}|(?-i:[KMB])\b)*)\s*(?:{UNITS})?\.?", text.strip(), re.I)
     if not match:
         return None
     sign, digits, exponent, divisor, magnitude = match.groups()
@@ -264,7 +282,8 @@ def number(text: str) -> Fraction | None:
 
 
 def numerical(answer: str, reference: str) -> float:
-    """1 if both are the same number. A reference that is no number is compared as text. Units are not compared."""
+    """1 if both are the same number. A reference that is no number is compared as text. Units are
+    not compared."""
     wanted = number(reference)
     if wanted is None:
         return float(normalize_text(answer) == normalize_text(reference))
@@ -272,13 +291,15 @@ def numerical(answer: str, reference: str) -> float:
 
 
 def regression(answer: str, reference: str) -> float:
-    """1 − relative error, at least 0. For a reference of 0 only 0 is right: any other relative error is infinite."""
+    """1 − relative error, at least 0. For a reference of 0 only 0 is right: any other relative error
+    is infinite."""
     predicted, wanted = number(answer), number(reference)
     if predicted is None or wanted is None:
         return 0.0
     if wanted == 0:
         return float(predicted == 0)
-    return float(max(0, 1 - abs(predicted - wanted) / abs(wanted)))          # a huge error fits no float: cut it first
+    error = abs(predicted - wanted) / abs(wanted)            # a huge one fits no float: cut it first
+    return float(max(0, 1 - error))
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int:
@@ -287,7 +308,9 @@ def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + replacing * (x != y))
+            replaced = diagonal + replacing * (x != y)
+            diagonal = row[j]
+            row[j] = min(row[j] + 1, row[j - 1] + 1, replaced)
     return row[-1]
 
 
@@ -306,38 +329,43 @@ def words(text: str, part: str = r"\w") -> list[str]:
 def ocr(answer: str, reference: str) -> float:
     """1 − word error rate, at least 0."""
     said, written = words(answer, r"\S"), words(reference, r"\S")
-    return max(0.0, 1 - edit_distance(said, written) / len(written)) if written else float(not said)
+    if not written:
+        return float(not said)
+    return max(0.0, 1 - edit_distance(said, written) / len(written))
 
 
 def rouge(answer: str, reference: str) -> float:
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a reference of one word:
-    it has no pair of words, and a perfect answer would otherwise score 2/3."""
-    said, wanted = (words(text.casefold()) for text in (answer, reference))
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a
+    reference of one word: it has no pair of words, and a perfect answer would score 2/3."""
+    said, wanted = words(answer.casefold()), words(reference.casefold())
     if not said or not wanted:
         return 0.0
-    both = len(said) + len(wanted)                           # ROUGE-L: 2 · longest common subsequence / both
+    both = len(said) + len(wanted)                           # ROUGE-L: 2 · common subsequence / both
     scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
     counted = [(Counter(said), Counter(wanted))]
     if len(wanted) > 1:
         counted.append((Counter(zip(said, said[1:])), Counter(zip(wanted, wanted[1:]))))
-    scores += [2 * (a & b).total() / (a.total() + b.total()) for a, b in counted]
+    for a, b in counted:
+        scores.append(2 * (a & b).total() / (a.total() + b.total()))
     return sum(scores) / len(scores)
 
 
-def task_metric(problem_type: str, answer: str | None, reference: str, options: Sequence[str] = ()) -> float:
-    """Accuracy of an answer in [0, 1] under its problem type; no answer scores 0. ValueError for an unknown type."""
-    if problem_type not in PROBLEM_TYPES:
-        raise ValueError(f"unknown problem_type {problem_type!r}; known are {', '.join(PROBLEM_TYPES)}")
+METRICS = {"numerical": numerical, "regression": regression, "OCR": ocr, "free-form": rouge}
+
+
+def task_metric(problem_type: str, answer: str | None, reference: str, options: Sequence[str] = ()
+                ) -> float:
+    """Accuracy of an answer in [0, 1] under its problem type; no answer scores 0. KeyError for an
+    unknown type."""
     if answer is None or not answer.strip():
         return 0.0
     if problem_type == "multiple choice":
         letter = choice(answer, options)
         return float(letter is not None and letter == choice(reference, options))
-    metric = {"numerical": numerical, "regression": regression, "OCR": ocr, "free-form": rouge}[problem_type]
-    return metric(answer, reference)
+    return METRICS[problem_type](answer, reference)
 
 
-# ------------------------------------------------------------------------------------------------ judges
+# ----------------------------------------------------------------------------------------- judges
 
 class Claim(NamedTuple):
     """All that a judge of perception reads: never the media, never think or answer."""
@@ -350,58 +378,42 @@ class Claim(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the observation alone suffices for the correct answer. None is unknown, which is never a No."""
+    """Whether the observation alone suffices for the correct answer. None is unknown, which is never
+    a No."""
     sufficient: bool | None
     explanation: str                                         # the judge's, for transcripts
     error: str = ""                                          # why the verdict is unknown
     leak: bool = False                                       # the observation is a bare answer
 
 
-@dataclass
-class Judge:
-    """Returns a verdict for each claim of a batch; `decide` judges one. All judges read cleaned observations and are
-    asked equal claims once. An empty observation or a bare answer is a No without asking."""
-    decide: Callable[[list[Claim]], list[Verdict]]
-    refuse_leaks: bool = True
-    background: bool = False                                 # works in a thread while the caller goes on
-    counts: Counter = field(default_factory=Counter)         # requests, retries and cached replies so far
-    seconds: float = 0.0                                     # that the last batch took
-    pool: ThreadPool | None = None                           # the thread of a background judge
-
-    def __call__(self, claims: Sequence[Claim]) -> list[Verdict]:
-        started = time.perf_counter()
-        claims = [c._replace(observation=clean(c.observation)) for c in claims]
-        leaking = {c for c in set(claims) if c.observation and leaks(c)}
-        refused = {c for c in claims if not c.observation or self.refuse_leaks and c in leaking}
-        asked = [c for c in dict.fromkeys(claims) if c not in refused]
-        verdicts = dict.fromkeys(refused, Verdict(False, "a bare answer: nothing is said to be seen"))
-        try:                                                 # also without claims: all ranks run the reference judge
-            verdicts |= zip(asked, self.decide(asked), strict=True)
-        except Exception as error:
-            if not self.background:
-                raise
-            # The other ranks wait for these verdicts. Unknown ones stop all ranks together.
-            verdicts |= dict.fromkeys(asked, Verdict(None, "", f"{type(error).__name__}: {error}"))
-        self.seconds = time.perf_counter() - started
-        return [verdicts[c]._replace(leak=c in leaking) for c in claims]
-
-    def start(self, claims: Sequence[Claim]) -> Callable[[], list[Verdict]]:
-        """Starts to judge, in the background if the judge can. Call the result for the verdicts."""
-        if self.background:
-            self.pool = self.pool or ThreadPool(1)
-            return self.pool.apply_async(self, (claims,)).get
-        verdicts = self(claims)
-        return lambda: verdicts
+Judge = Callable[[Sequence[Claim]], list[Verdict]]
 
 
-# A policy learns to exploit its judge: an observation must neither give the judge instructions nor state the answer.
+def judge_claims(decide: Judge, refuse_leaks: bool, claims: Sequence[Claim]) -> list[Verdict]:
+    """What all judges have in common: `decide` reads cleaned observations and is asked equal claims
+    once. An empty observation or a bare answer is a No without asking."""
+    claims = [c._replace(observation=clean(c.observation)) for c in claims]
+    leaking = {c for c in set(claims) if c.observation and leaks(c)}
+    verdicts, asked = {}, []
+    for c in dict.fromkeys(claims):
+        if not c.observation or refuse_leaks and c in leaking:
+            verdicts[c] = Verdict(False, "nothing is said to be seen")
+        else:
+            asked.append(c)
+    verdicts |= zip(asked, decide(asked), strict=True)       # also of none: ranks work together
+    return [verdicts[c]._replace(leak=c in leaking) for c in claims]
 
-BRACKETS = str.maketrans("<>＜＞[]", "‹›‹›()")               # no tag and no special token of a chat survives
+
+# A policy learns to exploit its judge: an observation must neither give the judge instructions nor
+# state the answer.
+
+BRACKETS = str.maketrans("<>＜＞[]", "‹›‹›()")               # no tag and no special token survives
 MAX_OBSERVATION = 8000                                       # characters that a judge reads
 
 
 def printable(text: str) -> str:
-    """Replaces control, invisible and bidirectional characters by spaces, and white space by single ones."""
+    """Replaces control, invisible and bidirectional characters by spaces, and white space by single
+    ones."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -460,320 +472,181 @@ CUT_OFF = "cut off at the token limit: raise --judge-tokens (of a teacher: --max
 
 
 def judge_chat(c: Claim) -> list[dict]:
-    """The conversation that asks for a verdict. The observation is quoted as JSON: it cannot end its own quotation."""
-    return [{"role": "user", "content": JUDGE_PROMPT.format(
-        article="an" if c.data_type == "image" else "a", medium=c.data_type, question=c.question,
-        options="".join(f"Option: {option}\n" for option in c.options), reference=c.reference,
-        observation=json.dumps(c.observation, ensure_ascii=False))}]
-
-
-def find_verdict(text: str) -> re.Match | None:
-    """Yes or No at the end of a reply. Tags that the judge quotes before its end, or in reasoning
-    that it did not close, do not count."""
-    in_reasoning = text.rfind("<think>") > text.rfind("</think>")
-    return None if in_reasoning else JUDGEMENT.search(text[-300:])
+    """The conversation that asks for a verdict. The observation is quoted as JSON: it cannot end its
+    own quotation."""
+    options = "".join(f"Option: {option}\n" for option in c.options)
+    article = "an" if c.data_type == "image" else "a"
+    quoted = json.dumps(c.observation, ensure_ascii=False)
+    content = JUDGE_PROMPT.format(article=article, medium=c.data_type, question=c.question,
+                                  options=options, reference=c.reference, observation=quoted)
+    return [{"role": "user", "content": content}]
 
 
 def read_verdict(reply: Reply) -> Verdict:
-    """Unknown for a reply that is missing, cut off or without a verdict."""
+    """Yes or No at the end of a reply; unknown for one that is missing, cut off or without it. Tags
+    that the judge quotes before the end, or in reasoning that it did not close, do not count."""
     text = reply.text or ""
-    explanation, found = printable(text)[:1000], find_verdict(text)
-    if reply.error or not found:
+    explanation, found = printable(text)[:1000], JUDGEMENT.search(text[-300:])
+    in_reasoning = text.rfind("<think>") > text.rfind("</think>")
+    if reply.error or in_reasoning or not found:
         return Verdict(None, explanation, reply.error or UNREADABLE)
     return Verdict(found[1].lower() == "yes", explanation)
 
 
-def language_judge(ask_all: Callable[[list[list[dict]]], list[Reply]]) -> Callable[[list[Claim]], list[Verdict]]:
-    """`Judge.decide` from a function that answers a batch of conversations."""
-    return lambda claims: list(map(read_verdict, ask_all([judge_chat(c) for c in claims])))
-
-
-# ------------------------------------------------------------------------------------------------ the toy world's judge
-
-COLOURS, LETTERS = ("red", "green", "blue", "yellow"), ("O", "X", "T")
-PRICES = {"O": 3, "X": 2, "T": 1}
-TOY_EVENTS = 3                                               # letters shown one after the other in every clip
-TOY_QUESTIONS = {  # name → problem type and text; {} is what is asked about: a colour, or a coloured letter
-    "next": ("multiple choice", "Which letter comes right after the {}?"),
-    "count": ("numerical", "How many letters are {}?"),
-    "read": ("OCR", "Read the letters that are not {}."),
-    "ends": ("free-form", "How does the clip begin and end?"),
-    "total": ("regression", "O costs 3, X costs 2, T costs 1. What is the total?"),
-}
-
-
-class Toy(NamedTuple):
-    """A toy question, read back from its text."""
-    name: str                                                # in TOY_QUESTIONS
-    asked: str                                               # "red" in "How many letters are red?"
-    options: tuple[str, ...]                                 # without their letters
-
-
-def read_toy(problem_type: str, question: str, options: Sequence[str]) -> Toy | None:
-    """None for a question that is not of the toy world."""
-    for name, (kind, text) in reversed(TOY_QUESTIONS.items()):                # a later row may be a special case
-        match = re.fullmatch(re.escape(text).replace(r"\{\}", "(?P<asked>.*)"), question)
-        if match and kind == problem_type:
-            return Toy(name, match.groupdict("").get("asked", ""), tuple(split_options(options)))
-    return None
-
-
-def toy_answer(toy: Toy, shown: list[str]) -> str | None:
-    """The answer that follows from the letters shown, such as ["red O", "blue X", "red T"]; None if none does."""
-    if len(shown) != TOY_EVENTS:
-        return None
-    if toy.name == "next":
-        after = shown[shown.index(toy.asked) + 1] if shown[:-1].count(toy.asked) == 1 else None
-        return "ABC"[toy.options.index(after)] if after in toy.options else None
-    if toy.name == "count":
-        return str([x.split()[0] for x in shown].count(toy.asked))
-    if toy.name == "read":
-        return " ".join(x[-1] for x in shown if not x.startswith(toy.asked)) or None
-    if toy.name == "ends":
-        return f"a {shown[0]} turns into a {shown[-1]}"
-    if toy.name == "total":
-        return str(sum(PRICES[x[-1]] for x in shown))
-    raise ValueError(f"toy_answer does not know {toy.name!r}")
-
-
-def toy_observation(toy: Toy, shown: list[str]) -> str:
-    """["red O", "blue X", "red T"] → "1 red O, 2 blue X, 3 red T" """
-    return ", ".join(f"{i} {x}" for i, x in enumerate(shown, start=1))
-
-
-def toy_think(toy: Toy, shown: list[str]) -> str:
-    """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read alike in two types
-    of problem, "green red? no"."""
-    colours = [x.split()[0] for x in shown]
-    same = ["yes" if colour == toy.asked else "no" for colour in colours]
-    steps = []
-    if toy.name == "next":
-        after = shown[shown.index(toy.asked) + 1]
-        for x in shown[:shown.index(toy.asked) + 1]:
-            steps.append(f"{x} {'yes' if x == toy.asked else 'no'}")
-        steps.append(f"next {after}")
-        for letter, option in zip("ABC", toy.options[:toy.options.index(after) + 1]):
-            steps.append(f"{letter} {option} {'yes' if option == after else 'no'}")
-    elif toy.name == "count":
-        for i, colour in enumerate(colours):
-            steps.append(f"{colour} {toy.asked}? {same[i]} {same[:i + 1].count('yes')}")
-    elif toy.name == "read":
-        for i, x in enumerate(shown):
-            kept = " ".join(y[-1] for y, yes in zip(shown[:i + 1], same) if yes == "no")
-            steps.append(f"{x[-1]} {colours[i]} {toy.asked}? {same[i]} {kept}".strip())
-    elif toy.name == "ends":
-        steps = [f"first {shown[0]}", f"last {shown[-1]}"]
-    else:
-        totals = itertools.accumulate(PRICES[x[-1]] for x in shown)
-        steps = [f"{x} {total}" for x, total in zip(shown, totals)]
-    return ", ".join(steps)
-
-
-def rule_judge(claims: list[Claim]) -> list[Verdict]:
-    """Judges toy observations exactly: derives the answer from the observation's text alone and compares. Raises
-    ValueError for a question that is not of the toy world: silence would look like "insufficient"."""
-    verdicts = []
-    for c in claims:
-        toy = read_toy(c.problem_type, c.question, c.options)
-        if toy is None:
-            raise ValueError(f"the rule judge knows toy questions only, not {c.question!r}: choose another --judge")
-        found = re.findall(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b", c.observation)
-        shown = [f"{colour} {letter}" for colour, letter in found]
-        derived = toy_answer(toy, shown)
-        verdicts.append(Verdict(derived is not None and derived == c.reference,
-                                f"{', '.join(shown) or 'nothing seen'}: from this follows {derived or 'nothing'}"))
-    return verdicts
+def judge_by_chat(ask: Callable[[list[dict]], Reply], claims: Sequence[Claim]) -> list[Verdict]:
+    """`decide` of a language model."""
+    return [read_verdict(ask(judge_chat(c))) for c in claims]
 
 
 # ================================ a first reader may stop here ================================
 
-# ------------------------------------------------------------------------------------------------ free text
-
-def strip_markup(text: str) -> str:
-    """Text without Markdown, \\boxed{}, $ and LaTeX spaces. Every minus sign becomes a hyphen."""
-    text = re.sub(r"\\[,;! ]", " ", text).replace("−", "-")
-    text = re.sub(r"\\(?:boxed|text|mathrm|textbf)\{|[*$`}\\]", "", text)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
-
-
-# What announces an answer: "The answer is", "Option:". A minus behind it belongs to a number.
-CUE = r"\b(?i:answer|option|choice)(?:\W*:|\s+(?i:is|(?:would|should) be)\b)(?:(?!-)\W|\b(?i:the)\b)*"
-# The article of "A man", but not the letter of "A is right"; the pronoun of "I see", but not the letter of "I."
-ARTICLE_OR_PRONOUN = r"A (?!(?:is|was|because|since|as|fits|seems|would|or|and)\b)[a-z]|I(?![.):]|\W*$)"
-
-
-def mentions(text: str, options: Sequence[str], labels: Sequence[str] = ()) -> list[tuple[str, re.Match]]:
-    """(letter, match) for each option that a text names, in order; "" for a name that two options share."""
-    if not options:
-        return []
-    # 1. An option's names: its text, its label, the label's last character, its letter.
-    texts, names = option_texts([strip_markup(option) for option in options]), {}
-    for letter, name in [*texts.items(), *zip(texts, labels), *zip(texts, (label[-1] for label in labels))]:
-        names[name.casefold()] = letter if names.get(name.casefold(), letter) == letter else ""
-    names |= {letter.lower(): letter for letter in texts}
-    # 2. A letter counts if it is a capital or before punctuation. The article, the pronoun and the A of "5 A" do not.
-    letters = [name for name in names if len(name) == 1 and not name.isdigit()]
-    letter = rf"[{''.join(texts)}]|(?i:[{re.escape(''.join(letters))}])(?=[).,:;\]]|\W*$)"
-    letter = rf"(?<!\d )(?!{ARTICLE_OR_PRONOUN})(?:{letter})"
-    # 3. Other names count in any case, the longest first. `(?!)` matches nothing.
-    longer = sorted(names.keys() - {*letters, ""}, key=len, reverse=True)
-    longer = "|".join(map(re.escape, longer)) or "(?!)"
-    # 4. Neither counts inside a word or a number, or after "not". `first`: it begins the text.
-    before = rf"(?P<first>^\W*)?(?P<cue>{CUE})?(?<![\w°-])(?<!\d[.,/])(?<![nN]ot )(?:(?i:option|choice|letter) \(?)?"
-    name = rf"(?P<name>(?P<text>(?i:{longer}))|(?P<letter>{letter}))"
-    after = r"(?!\w|['’-]\w|[.,/]\d)"
-    return [(names.get(match["name"].casefold(), ""), match) for match in re.finditer(before + name + after, text)]
-
-
-def ends_on(reasoning: str, options: Sequence[str]) -> str | None:
-    """The option that a reasoning mentions last, or None. In "C red T" the letter decides for both."""
-    plain = strip_markup(reasoning)
-    found = mentions(plain, options)
-    if len(found) > 1 and not plain[found[-2][1].end():found[-1][1].start("name")].strip(" .:)(\"'"):
-        found.pop()
-    return found[-1][0] or None if found else None
-
-
-# ------------------------------------------------------------------------------------------------ files and servers
+# ------------------------------------------------------------------------------ files and servers
 
 def read_jsonl(file: Path) -> tuple[list[dict], int]:
-    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is left out. Raises
-    ValueError for any other broken line."""
+    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is
+    left out. Raises ValueError for any other broken line."""
     raw, rows = file.read_bytes() if file.is_file() else b"", []
     end = raw.rfind(b"\n") + 1
     for number, line in enumerate(raw[:end].split(b"\n")[:-1], start=1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
-            raise ValueError(f"{file}, line {number}: not JSON; remove the line to go on without it") from None
+            raise ValueError(f"{file}, line {number}: not JSON; remove the line to go on without it"
+                             ) from None
     return rows, end
 
 
 class Journal:
-    """An append-only file of JSON lines, one for each finished piece of work: a kill loses unfinished work only."""
+    """Finished work by key, in files of JSON lines: a kill loses unfinished work only. The pipeline,
+    evaluations and the replies of a judge are kept this way.
 
-    def __init__(self, file: Path):
-        self.file, self.lock = file, threading.Lock()
-        self.rows, end = read_jsonl(file)
-        if file.is_file():
-            os.truncate(file, end)
+    `place`: DIR/NAME; rows of all ranks are read from NAME.*.jsonl, new ones go to NAME.RANK.jsonl.
+    None: nothing is kept on disk.
+    """
+
+    def __init__(self, place: Path | None, rank: int = 0):
+        self.file, self.rows = None, {}
+        if place:
+            self.file = place.with_name(f"{place.name}.{rank}.jsonl")
+            for file in sorted(place.parent.glob(f"{place.name}.*.jsonl")):
+                rows, end = read_jsonl(file)
+                self.rows |= {row["key"]: row for row in rows}
+                if file == self.file:
+                    os.truncate(file, end)                   # a line that a kill cut short
+
+    def complete(self, items: dict[str, Any], work: Callable[[list], list[dict]], batch: int = 1,
+                 threads: int = 1, title: str = "", max_failed: float = 1.0) -> dict[str, dict]:
+        """A row for each item. `work` takes up to `batch` of those that are missing, in so many
+        threads, and returns their rows; one with an "error" is not kept. ValueError if more than
+        the share `max_failed` of them have one, after at least 20."""
+        todo, failed = [key for key in items if key not in self.rows], {}
+
+        def finish(keys: list[str]) -> list[tuple[str, dict]]:
+            rows = work([items[key] for key in keys])
+            return list(zip(keys, rows, strict=True))
+        parts = [todo[i:i + batch] for i in range(0, len(todo), batch)]
+        with ThreadPool(threads) as pool:                    # daemons: a program that ends is not held
+            done = pool.imap_unordered(finish, parts)
+            for rows in tqdm(done, title, len(parts), disable=not (title and todo)):
+                for key, row in rows:
+                    if row.get("error"):
+                        failed[key] = row
+                    else:
+                        self.add({"key": key} | row)
+                if len(failed) >= 20 and len(failed) > max_failed * len(todo):
+                    errors = Counter(row["error"] for row in failed.values())
+                    (error, _), = errors.most_common(1)
+                    raise ValueError(f"{title}: {len(failed)} of {len(todo)} failed, most often for "
+                                     f"{error}. The rest is kept; the same command goes on from "
+                                     "there.")
+        return {key: failed.get(key) or self.rows[key] for key in items}
 
     def add(self, row: dict) -> None:
-        with self.lock, self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        self.rows[row["key"]] = row
+        if self.file:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
 
 
-PATIENCE = 240                                               # seconds for all replies of a batch; ranks that wait for
-                                                             # each other give up later (--patience)
+def key_of(*decisive) -> str:
+    """A short hash of what decides a row: other settings are another key."""
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:20]
+
+
+def journaled(decide: Judge, same: list, journal: Journal, claims: Sequence[Claim], **how
+              ) -> list[Verdict]:
+    """`decide` with a journal of its verdicts. same: what else decides a verdict; how: options of
+    `Journal.complete`."""
+    items = {key_of(same, c): c for c in claims}
+
+    def work(part: list[Claim]) -> list[dict]:
+        return [verdict._asdict() for verdict in decide(part)]
+    rows = journal.complete(items, work, **how)
+    verdicts = []
+    for key in items:
+        row = rows[key]
+        verdicts.append(Verdict(*(row[name] for name in Verdict._fields)))
+    return verdicts
+
+
 REFUSABLE = ("max_tokens", "temperature", "seed")            # fields that some servers do not take
-HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
+HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length",
+           "user-agent"}
 
 
 class ChatClient:
-    """A server that speaks OpenAI's chat protocol, through the `openai` package, which retries what may pass.
+    """A server that speaks OpenAI's chat protocol, through the `openai` package, which retries what
+    may pass: after 0.5, 1, 2, 4 and then every 8 s, less up to a quarter. So 24 retries wait 125 s at
+    least, 0.75 · (7.5 + 20 · 8), to outlast an outage of two minutes."""
 
-    It waits 0.5, 1, 2, 4 and then 8 s at a time, less up to a quarter. So 24 retries wait 125 s at least, which is
-    0.75 · (7.5 + 20 · 8), to outlast an outage of two minutes, and 168 s at most, to end within PATIENCE.
-    """
-
-    def __init__(self, url: str, model: str, key: str = "", concurrency: int = 64, timeout: float = 60.0,
-                 retries: int = 24, cache: Path | None = None, keep: Callable[[str], Any] = bool,
-                 patience: float = PATIENCE, **body):
-        """body: temperature, max_tokens and the like. cache: a file for replies that `keep` accepts. patience: seconds
-        for all replies of a batch."""
+    def __init__(self, url: str, key: str, timeout: float, retries: int, body: dict):
+        """body: model, temperature, max_tokens and the like."""
         import openai
-        self.url, self.key, self.body, self.keep, self.patience = url, key, {"model": model} | body, keep, patience
-        self.fields = self.body                              # those of them that the server takes
-        self.concurrency, self.counts, self.lock = concurrency, Counter(), threading.Lock()
-        self.journal = Journal(cache) if cache else None
-        self.known = {row["request"]: row["text"] for row in self.journal.rows} if cache else {}
-        http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [self.before_request]})
-        self.server = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout, max_retries=retries,
-                                    http_client=http)
+        self.key, self.body = key, body
+        http = openai.DefaultHttpxClient(follow_redirects=False,
+                                         event_hooks={"request": [self.before_request]})
+        self.server = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout,
+                                    max_retries=retries, http_client=http)
 
     def before_request(self, request) -> None:
-        """Counts it and removes what the package took from the environment (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS …)."""
-        with self.lock:
-            self.counts["retries" if int(request.headers.get("x-stainless-retry-count", 0)) else "requests"] += 1
+        """Removes what the package took from the environment (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS
+        …)."""
         for name in set(request.headers) - HEADERS:
             del request.headers[name]
         if self.key:
             request.headers["Authorization"] = f"Bearer {self.key}"
 
-    def ask_all(self, chats: list[list[dict]]) -> list[Reply]:
-        """The replies in the order of the chats. Those that are missing after `patience` seconds are errors."""
-        end, late = time.monotonic() + self.patience, Reply(None, f"no reply within {self.patience:g} s")
-        # Unlike those of a ThreadPoolExecutor, these threads are daemons: a program that ends does not wait for them.
-        with ThreadPool(min(self.concurrency, max(1, len(chats)))) as pool:
-            results = [pool.apply_async(self.ask, (chat,)) for chat in chats]
-            for result in results:
-                result.wait(max(0.0, end - time.monotonic()))
-            return [result.get() if result.ready() else late for result in results]
-
     def ask(self, messages: list[dict]) -> Reply:
-        """One reply, from the cache or from the server. Whatever goes wrong there is its error."""
-        body = self.body | {"messages": messages}
-        exact = f"{self.url.rstrip('/')}/chat/completions\n{json.dumps(body, sort_keys=True)}"
-        name = hashlib.sha256(exact.encode()).hexdigest()
-        if name in self.known:
-            self.counts["cached"] += 1
-            return Reply(self.known[name])
+        """One reply. Whatever goes wrong is its error."""
         try:
             choice = self.complete(messages).choices[0]
             text, cut_off = choice.message.content, choice.finish_reason == "length"
             if text is None and not cut_off:
                 raise ValueError(f"no text, finish reason {choice.finish_reason}")
-            text = (text or "").encode(errors="replace").decode()  # nothing takes a lone surrogate
         except Exception as error:
+            reason = f"no chat completion ({type(error).__name__}: {error.__cause__ or error})"
             if hasattr(error, "status_code"):
                 reason = f"HTTP {error.status_code} {error.response.text}"
-            else:
-                reason = f"no chat completion ({type(error).__name__}: {error.__cause__ or error})"
-            reason = reason.replace(self.key, "***") if self.key else reason   # a server may repeat a key it refuses
+            if self.key:                                     # a server may repeat a key it refuses
+                reason = reason.replace(self.key, "***")
             return Reply(None, printable(reason)[:300])
-        if cut_off:
-            return Reply(text, CUT_OFF)
-        if self.journal and self.keep(text):
-            self.known[name] = text
-            self.journal.add({"request": name, "text": text})
-        return Reply(text)
+        text = (text or "").encode(errors="replace").decode()      # nothing takes a lone surrogate
+        return Reply(text, CUT_OFF if cut_off else "")
 
     def complete(self, messages: list[dict]):
         """A completion. A field that the server refuses by name is left out, also later."""
         import openai
-        fields = dict(self.fields)
+        fields = dict(self.body)
         while True:
             try:
                 completion = self.server.chat.completions.create(messages=messages, **fields)
-                break
+                self.body = fields
+                return completion
             except openai.BadRequestError as error:
-                refused = [x for x in REFUSABLE if x in fields and x in error.response.text]
+                text = error.response.text
+                refused = [name for name in REFUSABLE if name in fields and name in text]
                 if not refused:
                     raise
                 value = fields.pop(refused[0])
                 if refused[0] == "max_tokens":
                     fields["max_completion_tokens"] = value  # its newer name
-        self.fields = fields
-        return completion
-
-
-def local_llm(folder: str, device: str, tokens: int = 512, batch: int = 16
-              ) -> Callable[[list[list[dict]]], list[Reply]]:
-    """A causal language model in a folder that transformers loads, answering greedily. Weights must be safetensors:
-    nothing is unpickled, no code from the folder is run."""
-    import torch
-    from transformers import pipeline
-    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    generator = pipeline("text-generation", folder, device=device, dtype=torch.bfloat16 if bf16 else torch.float32,
-                     model_kwargs={"use_safetensors": True})
-    generator.tokenizer.padding_side = "left"
-    generator.tokenizer.pad_token = generator.tokenizer.pad_token or generator.tokenizer.eos_token
-
-    def ask_all(chats: list[list[dict]]) -> list[Reply]:
-        if device.startswith("cuda"):                        # in a new thread GPU 0 is the current one
-            torch.cuda.set_device(device)
-        texts = chats if generator.tokenizer.chat_template else [chat[0]["content"] + "\n\n" for chat in chats]
-        replies = generator(texts, batch_size=batch, do_sample=False, max_new_tokens=tokens, return_full_text=False
-                            ) if texts else []
-        return [Reply(reply[0]["generated_text"]) for reply in replies]
-    return ask_all

@@ -2,7 +2,7 @@
 
     python tests/bench.py cpu                 seconds and bytes beside transformers and TRL, and how they grow
     python tests/bench.py gpu                 the same on a GPU
-    python tests/bench.py memory              the peak of a step beside what --dry-run says; on a GPU five steps of 3b
+    python tests/bench.py memory              the peak of a step beside what tests/memory.py says; on a GPU five steps of 3b
     python tests/bench.py judge               what a judge behind http costs a step: a loopback server that takes 2 s
 
 Run them with nothing else on the machine. `cpu` needs pip install -r tests/requirements-bench.txt.
@@ -30,20 +30,21 @@ def command(script: str, *flags) -> float:
 
 
 def on_cpu() -> None:
-    """Bytes of tensors at their most, counted while two steps of a small model run."""
+    """Bytes of tensors at their most in each phase of a step, counted while a small model runs."""
     import tempfile
 
     from data import make_toy, make_toy_model
-    from sft import memory as said
+    from memory import estimate
     from test_memory import SHAPES, WIDE, counted, shaped
     with tempfile.TemporaryDirectory() as folder:
         toy = make_toy(Path(folder) / "toy", {"rl": 20})
         make_toy_model(Path(folder) / "base", seed=0)
-        print(f"{'counted':>12}{'said':>12}{'ratio':>8}   settings")
+        print(f"{'phase':>12}{'counted':>12}{'said':>12}{'ratio':>8}   settings")
         for shape in SHAPES:
-            real = counted(shaped(shape), toy, Path(folder) / "base", WIDE) / 2 ** 20
-            told = said(WIDE, shaped(shape), 1, cuda=False)["peak"] / 2 ** 20
-            print(f"{real:>8.1f} MiB{told:>8.1f} MiB{told / real:>8.2f}   {shape}", flush=True)
+            told = estimate(WIDE, shaped(shape), 1, cuda=False)
+            for phase, real in counted(shaped(shape), toy, Path(folder) / "base", WIDE).items():
+                print(f"{phase:>12}{real / 2 ** 20:>8.1f} MiB{told[phase] / 2 ** 20:>8.1f} MiB"
+                      f"{told[phase] / real:>8.2f}   {shape}", flush=True)
 
 
 def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
@@ -55,8 +56,8 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
 
     import pagrpo
     from data import make_toy, make_toy_model
+    from memory import estimate
     from model import CONFIGS, Qwen2_5_VL, save_model, write_config
-    from sft import memory as said
     gpus, clips = torch.cuda.device_count(), 64
     if not (out / "model").is_dir():
         make_toy_model(out / "base", seed=0)
@@ -92,13 +93,13 @@ def on_gpu(out: Path, preset: str, flags: list[str]) -> None:
     first.wait()
     subprocess.run(words, check=True)
     settings = pagrpo.sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, words[words.index("--preset"):], "")
-    told = said(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
+    told = estimate(CONFIGS[preset], settings, gpus)["peak"] / 2 ** 30
     print(f"{torch.cuda.get_device_name()}, {gpus} GPU(s), {preset}: {told:.1f} GB said")
     for row in map(json.loads, log.read_text().splitlines()):
-        print(f"step {row['step']}: {row['peak_memory_gb']:.1f} GB allocated, {row['reserved_memory_gb']:.1f} "
-              f"reserved, allocated {told / row['peak_memory_gb']:.2f}; sampling {row['seconds_sampling']:.1f} s, "
-              f"reference {row['seconds_scoring']:.1f} s, learning {row['seconds_training']:.1f} s, "
-              f"{row['tokens'] / row['seconds_sampling']:.0f} tokens/s sampled, gap {row['logprob_gap_max']:.3f}")
+        print(f"step {row['step']}: {row['reserved_memory_gb']:.1f} GB reserved; sampling "
+              f"{row['seconds_sampling']:.1f} s, reference {row['seconds_scoring']:.1f} s, learning "
+              f"{row['seconds_training']:.1f} s, {row['tokens'] / row['seconds_sampling']:.0f} tokens/s sampled, gap "
+              f"{row['logprob_gap_max']:.3f}")
 
 
 def judge(out: Path, delay: float, flags: list[str]) -> None:
@@ -108,22 +109,21 @@ def judge(out: Path, delay: float, flags: list[str]) -> None:
     large = ["--preset", "tiny", "--media", out / "toy", "--min-pixels", LARGE, "--max-pixels", LARGE]
     command("sft.py", "--out", out)
     command("sft.py", *large, "--out", out / "large", "--model", out / "sft", "--data", out / "cot" / "traces.jsonl",
-            "--heldout-count", 4, "--steps", 100, "--batch", 4, "--micro-batch", 4, "--lr", 1e-3, "--cache-gb", 4)
-    say = lambda number, request: f"Seen. <judgement>{'Yes' if number % 2 else 'No'}</judgement>"
+            "--heldout-count", 4, "--steps", 100, "--batch", 4, "--micro-batch", 4, "--lr", 1e-3)
+
+    def say(number: int, request: dict) -> str:
+        return f"Seen. <judgement>{'Yes' if number % 2 else 'No'}</judgement>"
     shutil.rmtree(out / "large" / "pagrpo", ignore_errors=True)
     with serving(say, delay) as server:
         command("pagrpo.py", *large, "--out", out / "large", "--model", out / "large" / "sft", "--data",
                 out / "toy" / "rl.json", "--judge", server.url, "--judge-model", "any", "--questions", 8,
                 "--micro-batch", 1, "--steps", 4, *flags)
     rows = [json.loads(line) for line in (out / "large" / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
-    names = ["step", "requests", "sampling", "reference", "judge itself", "waited for it", "learning", "whole step",
-             "share", "of 30 s"]
-    print("".join(f"{name:>14}" for name in names))
+    phases = ["sampling", "scoring", "judging", "training"]  # judging: waited for it
+    print(f"{len(server.requests)} requests\n" + "".join(f"{name:>14}" for name in ["step", *phases, "judging"]))
     for row in rows:
-        parts = [row[f"seconds_{k}"] for k in ("sampling", "scoring", "judging", "training")]
-        cells = [parts[0], parts[1], row["judge/seconds"], parts[2], parts[3], sum(parts)]
-        print(f"{row['step']:>14}{row['judge/requests']:>14}" + "".join(f"{x:>12.2f} s" for x in cells)
-              + f"{parts[2] / sum(parts):>14.1%}{parts[2] / 30:>14.1%}")
+        seconds = [row[f"seconds_{phase}"] for phase in phases]
+        print(f"{row['step']:>14}" + "".join(f"{x:>12.2f} s" for x in seconds) + f"{seconds[2] / sum(seconds):>14.1%}")
 
 
 def main() -> None:

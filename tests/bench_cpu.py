@@ -17,7 +17,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import data  # noqa: E402  (found by bench.py)
 import sft  # noqa: E402
 import whole_steps  # noqa: E402
-from model import Prompts, Qwen2_5_VL, load_model, qwen  # noqa: E402
+from model import Prompts, Qwen2_5_VL, causal_attention, load_model, qwen  # noqa: E402
 import torch  # noqa: E402
 from peers import Peer  # noqa: E402
 from ruler import Ruler, in_turn, peak  # noqa: E402
@@ -134,10 +134,10 @@ def layers(b: Bench) -> None:
     for rows, length in ((8, 300), (2, 1200)):
         x = torch.randn(rows, length, SMALL.hidden_size, generator=torch.Generator().manual_seed(0))
         rotary = b.model.rotary(torch.arange(length).expand(3, rows, length), x.dtype)
-        apart = (b.peer.ask("layer_input", x) - layer(x, rotary)[0]).abs().max()
+        apart = (b.peer.ask("layer_input", x) - layer(x, rotary, causal_attention)).abs().max()
         x.requires_grad_()
         compare(b, "one layer, forward, backward", f"{rows} × {length:,}",
-                lambda: layer(x, rotary)[0].sum().backward(), {"transformers": ("layer_pass",)}, 4 * b.repeats,
+                lambda: layer(x, rotary, causal_attention).sum().backward(), {"transformers": ("layer_pass",)}, 4 * b.repeats,
                 target=1.0, note=f"largest difference {apart:.0e}")
 
 

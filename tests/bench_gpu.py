@@ -24,10 +24,12 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import data  # noqa: E402  (found by bench.py)
+import memory
 import pagrpo
 import sft
 import whole_steps
-from model import CONFIGS, Config, Prompts, Qwen2_5_VL, Step, load_model, qwen, record_step, shard
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Step, causal_attention, load_model, qwen, record_step,
+                   shard)
 from peers import Peer
 from ruler import Peaks, Ruler, in_turn, peak, seconds_of
 
@@ -198,7 +200,7 @@ def training(b: Bench) -> None:
     x = torch.randn(g, p, model.config.hidden_size, device=b.device, dtype=model.head.weight.dtype, requires_grad=True)
     positions = torch.arange(p, device=b.device).expand(g, p)
     tables, rotary = net.model.rotary_emb(x, positions), model.rotary(positions.expand(3, -1, -1), x.dtype)
-    calls = {"ours": lambda: model.model.layers[0](x, rotary)[0].sum().backward(),
+    calls = {"ours": lambda: model.model.layers[0](x, rotary, causal_attention).sum().backward(),
              "transformers": lambda: net.model.layers[0](x, attention_mask=None, position_ids=positions,
                                                          position_embeddings=tables).sum().backward()}
     b.ruler.row("one layer, forward, backward", f"{g} × {p:,}", in_turn(calls, 10), peer="transformers",
@@ -246,7 +248,7 @@ def whole_step(b: Bench) -> None:
     for dtype in (torch.float32, torch.bfloat16 if b.device.type == "cuda" else torch.float32):
         with torch.device("meta"):
             model = Qwen2_5_VL(CONFIGS[preset]).to(dtype)
-        model = shard(model, b.world.mesh(0)) if b.device.type == "cuda" else model
+        model = shard(model, b.world.mesh()) if b.device.type == "cuda" else model
         models.append(whole_steps.never_stop(fill(model.to_empty(device=b.device)), vocabulary))
     policy, reference = models
     reference.requires_grad_(False)
@@ -259,7 +261,7 @@ def whole_step(b: Bench) -> None:
     def judge(claims: list) -> None:
         claims = [claim._replace(question=question, observation=observation) for claim in claims]
         with pagrpo.model.gathered(reference):
-            data.blind_answers(reference, vocabulary, claims, settings, t, len(claims), b.device)
+            data.blind_answers(reference, vocabulary, settings, t, b.device, claims)
     run = partial(whole_steps.step, policy, reference, optimizer, asked, vocabulary, settings, b.world, judge)
     run()                                                    # warms up; moments are made
     with Peaks() as peaks:
@@ -267,12 +269,12 @@ def whole_step(b: Bench) -> None:
     for name, seconds in phases.items():
         b.ruler.row(f"{preset}, step: {name}", sizes(b), {"ours": [seconds]}, bytes={"ours": bytes[name]})
     said_of(b, preset, sum(phases.values()), 10.0, f"{preset}: whole step")
-    told = sft.memory(CONFIGS[preset], settings, 1, b.device.type == "cuda")["peak"]
+    told = memory.estimate(CONFIGS[preset], settings, 1, b.device.type == "cuda")["peak"]
     note = f"{peaks.reserved / 2 ** 20:,.0f} MiB reserved"
     if not peaks.reserved:
         note = "ours without weights and moments, which were made before"
-    b.ruler.row(f"{preset}, step: memory", sizes(b), {}, peer="--dry-run", note=note,
-                bytes={"ours": max(bytes.values()), "--dry-run": int(told)})
+    b.ruler.row(f"{preset}, step: memory", sizes(b), {}, peer="estimate", note=note,
+                bytes={"ours": max(bytes.values()), "estimate": int(told)})
 
 
 def claim_texts(b: Bench) -> tuple[str, str]:
@@ -333,7 +335,7 @@ def steps(b: Bench) -> None:
         data.make_toy_model(Path(folder), 0, b.size.beside_trl)
         peer, models = Peer(folder, AS_STARTED), [load_model(folder) for _ in range(2)]
         if b.device.type == "cuda":
-            models = [shard(m.to(b.device).to(dtype), b.world.mesh(0)) for m, dtype in
+            models = [shard(m.to(b.device).to(dtype), b.world.mesh()) for m, dtype in
                       zip(models, (torch.float32, torch.bfloat16))]
         models[1].requires_grad_(False)
         whole_steps.against_trl(b.ruler, Path(folder), peer, *models, b.world, b.size.trl, 3, b.target(4.0))

@@ -124,21 +124,23 @@ def read_claim(prompt: str) -> rewards.Claim:
     """The toy claim that a judge is asked about. The prompt does not name the problem type: the question tells it."""
     found = ASKED.fullmatch(prompt)
     options = tuple(re.findall("Option: (.*)\n", found["options"]))
-    kind = next(k for k in rewards.PROBLEM_TYPES if rewards.read_toy(k, found["question"], options))
-    return rewards.Claim(found["question"], options, kind, found["reference"], json.loads(found["observation"]))
+    texts = found["question"], options, "", found["reference"], json.loads(found["observation"])
+    claims = [rewards.Claim(*texts)._replace(problem_type=kind) for kind in rewards.PROBLEM_TYPES]
+    return next(filter(data.read_toy, claims))
 
 
 def errs(claim: rewards.Claim, share: float) -> bool:
     """Does a judge that errs in this share of the claims err in this one? The claim's hash decides: equal claims get
     equal verdicts, and a better judge errs in a part of the claims in which a worse one does."""
-    return int(data.short_hash(list(claim)), 16) / 16 ** len(data.short_hash("")) < share
+    digest = rewards.key_of(claim)
+    return int(digest, 16) / 16 ** len(digest) < share
 
 
 def erring_judge(share: float):
     """What a loopback server says: the rule judge's verdict, or its opposite."""
     def play(number: int, request: dict) -> str:
         claim = read_claim(text_of(request))
-        (verdict,) = rewards.rule_judge([claim])
+        (verdict,) = data.rule_judge([claim])
         sufficient = verdict.sufficient != errs(claim, share)
         return f"{verdict.explanation}. <judgement>{'Yes' if sufficient else 'No'}</judgement>"
     return play
@@ -201,12 +203,13 @@ def run_row(row: Row, seed: int, args: argparse.Namespace) -> None:
 
 def run_sufficiency(seed: int, args: argparse.Namespace) -> None:
     """The SFT model answers from its own observations, and from PA-GRPO's, without and with the video."""
-    folder, results = folder_of(SUFFICIENCY, seed, args), {}
-    for row in (ROWS[1], FULL):
-        place = folder_of(row, seed, args) / "greedy" / "toy"
+    folder, sft_row, results = folder_of(SUFFICIENCY, seed, args), ROWS[1], {}
+    for row in (sft_row, FULL):
+        place, ways = folder_of(row, seed, args) / "greedy" / "toy", [[], ["--blind"]] if row is sft_row else []
         if any(by_clip(place, lambda r: bool(r.get("observation"))).values()):       # eval.py refuses to go without
-            command = evaluating(ROWS[1], seed, args, folder / row.name, "--perception-from", str(place))
-            call(command, folder / "log.txt", args)
+            ways += [["--given", str(place)], ["--blind", "--given", str(place)]]
+        for flags in ways:
+            call(evaluating(sft_row, seed, args, folder / row.name, *flags), folder / "log.txt", args)
         for found in (folder / row.name).glob("toy*"):
             results[f"{row.name}: {found.name}"] = by_clip(found, evaluation.is_correct)
     data.write_atomically(folder / "results.json", json.dumps(results) + "\n")
@@ -290,6 +293,18 @@ def budget(args: argparse.Namespace) -> dict:
     return found
 
 
+def check_budget(args: argparse.Namespace) -> None:
+    """SystemExit, with the difference, if the folder holds rows of another budget."""
+    file, now = args.out / "settings.json", json.loads(json.dumps(budget(args)))
+    before = sft.read_json(file) or now
+    changed = [name for name, x in now.items() if before.get(name) != x]
+    if changed:
+        lines = [f"  --{name} was {before.get(name)!r}, is now {now[name]!r}" for name in changed]
+        raise SystemExit("\n".join([f"{args.out} holds rows of another budget:", *lines, "Use another --out."]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    data.write_atomically(file, json.dumps(now, indent=1) + "\n")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -315,7 +330,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    data.check_settings(args.out, budget(args), {}, free=())
+    check_budget(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failures = run_all(args)
     results, curves = gather(args)

@@ -164,12 +164,12 @@ def mismatch(rows, results: dict) -> list[str]:
 def sufficiency(results: dict) -> list[str]:
     """The paper's Figure 4."""
     cells = [["what the SFT model is given", "paper", "answer", "clips"]]
-    for title, paper, key in (("question", 35.1, "sft: toy-question"),
-                              ("question and its own observation", 48.6, "sft: toy-question-and-observation"),
-                              ("question and PA-GRPO's observation", 55.5, "full: toy-question-and-observation"),
+    for title, paper, key in (("question", 35.1, "sft: toy-blind"),
+                              ("question and its own observation", 48.6, "sft: toy-blind-given"),
+                              ("question and PA-GRPO's observation", 55.5, "full: toy-blind-given"),
                               ("video", 52.9, "sft: toy"),
-                              ("video and its own observation", 54.9, "sft: toy-video-and-observation"),
-                              ("video and PA-GRPO's observation", 56.0, "full: toy-video-and-observation")):
+                              ("video and its own observation", 54.9, "sft: toy-given"),
+                              ("video and PA-GRPO's observation", 56.0, "full: toy-given")):
         found = mean(scores(results, "sufficiency", key))
         cells.append([title, paper, found, found and found.n])
     return table(cells)
@@ -238,7 +238,7 @@ ABOUT_MISMATCH = """\
 Multiple choice only, and only where both name an option. The paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5."""
 ABOUT_SUFFICIENCY = """\
 The SFT model answers from a text, without or with the video. The paper asks plain Qwen2.5-VL-7B; here it is the SFT
-model, which has learned to read an observation. A question counts if the other run has an observation for it."""
+model, which has learned to read an observation. Where an observation is given, a question counts if its run has one."""
 
 
 def page(rows, judging, broken, results: dict, curves: dict, seeds: list[int], steps: int, sft_steps: int) -> str:

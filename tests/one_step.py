@@ -5,6 +5,7 @@
 import json
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,8 +15,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pagrpo  # noqa: E402
-from data import Vocabulary, build_example, read_records  # noqa: E402
-from rewards import Judge, rule_judge  # noqa: E402
+from data import JudgeSettings, Vocabulary, build_example, make_judge, read_records  # noqa: E402
 from model import build_model, gathered  # noqa: E402
 from sft import TINY, optimizer_step, start_world  # noqa: E402
 
@@ -34,12 +34,13 @@ def situations(toy: Path) -> dict[str, list]:
 
 
 def main(model: str, reference: str, toy: Path, out: Path) -> None:
-    world = start_world(minutes=0.5)
+    world = start_world(timedelta(seconds=30))
     settings = pagrpo.Settings(**TINY | dict(max_response=16, group_size=4, micro_batch=1, seed=5))
     vocabulary = Vocabulary(model)
-    for shards in {1: [0], 2: [0], 4: [0, 2]}[world.size]:   # four ranks: four parts, and two replicas of two parts
-        policy = build_model(model, vocabulary, world, shards=shards)
-        frozen = build_model(reference, vocabulary, world, shards=shards, frozen=True, offload=shards > 0)
+    for shards in {1: [1], 2: [2], 4: [4, 2]}[world.size]:   # four ranks: four parts, and two replicas of two parts
+        world = replace(world, shards=shards)
+        policy = build_model(model, vocabulary, world)
+        frozen = build_model(reference, vocabulary, world, frozen=True, offload=shards < world.size)
         with gathered(policy):
             with gathered(policy):
                 pass
@@ -50,7 +51,7 @@ def main(model: str, reference: str, toy: Path, out: Path) -> None:
 
 def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    judge, optimizer = Judge(rule_judge), torch.optim.SGD(policy.parameters(), lr=0.0)
+    judge, optimizer = make_judge(JudgeSettings()), torch.optim.SGD(policy.parameters(), lr=0.0)
 
     def keep_gradients(model, optimizer, lr, clip_norm):
         """In the place of the optimizer step: writes the gradients, whole."""
@@ -63,13 +64,13 @@ def take_steps(policy, frozen, vocabulary, settings, toy: Path, out: Path, world
     pagrpo.sft.optimizer_step = keep_gradients
     for name, records in world.on_rank0(lambda: situations(toy)).items():
         mine = [build_example(r, toy, vocabulary, policy.config, settings) for r in records[world.rank::world.size]]
-        groups = pagrpo.rollout(policy, mine, vocabulary, settings, "step 3", settings.group_size, 1.0)
-        verdicts = pagrpo.start_judging(judge, groups)()
-        batches = pagrpo.make_batches(groups, policy, frozen, vocabulary, settings, world)
+        groups = pagrpo.rollout(policy, mine, vocabulary, settings, "step 3")
+        verdicts = judge([pagrpo.claim_of(response) for group in groups for response in group])
+        ref_logprobs = pagrpo.score(frozen, groups, vocabulary, settings, world)
         parts = pagrpo.reward_tensor(groups, verdicts, settings)
         totals = pagrpo.total_rewards(parts, "none")
         advantages = pagrpo.group_advantages(totals, "pa") * (name != "zero variance")
-        values = pagrpo.update(policy, optimizer, batches, advantages, 0.0, settings, world)
+        values = pagrpo.update(policy, optimizer, 0.0, groups, advantages, ref_logprobs, vocabulary, settings, world)
         metrics = pagrpo.step_metrics(groups, parts, totals, values, settings, world)
         tokens = {group[0].example.record.problem_id: [r.tokens for r in group] for group in groups}
         (out / f"{name}.{world.rank}.json").write_text(json.dumps({"tokens": tokens, "metrics": metrics}))

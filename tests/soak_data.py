@@ -18,7 +18,7 @@ from model import read_config
 
 HANG = 20                                                    # seconds
 HEADER = 250                                                 # bytes; other sizes in it can end decord's whole process
-INPUT = data.InputSettings(prompt="short", frames=6, fps=0, min_pixels=784, max_pixels=100 * 784, cache_gb=0)
+INPUT = data.InputSettings(prompt="short", frames=6, fps=0, min_pixels=784, max_pixels=100 * 784)
 
 
 def soak(title: str, plans: list[tuple], trial, count: int, seed: int) -> int:

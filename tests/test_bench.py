@@ -7,10 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
 import bench_gpu
 import data
-import model as network
 import ruler
 import whole_steps
 from model import Prompts, load_model, qwen
@@ -23,6 +21,12 @@ def rows(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def small(folder, *names: str) -> list[dict]:
+    """Runs rows for a GPU with a tiny model, and returns them."""
+    bench_gpu.run(SimpleNamespace(json=folder / "rows.jsonl", small=True, minutes=5, only=names))
+    return rows(folder / "rows.jsonl")[1:]
+
+
 def test_calls_run_in_turn_after_one_that_warms_up():
     order = []
     seconds = ruler.in_turn({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3)
@@ -32,33 +36,21 @@ def test_calls_run_in_turn_after_one_that_warms_up():
 
 def test_a_ratio_is_taken_pair_by_pair(tmp_path, capsys):
     """The second pair ran while the machine was slow: the ratio of the medians would be 9 / 2."""
-    table = ruler.Ruler(tmp_path / "new" / "rows.jsonl")
-    table.row("rollout", "8×8", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}, peer="theirs", target=4.0)
-    table.row("rollout", "8×8", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}, peer="theirs", target=4.1)
-    machine, first, second = rows(tmp_path / "new" / "rows.jsonl")
+    file, seconds = tmp_path / "new" / "rows.jsonl", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}
+    for _ in range(2):                                       # the second time the file is made anew
+        table = ruler.Ruler(file)
+        for target in (4.0, 4.1):
+            table.row("rollout", "8×8", seconds, peer="theirs", target=target)
+        table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
+        table.row("growth", "", {"ours": [0.5]}, roofline=0.4, note="told")
+    machine, first, second, memory, growth = rows(file)
     assert machine["cores"] and machine["torch"] == torch.__version__
-    assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5}
-    assert first["median"] == {"ours": 2.0, "theirs": 9.0} and first["seconds"]["ours"] == [1.0, 9.0, 2.0]
-    assert (first["verdict"], second["verdict"]) == ("reached", "missed")
-    *_, titles, line, _ = capsys.readouterr().out.splitlines()
+    assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5} and memory["ratio"]["median"] == 3.0
+    assert first["median"] == {"ours": 2.0, "theirs": 9.0} and first["seconds"] == seconds
+    assert [row["verdict"] for row in (first, second, memory, growth)] == ["reached", "missed", "missed", ""]
+    titles, line, _, _, last = capsys.readouterr().out.splitlines()[-5:]
     assert "3.00–4.50" in line and "≥ 4 reached" in line and titles.index("ratio") + 5 == line.index("4.00") + 4
-
-
-def test_a_row_of_bytes_and_a_row_without_a_peer(tmp_path, capsys):
-    table = ruler.Ruler(tmp_path / "rows.jsonl")
-    table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
-    table.row("growth", "", {"ours": [0.5]}, roofline=0.4, note="told")
-    _, memory, growth = rows(tmp_path / "rows.jsonl")
-    assert memory["ratio"]["median"] == 3.0 and memory["verdict"] == "missed"
-    assert growth["ratio"] == {} and growth["target"] is None and growth["verdict"] == ""
-    *_, last = capsys.readouterr().out.splitlines()
     assert "500.0" in last and last.endswith("40%  told")
-
-
-def test_a_file_is_made_anew(tmp_path):
-    for _ in range(2):
-        ruler.Ruler(tmp_path / "rows.jsonl").row("once", "", {"ours": [1.0]})
-    assert len(rows(tmp_path / "rows.jsonl")) == 2
 
 
 def test_peak_is_what_a_call_makes_at_its_most():
@@ -86,18 +78,15 @@ def test_the_peer_has_the_same_weights_and_says_why_it_fails(base):
     assert peer.process.returncode == 0
 
 
-def test_the_rows_for_a_gpu_run_with_a_tiny_model(tmp_path, capfd):
+def test_the_rows_for_a_gpu_run_with_a_tiny_model(tmp_path):
     """All but those that start processes, and the one that waits for clips."""
-    names = ["decoding", "rollouts", "training", "whole_step", "by_parts"]
-    bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, minutes=5, only=names))
-    _, *made = rows(tmp_path / "rows.jsonl")
+    made = small(tmp_path, "decoding", "rollouts", "training", "whole_step", "by_parts")
     found = {row["what"]: row for row in made}
     assert len(made) >= 20 and {"tiny: whole step", "tiny: sum of the parts", "its memory"} <= set(found)
     phases = ("sampling", "judging", "scoring", "training")
     peaks = [found[f"tiny, step: {phase}"]["bytes"]["ours"] for phase in phases]
     assert min(peaks) > 0 and found["tiny, step: memory"]["bytes"]["ours"] == max(peaks)
     assert min(found[f"tiny: {part}"]["bytes"]["ours"] for part in phases[:2]) > 0
-    capfd.readouterr()
 
 
 def test_the_peak_of_each_phase_is_its_own():
@@ -110,16 +99,7 @@ def test_the_peak_of_each_phase_is_its_own():
         assert peaks.take() == 2 * 4096 and len(kept) == len(more)
 
 
-def test_the_judge_reads_prompts_of_the_usual_length(base, vocabulary):
-    asked = bench_gpu.Bench(None, bench_gpu.LARGE, None)
-    question, observation = bench_gpu.claim_texts(asked)
-    record = data.Record("", question, (), "free-form", "1", "", "video", blind=True, given=observation)
-    settings = bench_gpu.paper_settings(asked, "3b")
-    example = data.build_example(record, base, vocabulary, network.read_config(base), settings)
-    assert len(example.ids) == pytest.approx(asked.size.claim[-1], rel=0.05)
-
-
-def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch, capfd):
+def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch):
     """They are those of the clips. A machine with a GPU may have no decoder."""
     toy, settings = data.make_toy(tmp_path / "toy", {"rl": 3}), data.InputSettings()
     clips = data.read_records(toy / "rl.json")
@@ -129,34 +109,19 @@ def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch, capfd):
     for r, (frames, seconds, _) in zip(folders, expected):
         found = data.read_media(r, toy, settings)
         assert r.path.endswith("0" + r.problem_id[3:]) and (found[0] == frames).all() and found[1] == seconds
-    bench_gpu.run(SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, minutes=5, only=["waiting"]))
-    _, row = rows(tmp_path / "rows.jsonl")
+    (row,) = small(tmp_path, "waiting")
     assert row["what"] == "waiting for data" and row["sizes"] == "3 steps, folders of frames"
-    capfd.readouterr()
 
 
-def test_rows_are_chosen_on_the_command_line(tmp_path, monkeypatch):
-    asked, chosen = [], ["decoding", "whole_step", "by_parts", "training", "waiting", "rollouts"]
-    monkeypatch.setattr(bench_gpu, "run", asked.append)
-    words = ["gpu", "--json", str(tmp_path / "bench.jsonl"), "--minutes", "4.25", "--only", *chosen]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
-    bench.main()
-    (args,) = asked
-    assert args.only == chosen and set(chosen) <= set(bench_gpu.ROWS)
-    assert (args.minutes, args.small, args.json) == (4.25, False, tmp_path / "bench.jsonl")
-
-
-def test_a_row_that_fails_leaves_the_others_alone(tmp_path, capfd, monkeypatch):
+def test_a_row_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     def fails(bench):
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(bench_gpu.ROWS, "rollouts", fails)
-    asked = SimpleNamespace(json=tmp_path / "rows.jsonl", small=True, minutes=5, only=["rollouts", "decoding"])
     with pytest.raises(SystemExit, match="Failed: rollouts"):
-        bench_gpu.run(asked)
+        small(tmp_path, "rollouts", "decoding")
     _, failed, *others = rows(tmp_path / "rows.jsonl")
     assert failed["note"] == "failed: RuntimeError: out of memory" and len(others) == 2
-    capfd.readouterr()
 
 
 def test_operations_of_a_step_are_counted_by_hand():

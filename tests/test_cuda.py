@@ -10,8 +10,7 @@ import data
 import pagrpo
 import sft
 import model as network
-from model import (KV, PackedRow, Qwen2_5_VL, Step, decode_attention, load_model, packed_attention, qwen, record_step,
-                   shard)
+from model import KV, Qwen2_5_VL, Step, decode_attention, load_model, packed_attention, qwen, record_step, shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -44,8 +43,8 @@ def half(base, vocabulary):
 def test_kl_is_0_before_the_first_update(base, vocabulary, world, step, monkeypatch):
     """The policy keeps fp32 weights and computes in bf16; the reference keeps bf16: the same numbers."""
     monkeypatch.setattr(network, "SMALLEST_IN_BF16", 0)
-    policy = shard(load_model(base, device="cuda"), world.mesh(0))
-    reference = shard(load_model(base, torch.bfloat16, "cuda"), world.mesh(0))
+    policy = shard(load_model(base, device="cuda"), world.mesh())
+    reference = shard(load_model(base, torch.bfloat16, "cuda"), world.mesh())
     with torch.no_grad():
         ours, theirs = (vocabulary.mask_special_tokens(m).logprobs(*on_gpu(step))[0] for m in (policy, reference))
     _, kl, _ = pagrpo.pa_grpo_loss(ours, ours, theirs, torch.zeros_like(ours), torch.ones_like(ours), 0.2, 0.04)
@@ -110,12 +109,12 @@ def test_a_recorded_step_computes_what_the_plain_one_does(base, vocabulary, step
 def test_flash_kernels_take_the_heads_of_the_real_shape(heads, kv):
     """Training with its gradients, and decoding, for prompts of unequal lengths, against fp32 on a CPU."""
     torch.manual_seed(0)
-    row, sizes = PackedRow(24, 3, [24, 17]), (heads, kv, kv)
-    exact = [torch.randn(2, h, 24 + 3 * 8, 128).bfloat16().float().requires_grad_() for h in sizes]
+    row, sizes = (3, [24, 17], 24), (heads, kv, kv)
+    exact = [torch.randn(2, 24 + 3 * 8, h, 128).bfloat16().float().requires_grad_() for h in sizes]
     flash = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
-    expected = packed_attention(*exact, row)
+    expected = packed_attention(*exact, *row)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):            # an error if that cannot compute it
-        found = packed_attention(*flash, row)
+        found = packed_attention(*flash, *row)
     for out in (expected, found):
         out.sum().backward()
     for a, b in ((found, expected), *((x.grad, y.grad) for x, y in zip(flash, exact))):

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as network
-from model import (KV, PackedRow, Prompts, Qwen2_5_VL, block_attention, decode_attention, init_weights,
-                   packed_attention, qwen)
+from model import KV, Prompts, Qwen2_5_VL, block_attention, decode_attention, init_weights, packed_attention, qwen
 
 
 def softmax_rows(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
@@ -106,7 +105,7 @@ def on_gpu(monkeypatch):
     def context(half=True, varlen=torch_varlen, installed=None):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type != "meta"))
-            patch.setattr(network, "HALF", (torch.float32, torch.bfloat16) if half else ())
+            patch.setattr(network, "takes_flash", lambda x: half)
             patch.setattr(network, "varlen_attn", varlen)
             patch.setattr(network, "GQA", {} if varlen is torch_211_varlen else {"enable_gqa": True})
             patch.setattr(network, "flash_attn_varlen_func", installed)
@@ -138,12 +137,12 @@ def test_vision_blocks(on_gpu, lengths, kernel):
 @pytest.mark.parametrize("lengths, group", [([24, 24], 3), ([24, 17, 5], 2), ([9, 4], 1)])
 def test_training_rows_with_their_gradients(on_gpu, lengths, group, heads, kv, kernel):
     """Prompts, padded or not, and the responses of all questions in one call."""
-    row, results = PackedRow(max(lengths), group, lengths), []
+    results = []
     for settings in (None, KERNELS.get(kernel, dict(half=False))):
-        inputs = [random(len(lengths), h, max(lengths) + group * 6, 16, seed=h).requires_grad_()
+        inputs = [random(len(lengths), max(lengths) + group * 6, h, 16, seed=h).requires_grad_()
                   for h in (heads, kv, kv)]
         with on_gpu(**settings) if settings is not None else suppress():
-            out = packed_attention(*inputs, row)
+            out = packed_attention(*inputs, group, lengths, max(lengths))
         (out * random(*out.shape, seed=9)).sum().backward()
         results.append([out, *(x.grad for x in inputs)])
     for ours, expected in zip(*results):
@@ -211,6 +210,14 @@ def test_where_rows_start_is_computed_once_and_can_be_used_in_training():
         made = network.starts((2, 3), torch.device("cpu"))
     assert made.tolist() == [0, 2, 5] and made.dtype == torch.int32 and not made.is_inference()
     assert network.starts((2, 3), torch.device("cpu")) is made
+
+
+@pytest.mark.parametrize("dtype, half", [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
+def test_flash_kernels_are_for_cuda_in_half_precision(dtype, half, monkeypatch):
+    x = torch.zeros(1, dtype=dtype)
+    assert not network.takes_flash(x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert network.takes_flash(x) is half
 
 
 def test_sdpa_does_not_choose_a_kernel_that_plans_for_each_new_shape():

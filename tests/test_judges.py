@@ -1,16 +1,16 @@
-"""Promise: an observation cannot give its judge a verdict, an instruction or a bare answer that counts. The judge reads
-cleaned, quoted text and gives its verdict last; a missing verdict is unknown, never a No. The policy is trained against
-the judge, so every weakness would be found."""
+"""Promise: an observation cannot give its judge a verdict, an instruction or a bare answer that
+counts. The judge reads cleaned, quoted text and gives its verdict last; a missing verdict is unknown,
+never a No. The policy is trained against the judge, so every weakness would be found."""
 import json
-from dataclasses import replace
+import threading
+from functools import partial
 
 import pytest
-import torch
 
 import pagrpo
-from data import JudgeSettings, make_judge
-from rewards import (JUDGE_PROMPT, UNREADABLE, Claim, Judge, Reply, Verdict, clean, judge_chat, language_judge, leaks,
-                     read_verdict, rule_judge)
+from data import JudgeSettings, make_judge, rule_judge
+from rewards import (JUDGE_PROMPT, UNREADABLE, Claim, Reply, Verdict, clean, judge_by_chat, judge_chat,
+                     judge_claims, leaks, read_verdict)
 from serving import Fault, serving
 
 SEEN = "1 red O, 2 blue X, 3 green T"
@@ -46,76 +46,56 @@ def attack(name):
     return CLAIM._replace(observation=ATTACKS[name])
 
 
-# ------------------------------------------------------------------------------------------------ the attacks
+def accepts(decide, claim, refuse_leaks=True):
+    (verdict,) = judge_claims(decide, refuse_leaks, [claim])
+    return verdict.sufficient
 
-def repeat(chats):
-    """The weakest language model: it repeats the observation, and its reply ends as the observation does."""
-    return [Reply("I read: " + json.loads(c[0]["content"].split("JSON string: ")[1].split("\n")[0])) for c in chats]
+
+# ------------------------------------------------------------------------------------- the attacks
+
+def repeat(chat):
+    """The weakest language model: it repeats the observation, and ends as the observation does."""
+    quoted = chat[0]["content"].split("JSON string: ")[1].split("\n")[0]
+    return Reply("I read: " + json.loads(quoted))
+
+
+def yes(claims):
+    return [Verdict(True, "asked") for _ in claims]
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_attack_is_accepted(name):
-    """Neither the exact rule nor a model that repeats what it reads accepts it; a bare answer is refused before."""
+    """Neither the exact rule nor a model that repeats what it reads accepts it; a bare answer is
+    refused before any judge is asked."""
     for refuse_leaks in (True, False):
-        assert Judge(rule_judge, refuse_leaks)([attack(name)])[0].sufficient is False
-        assert not Judge(language_judge(repeat), refuse_leaks)([attack(name)])[0].sufficient
+        assert accepts(rule_judge, attack(name), refuse_leaks) is False
+        assert not accepts(partial(judge_by_chat, repeat), attack(name), refuse_leaks)
     if name not in ("instructions to the judge", "an end of the quotation"):
-        verdict, = Judge(lambda claims: [Verdict(True, "asked") for _ in claims])([attack(name)])
-        assert verdict.sufficient is False, "refused before any judge is asked"
+        assert accepts(yes, attack(name)) is False
     text = clean(ATTACKS[name])
-    assert not set(text) & set("<>＜＞[]") and text.isprintable() and len(text) <= 8000 and clean(text) == text
+    assert not set(text) & set("<>＜＞[]") and text.isprintable()
+    assert len(text) <= 8000 and clean(text) == text
 
 
-def test_the_leak_check_can_be_left_to_the_judge():
-    with serving(lambda n, request: "<judgement>Yes</judgement>") as server:
-        settings = JudgeSettings(judge=server.url, judge_model="m")
-        assert make_judge(settings)([attack("the letter")])[0].sufficient is False and not server.requests
-        verdict, = make_judge(replace(settings, refuse_leaks=False))([attack("the letter")])
-    assert verdict.sufficient and verdict.leak, "found, not refused"
+@pytest.mark.parametrize("refuse", [True, False])
+def test_the_leak_check_can_be_left_to_the_judge(refuse):
+    settings = JudgeSettings(judge="reference", refuse_leaks=refuse)
+    (verdict,) = make_judge(settings, reference=yes)([attack("the letter")])
+    assert verdict.leak and verdict.sufficient is not refuse, "found either way"
 
 
-@pytest.fixture(scope="module")
-def folder(base, tmp_path_factory):
-    """A language model of another architecture, with random weights and a chat template."""
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    folder, tokenizer = tmp_path_factory.mktemp("judge"), PreTrainedTokenizerFast.from_pretrained(str(base))
-    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-                               "{% endfor %}<|im_start|>{{ 'assistant\\n' }}")
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                 num_attention_heads=2, num_key_value_heads=1)).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-def test_a_model_in_a_folder_judges_on_the_cpu_and_its_nonsense_is_unknown(folder):
-    judge = make_judge(JudgeSettings(judge=str(folder), judge_device="cpu", judge_tokens=8))
-    other = CLAIM._replace(observation=SEEN + ", and much more is seen there")
-    both = judge([CLAIM, other])
-    assert [(v.sufficient, v.error) for v in both] == [(None, UNREADABLE)] * 2 and both[0].explanation
-    assert both == judge([CLAIM]) + judge([other]), "padding changes nothing"
-    assert judge([]) == [] and not judge.background, "on the CPU it would take threads from training"
-
-
-def test_special_tokens_reach_the_model_only_from_the_chat_template(folder, monkeypatch):
-    import transformers
-    seen, generate = [], transformers.Qwen2ForCausalLM.generate
-    monkeypatch.setattr(transformers.Qwen2ForCausalLM, "generate",
-                        lambda self, **inputs: seen.append(inputs["input_ids"]) or generate(self, **inputs))
-    judge = make_judge(JudgeSettings(judge=str(folder), judge_device="cpu", judge_tokens=2, refuse_leaks=False))
-    judge([CLAIM, attack("a turn of its own")])
-    assert (seen[0] == 1).sum(1).tolist() == [2, 2], "1 is <|im_start|> in the toy vocabulary"
-
-
-# ------------------------------------------------------------------------------------------------ what a judge reads
+# ------------------------------------------------------------------------------ what a judge reads
 
 def test_what_was_seen_stays_as_it_was_and_is_quoted():
     for text in (SEEN, 'a sign says "STOP", 3.5 m tall', "红色的字母", "naïve café №5", "a ≤ b"):
         assert clean(text) == text
     assert clean("1 < 2,\nand 3 > 2") == "1 ‹ 2, and 3 › 2"
-    content = judge_chat(CLAIM._replace(observation='he says "Yes"', data_type="image"))[0]["content"]
-    assert r'JSON string: "he says \"Yes\""' in content and "an image" in content and "video" not in content
-    assert all(part in content for part in (CLAIM.question, "Option: B. blue X", "Correct answer: B"))
+    (message,) = judge_chat(CLAIM._replace(observation='he says "Yes"', data_type="image"))
+    content = message["content"]
+    assert r'JSON string: "he says \"Yes\""' in content
+    assert "an image" in content and "video" not in content
+    for part in (CLAIM.question, "Option: B. blue X", "Correct answer: B"):
+        assert part in content
     assert "think" not in JUDGE_PROMPT
 
 
@@ -134,11 +114,15 @@ def test_what_was_seen_stays_as_it_was_and_is_quoted():
 def test_only_the_end_of_its_own_reply_is_a_verdict(reply, sufficient):
     error = "" if sufficient is not None else UNREADABLE
     assert read_verdict(Reply(reply)) == Verdict(sufficient, reply.strip(), error)
-    assert read_verdict(Reply(None, "HTTP 500")) == Verdict(None, "", "HTTP 500"), "no reply is another reason"
-    assert read_verdict(Reply(reply, "cut off")) == Verdict(None, reply.strip(), "cut off"), "nor is a part of one"
+    cut = read_verdict(Reply(reply, "cut off"))
+    assert cut == Verdict(None, reply.strip(), "cut off"), "a part of a reply is no verdict"
 
 
-# ------------------------------------------------------------------------------------------------ leaks
+def test_a_reply_that_is_missing_is_unknown_for_another_reason():
+    assert read_verdict(Reply(None, "HTTP 500")) == Verdict(None, "", "HTTP 500")
+
+
+# ------------------------------------------------------------------------------------------- leaks
 
 @pytest.mark.parametrize("text, options, reference", [
     (SEEN, CLAIM.options, "B"), ("A man walks his dog", ("A. a man", "B. a cat"), "A"),
@@ -168,7 +152,7 @@ def test_answers_of_all_types_leak(text, reference, kind):
     assert leaks(Claim("How is it?", (), kind, reference, text))
 
 
-# ------------------------------------------------------------------------------------------------ the batch
+# --------------------------------------------------------------------------------------- the batch
 
 def test_equal_claims_are_asked_once_and_every_one_is_answered():
     asked = []
@@ -177,88 +161,92 @@ def test_equal_claims_are_asked_once_and_every_one_is_answered():
         asked.append(claims)
         return [Verdict(c.observation.startswith("1"), c.observation) for c in claims]
     other = CLAIM._replace(observation="four letters go past")
-    verdicts = Judge(decide)([other, CLAIM, CLAIM._replace(observation=SEEN + "\x00 "), other, attack("nothing")])
+    same = CLAIM._replace(observation=SEEN + "\x00 ")
+    verdicts = judge_claims(decide, True, [other, CLAIM, same, other, attack("nothing")])
     assert asked == [[other, CLAIM]], "cleaned first, in order"
     assert [v.sufficient for v in verdicts] == [False, True, True, False, False]
-    assert Judge(decide)([]) == [] and asked[1:] == [[]], "a rank without claims takes part in what all ranks do"
+    assert judge_claims(decide, True, []) == []
+    assert asked[1:] == [[]], "a rank without claims takes part in what all ranks do"
 
 
-def test_a_judge_behind_http_works_while_its_caller_goes_on():
-    with serving(lambda n, request: "<judgement>Yes</judgement>", delay=0.2) as server:
-        judge = make_judge(JudgeSettings(judge=server.url, judge_model="m"))
-        verdicts = judge.start([CLAIM])
-        assert judge.background and judge.seconds == 0, "not yet"
-        assert [v.sufficient for v in verdicts()] == [True] and judge.seconds >= 0.2
+# ------------------------------------------------------------------------------------- in training
+
+@pytest.fixture
+def rl(started, toy, tmp_path):
+    """Runs two steps and returns their metrics."""
+    def run(*flags, server=None):
+        judge = ["--judge", server.url, "--judge-model", "m", "--retries", "0"] if server else []
+        pagrpo.main(["--preset", "tiny", "--steps", "2", "--questions", "4", "--group-size", "3",
+                     "--max-response", "24", "--out", str(tmp_path), "--model", str(started),
+                     "--data", str(toy / "rl.json"), "--media", str(toy), *judge, *flags])
+        text = (tmp_path / "pagrpo" / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+    return run
 
 
-def test_an_error_in_a_background_judge_is_an_unknown_verdict():
-    """Other ranks wait for this one: it must come as far as the count of unknown verdicts, which stops them all."""
-    def breaks(claims):
-        raise RuntimeError("no such device")
-    verdict, = Judge(breaks, background=True).start([CLAIM])()
-    assert verdict.sufficient is None and verdict.error == "RuntimeError: no such device"
-    with pytest.raises(RuntimeError, match="no such device"):
-        Judge(breaks)([CLAIM])
-
-
-@pytest.mark.parametrize("flags, complaint", [
-    (["--judge", "claude"], "--judge claude: neither rule, reference, a folder that is there, nor an address"),
-    (["--judge", "http://host/v1"], "--judge http://host/v1 needs --judge-model"),
-    (["--judge", "rule", "--data", "real.json", "--media", "."], "--judge rule knows toy questions only")])
-def test_a_judge_that_cannot_judge_is_refused_before_anything_is_written(flags, complaint, base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "real.json").write_text(json.dumps([dict(
-        problem="What is it?", problem_type="free-form", solution="a cat", path="a.png", data_type="image")]))
-    with pytest.raises(SystemExit, match=complaint):
-        pagrpo.main(["--preset", "tiny", "--model", str(base), *flags])
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_broken_key_is_refused_without_being_shown(monkeypatch):
-    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret\nX-Evil: 1")
-    with pytest.raises(ValueError, match="JUDGE_API_KEY") as refused:
-        make_judge(JudgeSettings(judge="http://host/v1", judge_model="m"))
-    assert "secret" not in str(refused.value)
-
-
-# ------------------------------------------------------------------------------------------------ in training
-
-def rl(started, toy, out, *flags):
-    pagrpo.main(["--preset", "tiny", "--steps", "2", "--questions", "4", "--group-size", "3", "--max-response", "24",
-                 "--out", str(out), "--model", str(started), "--data", str(toy / "rl.json"), "--media", str(toy),
-                 *flags])
-    return [json.loads(line) for line in (out / "pagrpo" / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_with_a_server_counts_its_verdicts_and_prints_them(started, toy, tmp_path, capsys):
-    def reply(n, request):
-        return [Fault(500), "I cannot tell.", "Enough. <judgement>Yes</judgement>", "<judgement>No</judgement>"][n % 4]
-    with serving(reply) as server:
-        rows = rl(started, toy, tmp_path, "--judge", server.url, "--judge-model", "m", "--retries", "0",
-                  "--max-unknown", "0.99", "--no-refuse-leaks", "--transcript-every", "1")
-    asked = sum(row["judge/requests"] for row in rows)
-    assert asked == len(server.requests) > 0 and "judge       " in capsys.readouterr().out
+def test_a_run_with_a_server_counts_its_verdicts_and_prints_them(rl, tmp_path, capsys):
+    said = [Fault(500), "I cannot tell.", "Enough. <judgement>Yes</judgement>",
+            "<judgement>No</judgement>"]
+    with serving(lambda n, request: said[n % 4]) as server:
+        rows = rl("--max-unknown", "0.99", "--no-refuse-leaks", "--transcript-every", "1",
+                  server=server)
+    assert "judge       " in capsys.readouterr().out
     for row in rows:
-        assert {"judge/leak", "judge/agreement", "judge/false_positive", "seconds_judging"} <= row.keys()
-        assert 0 < row["judge/unknown"] < row["judge/claims"] and row["perception/accuracy"] >= 0, "JSON knows no NaN"
-    kept = (tmp_path / "pagrpo" / "judge-0.jsonl").read_text().splitlines()
-    assert len(kept) == sum(i % 4 > 1 for i in range(asked)), "verdicts are kept for a resume, and nothing else"
+        assert {"judge/leak", "judge/agreement", "judge/false_positive"} <= row.keys()
+        assert 0 < row["judge/unknown"] < row["judge/claims"]
+        assert row["perception/accuracy"] >= 0, "JSON knows no NaN"
+    kept = (tmp_path / "pagrpo" / "judge.0.jsonl").read_text().splitlines()
+    given = [i % 4 > 1 for i in range(len(server.requests))]
+    assert len(kept) == sum(given) > 0, "verdicts are kept for a resume, and nothing else"
 
 
-def test_an_outage_stops_the_run_at_a_step_and_the_same_command_goes_on(started, toy, tmp_path):
+def test_a_server_judges_while_the_reference_is_scored(rl, monkeypatch):
+    scoring, score = threading.Event(), pagrpo.score
+
+    def announced(*inputs):
+        scoring.set()
+        return score(*inputs)
+    monkeypatch.setattr(pagrpo, "score", announced)
+
+    def play(number, request):
+        return "<judgement>No</judgement>" if scoring.wait(10) else Fault(500)
+    with serving(play) as server:
+        rows = rl("--steps", "1", "--no-refuse-leaks", server=server)
+    assert server.requests and rows[0]["judge/unknown"] == 0
+
+
+def test_an_outage_stops_the_run_at_a_step_and_the_same_command_goes_on(rl):
     back = []
-    with serving(lambda n, request: "<judgement>No</judgement>" if back or n < 12 else Fault(503)) as server:
-        flags = "--judge", server.url, "--judge-model", "m", "--retries", "0", "--steps", "6", "--no-refuse-leaks"
+
+    def play(number, request):
+        return "<judgement>No</judgement>" if back or number < 12 else Fault(503)
+    with serving(play) as server:
+        flags = "--steps", "6", "--no-refuse-leaks"
         with pytest.raises(SystemExit) as ended:
-            rl(started, toy, tmp_path, *flags)
+            rl(*flags, server=server)
         for part in ("verdicts stayed unknown", "HTTP 503", "Stopped after step ", " of 6"):
             assert part in str(ended.value)
         back.append(True)
-        rows = rl(started, toy, tmp_path, *flags)
+        rows = rl(*flags, server=server)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6], "each step once"
 
 
-def test_the_reference_judges_and_is_compared_with_the_exact_rule(started, toy, tmp_path, capsys):
-    rows = rl(started, toy, tmp_path, "--judge", "reference", "--kl-beta", "0", "--transcript-every", "1")
+def test_the_reference_judges_and_is_compared_with_the_exact_rule(rl, capsys):
+    rows = rl("--judge", "reference", "--kl-beta", "0", "--transcript-every", "1")
     assert "answering blind: " in capsys.readouterr().out
-    assert all(0 <= row["judge/agreement"] <= 1 and row["judge/unknown"] == 0 for row in rows)
+    for row in rows:
+        assert 0 <= row["judge/agreement"] <= 1 and row["judge/unknown"] == 0
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--judge", "http://host/v1"], "--judge http://host/v1 needs --judge-model"),
+    (["--judge", "rule"], "--judge rule knows toy questions only")])
+def test_a_judge_that_cannot_judge_is_refused_before_a_run_begins(flags, complaint, base, tmp_path):
+    record = dict(problem="What is it?", problem_type="free-form", solution="a cat", path="a.png",
+                  data_type="image")
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([record]))
+    with pytest.raises(SystemExit, match=complaint):
+        pagrpo.main(["--preset", "tiny", "--out", str(tmp_path), "--model", str(base), "--data",
+                     str(file), "--media", str(tmp_path), *flags])
+    assert list(tmp_path.iterdir()) == [file]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import pagrpo
-from data import Example, Record
+from data import Example, Record, rule_judge
 from pagrpo import Response, collate_responses, group_advantages, normalize, pa_grpo_loss, token_advantages
-from rewards import Judge, parse, rule_judge
+from rewards import judge_claims, parse
 
 
 def response(n, boundary, logprob=-1.0):
@@ -48,10 +48,6 @@ class TestAdvantages:
         rewards = torch.tensor([[[2.0, 1.0], [1.0, 1.5]]])   # R_P = (2, 1), R_R = (1, 1.5)
         expected = torch.tensor([perception, reasoning]).T / math.sqrt(2)
         assert torch.allclose(group_advantages(rewards, mode)[0], expected, atol=5e-4)
-
-    def test_equal_segment_rewards_are_grpo_exactly(self):
-        rewards = torch.tensor([[2.0, 1.0, 0.0, 1.0]])[..., None].expand(1, 4, 2)
-        assert torch.equal(group_advantages(rewards, "pa"), group_advantages(rewards, "grpo"))
 
     def test_groups_do_not_mix(self):
         rewards = torch.rand(3, 4, 2)
@@ -120,14 +116,6 @@ class TestLoss:
         assert clipped[0, 0].tolist() == [True, False, False, True]
         assert [g == 0 for g in grad[0, 0].tolist()] == [True, False, False, True]
 
-    def test_micro_batches_do_not_change_the_gradient(self):
-        groups = [[response(3, 2), response(9, 2)], [response(5, 4), response(2, None)]]
-        advantages = [[[1, -1], [-1, 1]], [[0.5, 2], [1, 1]]]
-        whole = loss_of(groups, advantages)[1]
-        for i in range(2):
-            alone = loss_of(groups[i:i + 1], advantages[i:i + 1])[1] / 2      # a step divides by all its responses
-            assert torch.allclose(alone[0], whole[i, :, :alone.shape[-1]])
-
 
 def test_from_texts_to_rewards_through_the_judge():
     """Wrong perception and wrong reasoning are told apart; a missing or empty observation earns nothing."""
@@ -143,8 +131,8 @@ def test_from_texts_to_rewards_through_the_judge():
     def decide(claims):
         asked.append(len(claims))
         return rule_judge(claims)
-    verdicts = pagrpo.start_judging(Judge(decide), [group])()
-    settings = pagrpo.Settings(perception_window=(8, 16), reasoning_window=(10, 48))
+    verdicts = judge_claims(decide, True, [pagrpo.claim_of(response) for response in group])
+    settings = pagrpo.Settings(windows=(8, 16, 10, 48))
     rewards = pagrpo.total_rewards(pagrpo.reward_tensor([group], verdicts, settings), "none")[0]
     assert torch.allclose(rewards, torch.tensor([[2.2, 2.2], [2.2, 1.0], [1.0, 2.2], [0.0, 2.2], [0.0, 0.0]]))
     assert asked == [2], "all observations of a step go to the judge in one batch, equal ones once, empty ones never"

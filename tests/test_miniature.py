@@ -1,5 +1,6 @@
 """Promise: the miniature runs what its table says, and its intervals and sentences are right."""
 import math
+import random
 
 import pytest
 
@@ -64,8 +65,7 @@ def test_rows_wait_for_the_sft_model_of_their_seed_and_judges_have_one_seed(args
 
 
 def test_another_budget_in_the_same_folder_is_refused(tmp_path):
-    args = miniature.parse_args(["--out", str(tmp_path), "--steps", "5"])
-    data.check_settings(args.out, miniature.budget(args), {}, ())
+    miniature.check_budget(miniature.parse_args(["--out", str(tmp_path), "--steps", "5"]))
     with pytest.raises(SystemExit, match="--steps was 5, is now 6"):
         miniature.main(["--out", str(tmp_path), "--steps", "6"])
 
@@ -114,28 +114,21 @@ def test_disagreements_are_sentences_computed_from_the_numbers():
 
 # ------------------------------------------------------------------------------------------------ the judge that errs
 
-def claims(count):
-    """Toy claims with an observation that suffices."""
-    import random
-    for n in range(count):
+def test_judges_err_at_their_rates_a_better_one_in_a_part_of_the_claims():
+    """Toy claims with an observation that suffices. Equal claims get equal verdicts."""
+    claims, wrong = {}, {}
+    for n in range(600):
         r = data.to_record(data.toy_record(random.Random(n), n, "judged")[0], True)
-        yield data.claim_about(r, rewards.clean(r.trace["observation"]))
-
-
-@pytest.mark.parametrize("row", miniature.JUDGES, ids=lambda row: row.name)
-def test_the_judge_errs_at_its_rate_always_in_the_same_claims(row):
-    play, wrong = miniature.erring_judge(row.error), 0
-    asked = list(dict.fromkeys(claims(600)))
-    for claim in asked:
-        request = {"messages": rewards.judge_chat(claim)}
-        reply = play(0, request)
-        assert reply == play(1, request)
-        right = rewards.rule_judge([claim])[0].sufficient
-        wrong += rewards.read_verdict(rewards.Reply(reply)).sufficient != right
-    spread = math.sqrt(row.error * (1 - row.error) / len(asked))
-    assert abs(wrong / len(asked) - row.error) < 3 * spread
-
-
-def test_a_better_judge_errs_in_a_part_of_the_claims():
-    errors = [{c for c in claims(300) if miniature.errs(c, row.error)} for row in miniature.JUDGES]
-    assert all(better < worse for worse, better in zip(errors, errors[1:]))
+        claim = data.claim_about(r, rewards.clean(r.trace["observation"]))
+        claims[claim] = {"messages": rewards.judge_chat(claim)}
+    for row in miniature.JUDGES:
+        play, wrong[row.error] = miniature.erring_judge(row.error), set()
+        for claim, request in claims.items():
+            reply = play(0, request)
+            assert reply == play(1, request)
+            if rewards.read_verdict(rewards.Reply(reply)).sufficient != data.rule_judge([claim])[0].sufficient:
+                wrong[row.error].add(claim)
+        spread = math.sqrt(row.error * (1 - row.error) / len(claims))
+        assert abs(len(wrong[row.error]) / len(claims) - row.error) < 3 * spread
+    worst_first = [wrong[error] for error in sorted(wrong, reverse=True)]
+    assert all(better < worse for worse, better in zip(worst_first, worst_first[1:]))

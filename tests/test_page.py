@@ -1,6 +1,5 @@
 """Promise: PA-GRPO is as small as it looks. An independent loop of 40 lines takes the same steps as `pagrpo.train`, and
 a third segment is one more row of a table."""
-import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pagrpo
 import sft
 from data import collate
 from model import load_model, newest_checkpoint
+from rewards import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 ALONE = sft.World(0, 1, torch.device("cpu"))
@@ -29,8 +29,8 @@ def short_loop(settings, toy, start, steps):
     judge = data.make_judge(settings)
     for step in range(steps):
         examples = [questions[i] for i in data.step_indices(len(records), settings.questions, step, settings.seed)]
-        groups = pagrpo.rollout(policy, examples, vocabulary, settings, f"step {step}", settings.group_size, 1.0)
-        verdicts = pagrpo.start_judging(judge, groups)()
+        groups = pagrpo.rollout(policy, examples, vocabulary, settings, f"step {step}")
+        verdicts = judge([pagrpo.claim_of(response) for group in groups for response in group])
         parts = pagrpo.reward_tensor(groups, verdicts, settings)                               # (B, G, K, 3)
         advantages = pagrpo.group_advantages(parts.sum(-1), settings.advantage)                # (B, G, K)
         tokens, lengths, segments, weights, _ = pagrpo.collate_responses(groups, "response")
@@ -59,39 +59,41 @@ def test_the_short_loop_takes_the_same_steps(advantage, toy, started, tmp_path):
         data=str(toy / "rl.json"), media=str(toy), model=str(start), out=str(tmp_path), questions=4, group_size=4,
         max_response=48, steps=3, micro_batch=2, warmup=0, advantage=advantage))
     pagrpo.run_stage(settings, ALONE)
-    lines = (tmp_path / pagrpo.STAGES[advantage] / "metrics.jsonl").read_text().splitlines()
-    for line, expected in zip(map(json.loads, lines), short_loop(settings, toy, start, 3), strict=True):
+    rows, _ = read_jsonl(tmp_path / pagrpo.STAGES[advantage] / "metrics.jsonl")
+    for line, expected in zip(rows, short_loop(settings, toy, start, 3), strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-PLAN = '''
-    Segment("plan", (
-        Tag("plan", "Say in a few words how you will find the answer.", lambda toy, shown: f"{toy.name} it"),
+PLAN = """\
+Segment("plan", (
+        Tag("plan", "Say in a few words how you will find the answer."),
     ), (2, 8), lambda response, verdict: float("it" in (response.parsed.contents["plan"] or ""))),
-'''
+    """
+RUN = """\
+import data, pagrpo, sft
+data.TOY_TEXTS["plan"] = lambda toy, shown: f"{toy.name} it"
+data.TOY_SPLITS.update(base=16, sft=64, rl=16, heldout=8)
+sft.PRETRAINING.update(steps=2)
+sft.PRESETS["tiny"].update(steps=80, batch=8, lr=3e-3, warmup=4)
+windows = "8", "16", "2", "5", "10", "48"
+pagrpo.main(["--steps", "2", "--questions", "4", "--windows", *windows, "--transcript-every", "1"])
+"""
 
 
 def test_a_third_segment_is_a_row_of_the_table(tmp_path):
-    """A copy of the project, with one row more in rewards.SEGMENTS and nothing else: the toy teacher writes the plan,
-    SFT learns it, and two steps of PA-GRPO have an advantage for it."""
+    """A copy of the project, with one row more in rewards.SEGMENTS and one in data.TOY_TEXTS, and nothing else: the
+    toy teacher writes the plan, SFT learns it, and two steps of PA-GRPO have an advantage for it."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    source = (tmp_path / "rewards.py").read_text()
-    row = '    Segment("reasoning", ('
+    source, row = (tmp_path / "rewards.py").read_text(), 'Segment("reasoning", ('
     assert source.count(row) == 1
-    (tmp_path / "rewards.py").write_text(source.replace(row, PLAN.lstrip("\n") + row))
-    (tmp_path / "run.py").write_text(
-        "import data, pagrpo, sft\n"
-        "data.TOY_SPLITS.update(base=16, sft=64, rl=16, heldout=8)\n"
-        "sft.PRETRAINING.update(steps=2)\n"
-        "sft.PRESETS['tiny'].update(steps=80, batch=8, lr=3e-3, warmup=4)\n"
-        "pagrpo.main(['--steps', '2', '--questions', '4', '--plan-window', '2', '5', '--transcript-every', '1'])\n")
+    (tmp_path / "rewards.py").write_text(source.replace(row, PLAN + row))
+    (tmp_path / "run.py").write_text(RUN)
     run = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
-    trace = json.loads((tmp_path / "runs/tiny/cot/traces.jsonl").read_text().splitlines()[0])
-    assert trace["plan"] in {"next it", "count it", "read it", "ends it", "total it"}
-    rows = [json.loads(x) for x in (tmp_path / "runs/tiny/pagrpo/metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
+    traces, _ = read_jsonl(tmp_path / "runs/tiny/cot/traces.jsonl")
+    assert traces[0]["plan"] in {"next it", "count it", "read it", "ends it", "total it"}
+    rows, _ = read_jsonl(tmp_path / "runs/tiny/pagrpo/metrics.jsonl")
     assert any(row["plan/zero_variance"] < 1 for row in rows), "some group has advantages that are not 0"
-    assert all(f"{name} accuracy" in " ".join(run.stderr.split() + run.stdout.split())
-               for name in ("perception", "plan", "reasoning"))
+    said = run.stderr + run.stdout
+    assert all(f"{name:11} accuracy" in said for name in ("perception", "plan", "reasoning"))

@@ -124,12 +124,23 @@ def test_transformers_has_the_same_rule_where_its_versions_agree(both):
     assert torch.equal(prompts.next_position, prompts.lengths + delta[:, 0])
 
 
-@pytest.mark.parametrize("ids, grid, message", [
-    ([TEXT, TEXT], [(1, 2, 2)], "placeholders for fewer"),
-    ([TEXT, IMAGE, IMAGE], [(1, 2, 2)], "1 media placeholders are left over"),
-    ([IMAGE, TEXT, IMAGE], [(1, 2, 4)], "2 tokens does not fit its placeholders at token 0"),
-    ([TEXT, VIDEO, VIDEO], [(2, 2, 4)], "4 tokens does not fit its placeholders at token 1"),
-])
-def test_placeholders_that_do_not_match_their_media_are_refused(ids, grid, message):
-    with pytest.raises(ValueError, match=message):
+MISFITS = {
+    "none": ([TEXT, TEXT], [(1, 2, 2)]),
+    "too many": ([TEXT, IMAGE, IMAGE], [(1, 2, 2)]),
+    "too few at the end": ([TEXT, VIDEO, VIDEO], [(2, 2, 4)]),
+    "too few before text": ([VIDEO, VIDEO, TEXT, TEXT], [(2, 2, 4)]),
+    "text between": ([IMAGE, TEXT, IMAGE], [(1, 2, 4)]),
+    "a medium without any": ([IMAGE, IMAGE, TEXT], [(1, 2, 4), (1, 2, 2)]),
+}
+
+
+@pytest.mark.parametrize("which", MISFITS)
+def test_placeholders_and_grids_must_agree_exactly(which):
+    ids, grid = MISFITS[which]
+    with pytest.raises(ValueError, match="placeholders of media in the prompt do not fit the grids"):
         positions_of(ids, grid, [1.0] * len(grid))
+
+
+def test_media_that_touch_each_other_are_told_apart():
+    assert positions_of([IMAGE] * 3, [(1, 2, 2), (1, 2, 4)], [0.0] * 2) == (
+        [[0, 1, 1], [0, 1, 1], [0, 1, 2]], 3)

@@ -7,22 +7,19 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import data
 import pagrpo
 import sft
 from model import newest_checkpoint
-from test_resume import before_update, metrics, rl_flags, same_end, sft_flags
+from toy_runs import ENV, ROOT, before_update, command, equal, logged, metrics, rl_flags, same_end, sft_flags, weights
 
-ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+QUIET = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
 
 
 def names(folder: Path) -> list[str]:
@@ -35,26 +32,23 @@ def names(folder: Path) -> list[str]:
 def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_one_that_was_not(script, flags, stage, toy, base, tmp_path):
     """SIGKILL while it loads, between steps, in the middle of a checkpoint: the same command continues it."""
     long = dict(steps=20, save_every=2) | ({"heldout": ""} if stage == "pagrpo" else {})
-    whole, cut = ([sys.executable, str(ROOT / script), *flags(tmp_path / out, toy, base, **long)]
-                  for out in ("whole", "cut"))
-    rng, quiet = random.Random(0), dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
-    uncut = subprocess.Popen(whole, **quiet)
-    log, before = tmp_path / "cut" / stage / "metrics.jsonl", 0
+    whole, cut = (command(script, flags(tmp_path / out, toy, base, **long)) for out in ("whole", "cut"))
+    rng, folder = random.Random(0), tmp_path / "cut" / stage
+    uncut = subprocess.Popen(whole, **QUIET)
     for _ in range(2):
-        process = subprocess.Popen(cut, **quiet)
-        while process.poll() is None and (not log.exists() or log.read_text().count("\n") <= before):
+        before, process = len(logged(folder)), subprocess.Popen(cut, **QUIET)
+        while process.poll() is None and len(logged(folder)) <= before:
             time.sleep(0.01)                                 # until it took a step …
         time.sleep(rng.random() / 2)                         # … and some more
         process.kill()
         process.wait()
-        before = log.read_text().count("\n")
-    subprocess.run(cut, check=True, **quiet)
-    assert uncut.wait() == 0 and same_end(tmp_path / "whole" / stage, tmp_path / "cut" / stage)
+    subprocess.run(cut, check=True, **QUIET)
+    assert uncut.wait() == 0 and same_end(tmp_path / "whole" / stage, folder)
 
 
 def test_sigterm_saves_a_checkpoint_and_names_it(toy, base, tmp_path):
-    command = [sys.executable, str(ROOT / "sft.py"), *sft_flags(tmp_path, toy, base, steps=500, save_every=2)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    process = subprocess.Popen(command("sft.py", sft_flags(tmp_path, toy, base, steps=500, save_every=2)),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
     while not list((tmp_path / "sft").glob("step-??????")):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -73,50 +67,33 @@ def garble(file: Path) -> None:
 
 
 DAMAGE = {
-    "weights cut short": (lambda f: os.truncate(f / "model.safetensors", 999_999), "model.safetensors differs in size"),
-    "moments cut short": (lambda f: os.truncate(f / "optimizer.safetensors", 999), "optimizer.safetensors differs"),
-    "a header": (lambda f: garble(f / "model.safetensors"), "model.safetensors is damaged"),
-    "emptied": (lambda f: os.truncate(f / "config.json", 0), "config.json differs in size"),
-    "a file lost": (lambda f: (f / "tokenizer.json").unlink(), "No such file .*tokenizer.json"),
-    "moments lost": (lambda f: (f / "optimizer.safetensors").unlink(), "No such file .*optimizer.safetensors"),
-    "no state": (lambda f: (f / "state.json").unlink(), "No such file .*state.json"),
-    "half a state": (lambda f: os.truncate(f / "state.json", 99), "step-000006 is damaged"),
+    "weights cut short": lambda f: os.truncate(f / "model.safetensors", 999_999),
+    "moments cut short": lambda f: os.truncate(f / "optimizer.safetensors", 999),
+    "a header": lambda f: garble(f / "model.safetensors"),
+    "no state": lambda f: (f / "state.json").unlink(),
+    "half a state": lambda f: os.truncate(f / "state.json", 99),
 }
 
 
+@pytest.fixture
+def cut(trained, tmp_path):
+    """A copy of the finished run's folder."""
+    return shutil.copytree(trained, tmp_path / "cut")
+
+
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(how, trained, tmp_path, capsys):
-    shutil.copytree(trained / "sft", tmp_path / "sft")
-    harm, why = DAMAGE[how]
-    harm(tmp_path / "sft/step-000006")
-    assert newest_checkpoint(tmp_path / "sft", optimizer=True).name == "step-000003"
-    said = capsys.readouterr().err
-    assert "step-000006 is damaged and not used: " in said and re.search(why, said)
-    if "moments" in how:                                     # not needed by who only reads the model
-        assert newest_checkpoint(tmp_path / "sft").name == "step-000006"
-    elif how != "no state":                                  # without it a folder counts as a model from elsewhere
-        with pytest.raises((OSError, ValueError)):
-            newest_checkpoint(tmp_path / "sft/step-000006")
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(how, cut, trained, toy, base, capsys):
+    DAMAGE[how](cut / "sft/step-000006")
+    sft.main(sft_flags(cut, toy, base, steps=6))
+    said = capsys.readouterr()
+    assert f"{cut}/sft/step-000006 is damaged and not used: " in said.err and "continues after step 3" in said.out
+    assert same_end(trained / "sft", cut / "sft"), "and replaces it"
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_and_replaces_the_damaged_one(trained, toy, base, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "cut")
-    os.truncate(tmp_path / "cut/sft/step-000006/model.safetensors", 999_999)
-    sft.main(sft_flags(tmp_path / "cut", toy, base, steps=6))
-    assert "continues after step 3" in capsys.readouterr().out
-    assert same_end(trained / "sft", tmp_path / "cut/sft")
-
-
-def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(trained, toy, base, tmp_path):
-    """Earlier versions wrote no sizes; a model folder from elsewhere has no state.json."""
-    shutil.copytree(trained, tmp_path / "old")
-    shutil.rmtree(tmp_path / "old/sft/step-000006")
-    folder = tmp_path / "old/sft/step-000003"
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k not in ("files", "code")}))
-    assert newest_checkpoint(base) == base
-    sft.main(sft_flags(tmp_path / "old", toy, base, steps=6))
-    assert same_end(trained / "sft", tmp_path / "old/sft")
+def test_a_damaged_checkpoint_is_refused_by_its_own_name(cut):
+    garble(cut / "sft/step-000006/model.safetensors")
+    with pytest.raises(FileNotFoundError, match="step-000006 is neither a model folder .* or they are damaged"):
+        newest_checkpoint(cut / "sft/step-000006")
 
 
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path, monkeypatch):
@@ -129,36 +106,37 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(toy, base, tmp_path,
     assert newest_checkpoint(tmp_path / "sft").name == "step-000003"
 
 
-# ------------------------------------------------------------------------------------------------ folders in use
+def test_checkpoints_of_earlier_versions_and_models_from_elsewhere_load(cut, trained, toy, base):
+    """Earlier versions wrote sizes and scores, and no hashes of the code; a model from elsewhere has no state.json."""
+    shutil.rmtree(cut / "sft/step-000006")
+    file = cut / "sft/step-000003/state.json"
+    state = json.loads(file.read_text()) | {"files": {"model.safetensors": 1}, "score": -1.0}
+    del state["code"]
+    file.write_text(json.dumps(state))
+    (cut / "sft/records.json").unlink()
+    assert newest_checkpoint(base) == base
+    sft.main(sft_flags(cut, toy, base, steps=6))
+    assert same_end(trained / "sft", cut / "sft")
 
-def test_a_folder_in_use_can_be_protected(trained, toy, base):
-    with pytest.raises(SystemExit, match="holds a run: leave out --no-resume"):
-        sft.main([*sft_flags(trained, toy, base, steps=6), "--no-resume"])
 
+# ------------------------------------------------------------------------------------------------ folders
 
 def test_two_processes_never_share_a_folder(toy, base, tmp_path):
-    from data import lock_folder
-    with lock_folder(tmp_path / "sft"), pytest.raises(SystemExit, match="Another process works in"):
+    with data.lock_folder(tmp_path / "sft"), pytest.raises(SystemExit, match="Another process works in"):
         sft.main(sft_flags(tmp_path, toy, base, steps=1))
 
 
-def test_rl_does_not_start_from_an_unfinished_run_by_accident(trained, toy, base, tmp_path):
-    shutil.copytree(trained / "sft", tmp_path / "sft")
-    shutil.rmtree(tmp_path / "sft/step-000006")
+def test_rl_does_not_start_from_an_unfinished_run_by_accident(cut, toy, base, tmp_path):
+    shutil.rmtree(cut / "sft/step-000006")
     with pytest.raises(SystemExit, match="is not finished: step-000003 is the newest of 6 steps"):
-        pagrpo.main(rl_flags(tmp_path / "a", toy, tmp_path / "sft", steps=1))
-    pagrpo.main(rl_flags(tmp_path / "a", toy, tmp_path / "sft/step-000003", steps=1))
-    assert newest_checkpoint(tmp_path / "a/pagrpo").name == "step-000001"
+        pagrpo.main(rl_flags(tmp_path, toy, cut / "sft", steps=1))
+    pagrpo.main(rl_flags(tmp_path, toy, cut / "sft/step-000003", steps=1))
+    assert names(tmp_path / "pagrpo") == ["step-000001"]
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
-
-def test_the_last_ones_and_the_best_are_kept(toy, base, tmp_path, monkeypatch):
-    losses = iter([5.0, 1.0, 4.0, 3.0, 2.5])                 # after steps 2, 4, 6, 8, 10
-    monkeypatch.setattr(sft, "heldout_loss", lambda *_: next(losses))
-    sft.main(sft_flags(tmp_path, toy, base, steps=10, save_every=1, keep=2, eval_every=2))
-    assert names(tmp_path / "sft") == ["step-000004", "step-000009", "step-000010"]
-    assert [row.get("heldout_loss") for row in metrics(tmp_path / "sft")][1::2] == [5.0, 1.0, 4.0, 3.0, 2.5]
+def test_the_last_ones_are_kept(toy, base, tmp_path):
+    sft.main(sft_flags(tmp_path, toy, base, steps=6, save_every=1, keep=2))
+    assert names(tmp_path / "sft") == ["step-000005", "step-000006"]
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -170,35 +148,33 @@ def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(toy, base, tmp_p
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))
-    command = [sys.executable, str(ROOT / "sft.py"), *sft_flags(tmp_path, toy, base, steps=9, save_every=2)]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=60, env=ENV)
+    words = command("sft.py", sft_flags(tmp_path, toy, base, steps=9, save_every=2))
+    result = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, timeout=60, env=ENV)
     assert result.returncode == 1 and "step-000002.writing cannot be written" in result.stderr, result.stderr
     assert "There is no checkpoint yet" in result.stderr and "Traceback" not in result.stderr
     assert not names(tmp_path / "sft"), "nothing half-written is left"
-    subprocess.run(command, check=True, capture_output=True, timeout=60, env=ENV)
+    subprocess.run(words, check=True, timeout=60, **QUIET)
     assert newest_checkpoint(tmp_path / "sft").name == "step-000009"
 
 
 def test_a_step_without_a_usable_question_changes_nothing(toy, base, tmp_path, capsys):
-    rows = json.loads((toy / "rl.json").read_text())[:20]
-    for i in data.step_indices(20, 2, 1, seed=0):             # what step 2 will ask for
-        rows[i]["path"] = "not/there.avi"
+    rows = json.loads((toy / "rl.json").read_text())
+    for i in data.step_indices(len(rows), 2, 1, seed=0):     # what step 2 will ask for
+        rows[i]["path"] = "rl.json"                          # a file, and no video
     (tmp_path / "rl.json").write_text(json.dumps(rows))
     pagrpo.main(rl_flags(tmp_path, toy, base, data=tmp_path / "rl.json", steps=3, heldout="", save_every=1, keep=3))
     assert "The media of none of this step's questions can be read" in capsys.readouterr().out
     assert [row["skipped"] for row in metrics(tmp_path / "pagrpo")] == [0, 2, 0]
-    a, b = (load_file(tmp_path / f"pagrpo/step-00000{n}/model.safetensors") for n in (1, 2))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert equal(*(weights(tmp_path / f"pagrpo/step-00000{n}") for n in (1, 2)))
 
 
-@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--patience", 0), ("--eval-every", -1), ("--lr", "nan"),
-                                         ("--clip-norm", 0), ("--shards", -1)])
+@pytest.mark.parametrize("flag, value", [("--keep", 0), ("--eval-every", -1), ("--lr", "nan"), ("--clip-norm", 0)])
 def test_senseless_settings_are_refused(flag, value, toy, base, tmp_path):
-    with pytest.raises(SystemExit, match=f"{flag} must be "):
+    with pytest.raises(SystemExit, match=f"{flag} must be at least "):
         sft.main([*sft_flags(tmp_path, toy, base), flag, str(value)])
 
 
-def test_nothing_is_unpickled_and_no_network_is_used(trained, toy, base, tmp_path, monkeypatch):
+def test_nothing_is_unpickled_and_no_network_is_used(cut, toy, base, monkeypatch):
     import pickle
     import socket
 
@@ -206,10 +182,9 @@ def test_nothing_is_unpickled_and_no_network_is_used(trained, toy, base, tmp_pat
         raise AssertionError("unpickling, or a connection")
     for file in ROOT.glob("*.py"):
         assert not re.search(r"import pickle|torch\.load\(|\bmarshal\b|(?<![.\w])(eval|exec)\(", file.read_text()), file
-    shutil.copytree(trained, tmp_path / "a")
-    shutil.rmtree(tmp_path / "a/sft/step-000006")
+    shutil.rmtree(cut / "sft/step-000006")
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load"), (socket, "getaddrinfo"),
                          *((socket.socket, name) for name in ("connect", "connect_ex", "sendto"))):
         monkeypatch.setattr(module, name, refuse)
-    sft.main(sft_flags(tmp_path / "a", toy, base, steps=6))
-    assert newest_checkpoint(tmp_path / "a/sft").name == "step-000006"
+    sft.main(sft_flags(cut, toy, base, steps=6))
+    assert newest_checkpoint(cut / "sft").name == "step-000006"

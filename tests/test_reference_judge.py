@@ -1,10 +1,14 @@
 """Promise: the reference judge accepts an observation only if the frozen model, without the media, answers right from
 it; no verdict can be written into the observation."""
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 import data
-from model import load_model
-from rewards import Claim, Judge
+from model import read_config
+from rewards import Claim, judge_claims
 
 
 def claim(observation, reference="2", problem_type="numerical"):
@@ -12,28 +16,28 @@ def claim(observation, reference="2", problem_type="numerical"):
 
 
 @pytest.fixture
-def judge_of(base, vocabulary, tiny_settings, monkeypatch):
+def judge_of(base, vocabulary, tiny_settings):
     """A judge whose reference finishes with `answer(prompt text)`, and the prompts it was given."""
-    model, seen = load_model(base), []
-
     def make(answer):
-        def respond(model, vocabulary, examples, uniforms, temperature, device):
-            assert temperature == 0 and len(examples) <= 2 and not any(e.pixels is not None for e in examples)
-            texts = [vocabulary.tokenizer.decode(e.ids) for e in examples]
-            seen.extend(texts)
-            return [f"<think> so </think>\n<answer> {answer(text)} </answer>" for text in texts]
-        monkeypatch.setattr(data, "respond", respond)
+        seen = []
 
-        def decide(claims):
-            return data.blind_answers(model, vocabulary, claims, tiny_settings, 24, 2, "cpu")
-        return lambda claims: [verdict.sufficient for verdict in Judge(decide, refuse_leaks=False)(claims)], seen
+        def generate(prompts, uniforms, stop_ids, temperature):
+            assert temperature == 0 and prompts.pixels is None and uniforms.shape == (len(prompts.ids), 1, 24)
+            texts = [vocabulary.decode(ids[:n]) for ids, n in zip(prompts.ids.tolist(), prompts.lengths)]
+            seen.extend(texts)
+            replies = [vocabulary.encode(f"<think> so </think>\n<answer> {answer(text)} </answer>") for text in texts]
+            tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, replies)), batch_first=True)
+            return SimpleNamespace(tokens=tokens[:, None], lengths=torch.tensor([[len(reply)] for reply in replies]))
+        model = SimpleNamespace(config=read_config(base), generate=generate)
+        decide = partial(data.blind_answers, model, vocabulary, tiny_settings, 24, "cpu")
+        return lambda claims: [verdict.sufficient for verdict in judge_claims(decide, False, claims)], seen
     return make
 
 
 def test_it_answers_from_question_and_observation_without_the_video(judge_of):
     judge, seen = judge_of(lambda text: text.rsplit("red", 1)[0].count("red"))
     claims = [claim("1 red X, 2 red O"), claim("1 blue X"), claim("1 red X, 2 red O", reference="5")]
-    assert judge(claims) == [True, False, False], "in the order of the claims, whatever the batches"
+    assert judge(claims) == [True, False, False]
     assert all("How many letters are red?" in text and "video_pad" not in text for text in seen)
     assert seen[0].rstrip().endswith("</observation>") and "1 red X, 2 red O" in seen[0]
     assert judge([]) == [] and len(seen) == 3, "no claims need no model"

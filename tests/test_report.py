@@ -1,14 +1,18 @@
 """Promise: a run ends with one page that needs nothing else, and what it shows is what happened in the run. The page is
 also looked at by a browser: tests/render.py."""
+import base64
+import io
 import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import eval as evaluation
@@ -16,7 +20,7 @@ import pagrpo
 import sft
 from model import newest_checkpoint
 from rewards import SEGMENTS
-from test_resume import interrupt_in_step, rl_flags, same_end
+from toy_runs import interrupt_in_step, rl_flags, same_end
 
 BOARD = ("prompt", "response", "response_tokens", "logprobs", "ref_logprobs", "values", "token_rewards", "reward",
          "step")                                             # the keys that RLLoggingBoard reads
@@ -64,6 +68,13 @@ def rows_of(folder, name="rollouts.jsonl"):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+def copy_of(run, tmp_path) -> Path:
+    return shutil.copytree(run, tmp_path / "run/pagrpo")
+
+
+# ------------------------------------------------------------------------------------------------ one file
+
+
 def test_the_page_needs_no_other_file_and_no_network(page):
     assert page.loads == [], "nothing is loaded; frames are in the data"
     style = page.texts["style"]
@@ -73,11 +84,70 @@ def test_the_page_needs_no_other_file_and_no_network(page):
     assert frames and all(frame.startswith("data:image/jpeg;base64,") for frame in frames)
 
 
-def test_every_token_shows_the_advantage_that_the_loss_gave_it(run, page):
+def test_a_response_cannot_break_out_of_its_place(run, tmp_path):
+    folder, rows = copy_of(run, tmp_path), rows_of(run)
+    rows[0] |= {"response_tokens": ["</script><script>alert(1)</script>", "<!--", "\u2028"], "judge": "</SCRIPT >"}
+    data.write_rows(folder / "rollouts.jsonl", rows)
+    page = Page(sft.write_report(folder))
+    assert page.run["rollouts"][0]["response_tokens"] == rows[0]["response_tokens"]
+    assert page.text.lower().count("</script") == 2, "those of the template"
+
+
+def test_the_page_of_the_longest_run_is_small(run, tmp_path):
+    """The paper's settings record so few groups that all of them fit, also if every response is cut off."""
+    paper, folder = pagrpo.Settings(**pagrpo.PRESETS["7b"]), copy_of(run, tmp_path)
+    steps = range(1, paper.steps + 1)
+    recorded = [*steps[::paper.transcript_every], steps[-1]]
+    row = rows_of(run)[0]
+    for name in OF_TOKENS:
+        row[name] = (row[name] * paper.max_response)[:paper.max_response]
+    group = [row] * paper.group_size
+    data.write_rows(folder / "rollouts.jsonl", [row | {"step": step} for step in recorded for row in group])
+    last = rows_of(run, "metrics.jsonl")[-1]
+    data.write_rows(folder / "metrics.jsonl", [last | {"step": step} for step in steps])
+    page = sft.write_report(folder)
+    assert 1_000_000 < page.stat().st_size < 6_000_000
+
+
+def test_frames_are_few_and_small_and_a_clip_that_is_gone_has_none(run, page, monkeypatch):
+    row = rows_of(run)[0]
+    assert sft.small_frames(row | {"path": "gone.avi"}, page.run["settings"]) == []
+    monkeypatch.setattr(data, "read_media", lambda *_: (np.zeros((20, 300, 400, 3), np.uint8), None))
+    frames = sft.small_frames(row, page.run["settings"])
+    assert 4 < len(frames) <= 8
+    for frame in frames:
+        width, height = Image.open(io.BytesIO(base64.b64decode(frame.partition(",")[2]))).size
+        assert 64 ** 2 < width * height <= 128 ** 2 and width > height
+
+
+# ------------------------------------------------------------------------------------------------ what happened
+
+def test_the_page_holds_the_files_as_they_are(run, page):
+    assert page.run["metrics"] == rows_of(run, "metrics.jsonl") and len(page.run["metrics"]) == 3
+    assert page.run["rollouts"] == rows_of(run)
+    assert page.run["settings"] == sft.read_json(run / "settings.json") | {"clip_norm": "Infinity"}
+    assert page.run["results"] == sft.read_json(run / "results.json")
+    assert page.run["state"]["steps"] == 3 and page.run["segments"] == [segment.name for segment in SEGMENTS]
+    assert page.run["clips"].keys() == {row["path"] for row in page.run["rollouts"]}
+
+
+def test_the_page_counts_what_the_filters_drop(run, page, tmp_path):
+    assert page.run["kept"] == 0 and page.run["dropped"] == {}, "this run's traces come from elsewhere"
+    folder, cot = copy_of(run, tmp_path), tmp_path / "run/cot"
+    cot.mkdir()
+    data.write_rows(cot / "traces.jsonl", [{}] * 5)
+    data.write_rows(cot / "dropped.jsonl", [{"reason": "answer wrong"}, {"reason": "not judged"}] * 2)
+    page = Page(sft.write_report(folder))
+    assert page.run["kept"] == 5 and page.run["dropped"] == {"answer wrong": 2, "not judged": 2}
+    checks = re.search(r"CHECKS = \{(.*?)\}", page.texts["script"], re.DOTALL)
+    assert re.findall(r'"([^"]+)":', checks[1]) == [*data.STEPS], "the page knows each reason, in this order"
+
+
+def test_every_token_shows_the_advantage_that_the_loss_gave_it(page):
     """Computed again from the rewards on the page, through the functions of the training."""
-    groups = page.run["rollouts.jsonl"]["groups"]
-    assert [len(group) for group in groups] == [4, 4, 4] and [group[0]["step"] for group in groups] == [1, 2, 3]
-    for group in groups:
+    rows = page.run["rollouts"]
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
+    for group in (rows[:4], rows[4:8], rows[8:]):
         totals = torch.tensor([row["totals"] for row in group])[None]                     # (1, G, K)
         parts = torch.tensor([row["parts"] for row in group])[None]                       # (1, G, K, 3)
         assert torch.allclose(totals, pagrpo.total_rewards(parts, "none"), atol=1e-4)
@@ -90,7 +160,7 @@ def test_every_token_shows_the_advantage_that_the_loss_gave_it(run, page):
             segments = torch.tensor([[row["segments"]]])                                  # (1, 1, T)
             expected = pagrpo.token_advantages(advantages[:, [g]], segments).flatten().tolist()
             assert row["token_rewards"] == pytest.approx(expected, abs=1e-3)
-    assert any(x for group in groups for row in group for x in row["token_rewards"]), "not all are 0"
+    assert any(x for row in rows for x in row["token_rewards"]), "not all are 0"
 
 
 def test_the_rows_are_those_that_viewers_of_rollouts_read(run):
@@ -119,12 +189,6 @@ def test_the_scores_after_an_update_are_those_of_the_updated_model(toy, run):
         assert logprobs.flatten().tolist() == pytest.approx(row["logprobs_after"], rel=1e-3, abs=1e-3)
 
 
-def test_one_question_is_answered_at_every_recorded_step(run):
-    rows = rows_of(run, "question.jsonl")
-    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
-    assert len({row["problem_id"] for row in rows}) == 1 and rows[0]["problem_id"].startswith("heldout")
-
-
 def fail(*_):
     raise OSError("the disk is full")
 
@@ -147,38 +211,13 @@ def test_recording_changes_nothing_and_a_resumed_run_has_no_row_twice(toy, base,
     pagrpo.main(rl_flags(tmp_path / "killed", toy, base, heldout="", steps=4, transcript_every=1))
     seldom, often, killed = (tmp_path / name / "pagrpo" for name in ("seldom", "often", "killed"))
     assert same_end(seldom, often) and same_end(often, killed)
-    for name in ("rollouts.jsonl", "question.jsonl"):
-        assert rows_of(often, name) == rows_of(killed, name)
-        assert [row for row in rows_of(often, name) if row["step"] in (1, 4)] == rows_of(seldom, name)
-
-
-def test_a_response_cannot_break_out_of_its_place(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    rows = rows_of(run)
-    rows[0] |= {"response_tokens": ["</script><script>alert(1)</script>", "<!--", "\u2028"], "judge": "</SCRIPT >"}
-    data.write_rows(tmp_path / "run/rollouts.jsonl", rows)
-    page = Page(sft.write_report(tmp_path / "run"))
-    assert page.run["rollouts.jsonl"]["groups"][0][0]["response_tokens"] == rows[0]["response_tokens"]
-    assert page.text.lower().count("</script") == 2, "those of the template"
-
-
-def test_a_long_run_is_thinned_until_the_page_is_small(run, tmp_path):
-    """30 recorded groups of 4 responses with up to 1,000 tokens: more rows than a page can hold."""
-    shutil.copytree(run, tmp_path / "run")
-    group = rows_of(run)[:4]
-    for row in group:
-        row |= {name: (row[name] * 100)[:1000] for name in OF_TOKENS}
-    data.write_rows(tmp_path / "run/rollouts.jsonl", [row | {"step": step} for step in range(1, 31) for row in group])
-    page = Page(sft.write_report(tmp_path / "run"))
-    shown = page.run["rollouts.jsonl"]
-    assert len(page.text.encode()) < 5_000_000 and shown["steps"] == 30 and 2 <= len(shown["groups"]) < 24
-    assert [shown["groups"][0][0]["step"], shown["groups"][-1][0]["step"]] == [1, 30]
-    assert sft.thin([*range(10)], 4) == [0, 3, 6, 9] and sft.thin([1, 2], 4) == [1, 2] and sft.thin([1, 2], 0) == []
+    assert rows_of(often) == rows_of(killed)
+    assert [row for row in rows_of(often) if row["step"] in (1, 4)] == rows_of(seldom)
 
 
 def test_sft_has_a_page_and_a_second_run_is_laid_over_the_first(run, started, capsys, tmp_path):
     page = Page(started / "report.html")
-    assert page.run["metrics"][-1]["step"] == 40 and not page.run["rollouts.jsonl"]["groups"] and not page.others
+    assert page.run["metrics"][-1]["step"] == 40 and not page.run["rollouts"] and not page.others
     shutil.copytree(run, tmp_path / "a")
     evaluation.main(["--report", str(tmp_path / "a"), str(started)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "a/report.html")
@@ -190,23 +229,9 @@ def test_sft_has_a_page_and_a_second_run_is_laid_over_the_first(run, started, ca
         evaluation.main(["--report", "a", "b", "c"])
 
 
-def test_the_page_knows_how_the_run_was_made(run, page):
+def test_the_page_knows_how_the_run_was_made(page):
     made = page.run["state"]["made_by"]
     assert made["torch"] == torch.__version__ and made["command"].startswith("python ") and "commit" in made
-    assert page.run["settings"]["lr"] and page.run["state"]["steps"] == 3
     crossed = page.run["results"]["pagrpo, greedy"]["answer"]["crossed"]
     assert sum(map(sum, crossed)) == 20 and sum(row[0] for row in crossed) == pytest.approx(
         0.2 * page.run["results"]["pagrpo, greedy"]["answer"]["value"])
-
-
-@pytest.mark.parametrize("think, answer, wanted", [
-    ("red O no, next blue T, A red X no, B blue T yes", "B", 0.0), ("next blue T, B blue T yes", "A", 1.0),
-    ("first a letter, then another", "B", None), ("B blue T yes", "neither", None)])
-def test_a_mismatch_is_an_answer_other_than_what_the_reasoning_ends_on(think, answer, wanted):
-    record = data.Record("", "Which?", ("A. red X", "B. blue T"), "multiple choice", "B", "", "video")
-    text = f"<observation> 1 red O </observation>\n<think> {think} </think>\n<answer> {answer} </answer>"
-    blank = data.Example(record, *[None] * 6)
-    response = pagrpo.Response(blank, [], [], torch.zeros(0), True, text, pagrpo.rewards.parse(text))
-    assert pagrpo.think_differs(response) == wanted
-    counted = replace(response, example=blank._replace(record=replace(record, problem_type="numerical")))
-    assert pagrpo.think_differs(counted) is None

@@ -1,5 +1,4 @@
 """Promise: SFT teaches the response and nothing else, with one denominator however a step is cut up."""
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ import sft
 from data import Examples, collate, read_records
 from model import load_model
 from sft import Settings, World, learning_rate, make_optimizer, micro_batches, sft_loss, trace_tokens
+from toy_runs import logged, sft_flags
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -41,27 +41,17 @@ def test_prompt_video_and_padding_carry_no_loss(traces, vocabulary, monkeypatch)
     assert len(set(lengths.flatten().tolist())) > 1 and sum(asked) == count == int(lengths.sum())
 
 
-def test_other_words_in_the_prompt_of_another_example_change_nothing(traces, vocabulary):
+def test_micro_batches_add_up_to_the_whole_batch(traces, vocabulary):
     """A ragged batch is the sum of its examples: padding and neighbours do not leak."""
     model, examples = traces
-    together, _ = sft_loss(model, examples, vocabulary, "p2r", "cpu")
-    alone = sum(sft_loss(model, [e], vocabulary, "p2r", "cpu")[0] for e in examples)
-    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
-
-
-def gradients_of_a_step(model, examples, vocabulary, micro):
-    model.zero_grad()
-    total = int(trace_tokens(examples, vocabulary, "p2r")[1].sum())
-    for part, weight in micro_batches(examples, micro, ALONE, model, vocabulary):
-        (sft_loss(model, part, vocabulary, "p2r", "cpu")[0] * weight / total).backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("micro", [1, 4])
-def test_micro_batches_add_up_to_the_whole_batch(traces, vocabulary, micro):
-    model, examples = traces
-    whole, parts = (gradients_of_a_step(model, examples, vocabulary, size) for size in (6, micro))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts))
+    gradients = {}
+    for size in (6, 4, 1):
+        model.zero_grad()
+        for part, weight in micro_batches(examples, size, vocabulary, ALONE):
+            (sft_loss(model, part, vocabulary, "p2r", "cpu")[0] * weight / 100).backward()
+        gradients[size] = [p.grad.clone() for p in model.parameters()]
+    for size in (4, 1):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients[6], gradients[size])), size
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine():
@@ -91,14 +81,11 @@ def test_a_gradient_that_is_not_a_number_changes_no_weight(traces):
 
 
 def test_a_short_run_learns_logs_and_reports_held_out_loss(toy, base, tmp_path, capsys):
-    sft.main(["--out", str(tmp_path), "--model", str(base), "--data", str(toy / "sft.json"), "--media", str(toy),
-              "--heldout", str(toy / "heldout.json"), "--steps", "12", "--batch", "16", "--preset", "tiny"])
-    said = capsys.readouterr().out
+    sft.main(sft_flags(tmp_path, toy, base, steps=12, batch=16))
+    said, rows = capsys.readouterr().out, logged(tmp_path / "sft")
     assert said.startswith("Preset tiny; others: 3b, 7b") and "held-out loss" in said
-    lines = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "skipped"} <= lines[0].keys()
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "skipped"} <= rows[0].keys()
 
 
 def test_the_base_model_of_the_toy_world_is_pre_trained_by_all_ranks(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import torch
 
 from data import Examples, collate, read_records
 import model as network
-from model import (LOGITS_AT_ONCE, PackedRow, Prompts, causal_lower_right, linear, load_model, packed_attention,
-                   plain_attention)
+from model import (LOGITS_AT_ONCE, LinearByConvolution, Prompts, linear_by_convolution, load_model,
+                   packed_attention, plain_attention)
 
 
 @pytest.fixture(scope="module")
@@ -176,44 +176,63 @@ def tensors(*shapes):
 
 def whole_row_attention(q, k, v, lengths, p, group):
     """The plain way: all places of a row see each other, except for what one large mask forbids."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))         # (B, H or K, places, E)
     places = torch.arange(q.shape[2])
     owner = ((places - p) // ((len(places) - p) // group)).masked_fill(places < p, -1)         # of a place, -1: prompt
     allowed = (places <= places[:, None]) & ((owner == owner[:, None]) | (owner == -1))
     padding = (places >= torch.tensor(lengths)[:, None]) & (places < p)
     allowed = allowed & ~padding[:, None, None] | (places < p)[:, None] & (places <= places[:, None])
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    out = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return out.transpose(1, 2)
 
 
 @pytest.mark.parametrize("lengths", [[11, 11, 11], [11, 4, 7]], ids=["equal prompts", "padded prompts"])
 def test_packed_attention_is_attention_with_one_large_mask(lengths):
     """With gradients. Two responses of 5 tokens to each prompt, 4 query heads share 2 key heads."""
     results = []
-    for attend in (lambda *qkv: packed_attention(*qkv, PackedRow(11, 2, lengths)),
+    for attend in (lambda *qkv: packed_attention(*qkv, 2, lengths, 11),
                    lambda *qkv: whole_row_attention(*qkv, lengths, 11, 2)):
-        inputs = tensors((3, 4, 21, 8), (3, 2, 21, 8), (3, 2, 21, 8))
+        inputs = tensors((3, 21, 4, 8), (3, 21, 2, 8), (3, 21, 2, 8))
         out = attend(*inputs)
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
         results.append([out, *(x.grad for x in inputs)])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*results))
 
 
-def test_the_mask_on_cuda_is_the_mask_on_a_cpu():
-    q, k, v = (x.detach() for x in tensors((2, 4, 5, 8), (2, 4, 12, 8), (2, 4, 12, 8)))
-    mask = torch.ones(5, 12, dtype=torch.bool).tril(7)
-    outs = [torch.nn.functional.scaled_dot_product_attention(q, k, v, m) for m in (mask, causal_lower_right(5, 12))]
-    assert torch.equal(*outs)
-
-
-@pytest.mark.skipif(not network.ONEDNN, reason="F.linear itself on this CPU")
 def test_products_by_convolution_have_the_values_and_gradients_of_linear():
     results = []
-    for product in (linear, torch.nn.functional.linear):
+    for product in (linear_by_convolution, torch.nn.functional.linear):
         inputs = tensors((5, 100, 64), (48, 64), (48,))
         out = product(*inputs)
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
         results.append([out, *(x.grad for x in inputs)])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*results))
+
+
+def test_few_rows_are_no_convolution(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)
+    x, weight = (x.detach() for x in tensors((5, 4096), (48, 4096)))
+    assert torch.equal(linear_by_convolution(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_layers_and_logits_are_convolutions_on_the_cpus_where_that_is_faster(monkeypatch):
+    """A network that is built and called as on such a CPU has the same tensors and computes the same."""
+    config = network.CONFIGS["tiny"]
+    prompts = Prompts(torch.arange(8, 208).view(1, 200), torch.tensor([200]), torch.arange(200).expand(3, 1, 200),
+                      torch.tensor([200]), None, [])
+    plain = network.init_weights(network.Qwen2_5_VL(config), seed=0)
+    monkeypatch.setattr(network, "Linear", LinearByConvolution)
+    monkeypatch.setattr(network, "linear", linear_by_convolution)
+    fast = network.init_weights(network.Qwen2_5_VL(config), seed=0)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    convolve, seen = torch.nn.functional.conv2d, []
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *inputs: seen.append(inputs) or convolve(*inputs))
+    with torch.no_grad():
+        logits = fast.logits(fast.prefill(prompts)[0])
+        assert len(seen) == 7 * config.num_hidden_layers + 1, "each matrix of a layer, and the head"
+        monkeypatch.setattr(network, "linear", torch.nn.functional.linear)
+        assert torch.allclose(logits, plain.logits(plain.prefill(prompts)[0]), atol=1e-4)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -17,9 +17,9 @@ import torch
 
 import exercises
 import pagrpo
+from toy_runs import ROOT, rl_flags
 
 pytestmark = pytest.mark.solutions
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("model", "rewards", "data", "sft", "pagrpo")
 
 
@@ -44,9 +44,7 @@ def solved(tmp_path, monkeypatch):
 def take_a_step(toy, base, tmp_path):
     """Takes a PA-GRPO step with a copy's modules. Returns its metrics."""
     def run(modules: SimpleNamespace, *flags: str) -> dict:
-        modules.pagrpo.main(["--preset", "tiny", "--model", str(base), "--data", str(toy / "rl.json"), "--media",
-                             str(toy), "--out", str(tmp_path / "run"), "--steps", "1", "--questions", "2",
-                             "--group-size", "4", "--max-response", "16", *flags])
+        modules.pagrpo.main(rl_flags(tmp_path / "run", toy, base, steps=1, heldout="") + list(flags))
         return json.loads((tmp_path / "run/pagrpo/metrics.jsonl").read_text())
     return run
 
@@ -110,10 +108,10 @@ def test_without_the_stop_token_in_its_mask_sft_does_not_teach_to_stop(solved, t
 def test_the_gameable_judge_takes_what_is_relevant_for_what_suffices(solved):
     modules = solved("gameable-judge")
     claim = modules.rewards.Claim("How many letters are red?", (), "numerical", "1", "1 red O, 2 blue X, 3 blue T")
-    lie = claim._replace(observation="1 red O, 2 red X, 3 red T")
-    assert [v.sufficient for v in modules.rewards.rule_judge([claim, lie])] == [True, False]
-    judge = modules.data.make_judge(modules.data.JudgeSettings(judge="relevance"))
-    assert [v.sufficient for v in judge([claim, lie])] == [False, True]
+    claims = [claim, claim._replace(observation="1 red O, 2 red X, 3 red T")]            # the truth, and a lie
+    for name, expected in ("rule", [True, False]), ("relevance", [False, True]):
+        judge = modules.data.make_judge(modules.data.JudgeSettings(judge=name))
+        assert [v.sufficient for v in judge(claims)] == expected
 
 
 def test_a_segment_ratio_is_the_product_of_its_tokens_ratios(solved, take_a_step):
@@ -129,15 +127,18 @@ def test_a_segment_ratio_is_the_product_of_its_tokens_ratios(solved, take_a_step
     assert 0 <= row["clip_share"] <= 1
 
 
-def test_a_plan_is_a_segment_with_flags_format_and_accuracy_of_its_own(solved):
+def test_a_plan_is_a_segment_with_flags_format_and_accuracy_of_its_own(solved, take_a_step, toy):
     modules = solved("plan-segment")
     text = "<observation> a </observation><plan> count it </plan><think> b </think><answer> 2 </answer>"
     parsed = modules.rewards.parse(text)
     assert parsed.formats == (True, True, True) and parsed.contents["plan"] == "count it"
     pieces = [piece.encode() + b">" for piece in text.split(">")[:-1]]
     assert modules.rewards.segment_ids(pieces) == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert modules.rewards.plan_is_there(SimpleNamespace(parsed=parsed), None) == 1
-    assert modules.pagrpo.Settings(plan_window=(2, 8)).plan_window == (2, 8)
+    for r in modules.data.read_records(toy / "rl.json"):
+        response = SimpleNamespace(parsed=parsed, example=SimpleNamespace(record=r))
+        assert modules.rewards.plan_is_right(response, None) == r.question.startswith("How many")
+    row = take_a_step(modules, "--windows", "8", "16", "2", "8", "10", "48")
+    assert {"plan/accuracy", "plan/zero_variance", "plan/tokens"} <= row.keys()
 
 
 def test_the_temporal_bonus_needs_answers_that_are_better_in_order(solved, take_a_step):
@@ -168,13 +169,13 @@ def test_a_new_toy_question_has_answers_traces_and_an_exact_judge(solved, tmp_pa
     records = [r for r in modules.data.read_records(folder / "sft.json", traces=True) if "different" in r.question]
     assert records and not any(modules.data.why_invalid(r) for r in records)
     claims = [modules.data.claim_about(r, r.trace["observation"]) for r in records]
-    assert all(v.sufficient for v in modules.rewards.rule_judge(claims))
+    assert all(v.sufficient for v in modules.data.rule_judge(claims))
     assert records[0].trace["think"].endswith(records[0].reference)
 
 
 def run_tests(folder: Path) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    words = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    run = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     return run.returncode, run.stdout
 
 

@@ -10,10 +10,31 @@ from rewards import Parsed, Verdict, parse, reward_parts, segment_ids
 
 O, T, A = "<observation> a cat </observation>", "<think> cats purr </think>", "<answer> B </answer>"
 GOOD = f"{O}\n{T}\n{A}"
-
-
-def formats(text: str) -> tuple[bool, bool]:
-    return parse(text).formats
+BROKEN_PERCEPTION = {
+    "empty": "<observation> </observation>",
+    "never opened": "a cat </observation>",
+    "opened twice": "<observation><observation> a cat </observation>",
+    "a think tag inside": "<observation> a <think> cat </observation>",
+    "text before it": "I see: <observation> a cat </observation>",
+    "text outside, nothing inside": "a cat <observation> </observation>",
+    "after a think": T + O,
+    "another spelling": "<Observation> a cat </observation>"}
+BROKEN_REASONING = {
+    "missing": "",
+    "no answer": T,
+    "no think": A,
+    "reordered": A + T,
+    "answer repeated": T + A + A,
+    "answer nested in think": f"<think> cats {A} purr </think>",
+    "think nested in think": f"<think>{T}</think>{A}",
+    "empty think": "<think> </think>" + A,
+    "empty answer": T + "<answer>\n</answer>",
+    "think left open": "<think> cats purr" + A,
+    "answer left open": T + "<answer> B",
+    "text between": T + "therefore" + A,
+    "text after": T + A + "I hope this helps.",
+    "observation repeated": O + T + A,
+    "observation closed twice": "</observation>" + T + A}
 
 
 def contents(observation, think, answer):
@@ -27,41 +48,16 @@ class TestParser:
     def test_a_good_response_is_split_whatever_white_space_it_has(self, text):
         assert parse(text) == Parsed(contents("a cat", "cats purr", "B"), (True, True))
 
-    @pytest.mark.parametrize("broken", [
-        pytest.param("<observation> </observation>", id="empty"),
-        pytest.param("a cat </observation>", id="never opened"),
-        pytest.param("<observation><observation> a cat </observation>", id="opened twice"),
-        pytest.param("<observation> a <think> cat </observation>", id="a think tag inside"),
-        pytest.param("I see: <observation> a cat </observation>", id="text before it"),
-        pytest.param("a cat <observation> </observation>", id="text outside, nothing inside"),
-        pytest.param(T + O, id="after a think"),
-        pytest.param("<Observation> a cat </observation>", id="another spelling"),
-    ])
-    def test_a_broken_perception_fails_alone(self, broken):
-        assert formats(f"{broken}\n{T}\n{A}") == (False, True)
+    @pytest.mark.parametrize("fault", BROKEN_PERCEPTION)
+    def test_a_broken_perception_fails_alone(self, fault):
+        assert parse(f"{BROKEN_PERCEPTION[fault]}\n{T}\n{A}").formats == (False, True)
 
-    @pytest.mark.parametrize("broken", [
-        pytest.param("", id="missing"),
-        pytest.param(T, id="no answer"),
-        pytest.param(A, id="no think"),
-        pytest.param(A + T, id="reordered"),
-        pytest.param(T + A + A, id="answer repeated"),
-        pytest.param(f"<think> cats {A} purr </think>", id="answer nested in think"),
-        pytest.param(f"<think>{T}</think>{A}", id="think nested in think"),
-        pytest.param("<think> </think>" + A, id="empty think"),
-        pytest.param(T + "<answer>\n</answer>", id="empty answer"),
-        pytest.param("<think> cats purr" + A, id="think left open"),
-        pytest.param(T + "<answer> B", id="answer left open"),
-        pytest.param(T + "therefore" + A, id="text between"),
-        pytest.param(T + A + "I hope this helps.", id="text after"),
-        pytest.param(O + T + A, id="observation repeated"),
-        pytest.param("</observation>" + T + A, id="observation closed twice"),
-    ])
-    def test_a_broken_reasoning_fails_alone(self, broken):
-        assert formats(O + broken) == (True, False)
+    @pytest.mark.parametrize("fault", BROKEN_REASONING)
+    def test_a_broken_reasoning_fails_alone(self, fault):
+        assert parse(O + BROKEN_REASONING[fault]).formats == (True, False)
 
     def test_an_observation_inside_an_observation_leaves_a_stray_tag_on_both_sides(self):
-        assert formats(f"<observation> {O} </observation>{T}{A}") == (False, False)
+        assert parse(f"<observation> {O} </observation>{T}{A}").formats == (False, False)
 
     @pytest.mark.parametrize("text, reasoning", [(f"\n{T}\n{A}\n", True), ("<observation> a cat" + T + A, False)])
     def test_a_text_without_a_closed_observation_is_read_as_reasoning(self, text, reasoning):
@@ -74,11 +70,12 @@ class TestParser:
         assert parse(text).contents["answer"] is None
 
     @pytest.mark.parametrize("units", [
-        ["<answer>"], ["</answer>"], ["<"], ["<observation>"], ["</observation>"], ["<think></think>"],
-        ["<observation"], [" \n"], ["<observation> <think> </think> <answer> </answer> "],
-        ["<observation>", "</observation>", "<think>", "</think>", "<answer>", "</answer>", "<", ">", "/", "é", " "]])
+        "<answer>", "</answer>", "<", "<observation>", "</observation>", "<think></think>", " \n",
+        "<observation> <think> </think> <answer> </answer> ", ("<observation>", "</observation>", "<think>", "<", "é", " ")])
     def test_garbage_of_100_000_characters_never_passes_and_takes_no_time(self, units):
-        text = "".join(random.Random(0).choices(units, k=100_000 // len(units[0])))
+        text = "".join(random.Random(0).choices(units, k=20_000))
+        if isinstance(units, str):
+            text = units * (100_000 // len(units))
         started = time.perf_counter()
         parsed = parse(text)
         assert time.perf_counter() - started < 1
@@ -118,7 +115,7 @@ def reward_parts_of(text=GOOD, sufficient=True, finished=True, tokens=(128, 319)
     record = SimpleNamespace(problem_type="multiple choice", reference=answer, options=("a cow", "a cat"))
     response = SimpleNamespace(example=SimpleNamespace(record=record), parsed=parse(text), finished=finished,
                                segments=segments or [0] * tokens[0] + [1] * tokens[1])
-    return reward_parts(response, Verdict(sufficient, ""), [(128, 320), (320, 512)])
+    return reward_parts(response, Verdict(sufficient, ""), (128, 320, 320, 512))
 
 
 class TestRewards:

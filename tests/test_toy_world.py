@@ -4,13 +4,15 @@ import hashlib
 import json
 import random
 import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import data
-from rewards import (COLOURS, LETTERS, PRICES, PROBLEM_TYPES, TOY_EVENTS, TOY_QUESTIONS, Claim, Toy, parse, read_toy,
-                     rule_judge, task_metric, toy_answer)
+from data import COLOURS, LETTERS, PRICES, TOY_EVENTS, TOY_QUESTIONS, Toy, read_toy, rule_judge, toy_answer
+from rewards import PROBLEM_TYPES, parse
 
 SMALL = {"sft": 25, "rl": 10, "heldout": 10}
 SHOWN = re.compile(rf"\b({'|'.join(COLOURS)}) ([{''.join(LETTERS)}])\b")
@@ -22,20 +24,31 @@ def records(toy):
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return data.make_toy(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture(scope="module")
 def every(records):
     return [record for split in records.values() for record in split]
 
 
 @pytest.fixture(scope="module")
 def texts(every):
-    settings = data.InputSettings(prompt="short")
-    return [text for r in every for text in (data.instruction(r, settings), data.trace_text(r, "p2r"),
-                                             data.trace_text(r, "think"))]
+    settings, made = data.InputSettings(prompt="short"), []
+    for r in every:
+        made += data.instruction(r, settings), data.trace_text(r, "p2r"), data.trace_text(r, "think")
+    return made
 
 
-def claim(record, observation=None):
-    return Claim(record.question, record.options, record.problem_type, record.reference,
-                 record.trace["observation"] if observation is None else observation)
+def letters(observation) -> list[str]:
+    return [" ".join(found) for found in SHOWN.findall(observation)]
+
+
+def judged(records, spoil=lambda text: text) -> list[bool]:
+    """Verdicts on the records' observations, spoilt."""
+    claims = [data.claim_about(r, spoil(r.trace["observation"])) for r in records]
+    return [verdict.sufficient for verdict in rule_judge(claims)]
 
 
 def files(folder):
@@ -49,50 +62,38 @@ class TestQuestions:
 
     def test_the_reference_follows_from_what_is_shown(self, every):
         for r in every:
-            shown = [" ".join(x) for x in SHOWN.findall(r.trace["observation"])]
-            assert len(shown) == TOY_EVENTS
-            assert toy_answer(read_toy(r.problem_type, r.question, r.options), shown) == r.reference
+            assert toy_answer(read_toy(r), letters(r.trace["observation"])) == r.reference
 
     @pytest.mark.parametrize("name, asked, shown, answer", [
-        ("count", "red", ["red O", "green X", "red T"], "2"),
-        ("count", "blue", ["red O", "green X", "red T"], "0"),
-        ("read", "red", ["red O", "green X", "blue T"], "X T"),
-        ("read", "red", ["red O", "red X", "red T"], None),   # nothing is left to read
-        ("ends", "", ["red O", "green X", "blue T"], "a red O turns into a blue T"),
-        ("total", "", ["red O", "green X", "blue T"], "6"),
-        ("total", "", ["red O", "green O", "blue O"], "9"),
-        ("total", "", ["red O", "green X"], None),      # not the whole clip
-        ("total", "", ["red O", "green X", "blue T", "red O"], None),
+        ("next", "red O", "red O green X blue T", "B"),
+        ("next", "blue T", "red O green X blue T", None),    # nothing comes after it
+        ("next", "red O", "red O red O blue T", None),       # after which of them?
+        ("next", "red O", "red O yellow X blue T", None),    # no option
+        ("count", "red", "red O green X red T", "2"),
+        ("count", "blue", "red O green X red T", "0"),
+        ("read", "red", "red O green X blue T", "X T"),
+        ("read", "red", "red O red X red T", None),   # nothing is left to read
+        ("ends", "", "red O green X blue T", "a red O turns into a blue T"),
+        ("total", "", "red O green X blue T", "6"),
+        ("total", "", "red O green X", None),      # not the whole clip
+        ("total", "", "red O green X blue T red O", None),
     ])
     def test_toy_answers_by_hand(self, name, asked, shown, answer):
-        assert toy_answer(Toy(name, asked, ()), shown) == answer
+        options = ("blue T", "green X", "red O") if name == "next" else ()
+        assert toy_answer(Toy(name, asked, options), letters(shown)) == answer
 
-    def test_the_right_option_is_what_comes_after_the_one_letter_asked_for(self, every):
-        pattern = re.escape(TOY_QUESTIONS["next"][1]).replace(r"\{\}", "(.*)")
+    def test_a_question_from_elsewhere_has_no_toy_answer(self, every):
         for r in every:
-            if r.problem_type == "multiple choice":
-                asked = re.fullmatch(pattern, r.question)[1]
-                shown = [" ".join(x) for x in SHOWN.findall(r.trace["observation"])]
-                place, = (i for i, x in enumerate(shown[:-1]) if x.startswith(asked))
-                right = [o[0] for o in r.options if shown[place + 1].startswith(o[3:])]
-                assert right == [r.reference]
-
-    @pytest.mark.parametrize("kind", PROBLEM_TYPES)
-    def test_a_question_from_elsewhere_has_no_toy_answer(self, kind):
-        assert read_toy(kind, "Why?", ()) is None
+            assert read_toy(replace(r, question="Why?")) is None
 
     @pytest.mark.parametrize("template", ["p2r", "think"])
     def test_every_trace_obeys_the_template_and_earns_full_marks(self, every, template):
         for r in every:
             parsed = parse(data.trace_text(r, template))
             assert parsed.formats == (template == "p2r", True)
-            assert task_metric(r.problem_type, parsed.contents["answer"], r.reference, r.options) == 1
+            assert data.answer_score(r, parsed.contents["answer"]) == 1
             if template == "p2r":
-                assert judged([claim(r, parsed.contents["observation"])]) == [True]
-
-
-def judged(claims) -> list[bool]:
-    return [verdict.sufficient for verdict in rule_judge(claims)]
+                assert parsed.contents["observation"] == r.trace["observation"]
 
 
 def wrong_where_it_matters(r) -> str:
@@ -112,28 +113,28 @@ def wrong_where_it_matters(r) -> str:
 
 class TestJudge:
     def test_a_faultless_observation_suffices(self, every):
-        assert all(judged([claim(r) for r in every]))
+        assert all(judged(every))
 
     def test_an_error_in_what_is_asked_does_not_suffice(self, every):
         for r in every:
-            assert judged([claim(r, wrong_where_it_matters(r))]) == [False], r
+            assert judged([r], lambda text: wrong_where_it_matters(r)) == [False], r
 
     @pytest.mark.parametrize("spoil", [
-        lambda text: "", lambda text: "???", lambda text: "I see some letters.", lambda text: text.upper(),
-        lambda text: " ".join(f"{c} {x}" for c, x in SHOWN.findall(text)[:-1]),
-        lambda text: text + ", " + " ".join(SHOWN.search(text).groups()),
-        lambda text: ", ".join(f"{c} {x}" for c in COLOURS for x in LETTERS),
+        lambda text: "", lambda text: "I see some letters.", str.upper,
+        lambda text: " ".join(letters(text)[:-1]),
+        lambda text: f"{text}, {letters(text)[0]}",
         lambda text: "<judgement>Yes</judgement>",
-    ], ids=["empty", "garbage", "vague", "shouted", "one too few", "one too many", "everything", "a verdict"])
+    ], ids=["empty", "vague", "shouted", "one too few", "one too many", "a verdict"])
     def test_too_little_too_much_or_nothing_does_not_suffice(self, every, spoil):
-        assert not any(judged([claim(r, spoil(r.trace["observation"])) for r in every]))
+        assert not any(judged(every, spoil))
 
     def test_the_answer_written_into_the_observation_is_no_observation(self, every):
-        assert not any(judged([claim(r, f"The answer is {r.reference}.") for r in every]))
+        for r in every:
+            assert judged([r], lambda text: f"The answer is {r.reference}.") == [False]
 
     def test_a_question_from_elsewhere_is_an_error_not_a_no(self, every):
         with pytest.raises(ValueError, match="toy questions only"):
-            judged([claim(every[0]), claim(every[1])._replace(question="What does the man hold?")])
+            judged([every[0], replace(every[1], question="What does the man hold?")])
 
 
 class TestPretraining:
@@ -141,10 +142,8 @@ class TestPretraining:
         rows = [data.toy_record(random.Random(n), n, "base") for n in range(1000)]
         captions = [(row, shown) for row, shown in rows if row["problem"] == data.CAPTION]
         assert 450 < len(captions) < 550 and all("observation" not in row for row, _ in captions)
-        said = [" ".join(x) for row, _ in captions for x in SHOWN.findall(row["answer"])]
-        shown = [letter for _, letters in captions for letter in letters]
-        assert len(said) == len(shown) == TOY_EVENTS * len(captions)
-        wrong = sum(a != b for a, b in zip(said, shown)) / len(shown)         # one in twelve draws is right by chance
+        pairs = [pair for row, shown in captions for pair in zip(letters(row["answer"]), shown, strict=True)]
+        wrong = sum(a != b for a, b in pairs) / len(pairs)   # one in twelve draws is right by chance
         assert 0.6 * data.CAPTION_ERRORS < wrong < 1.2 * data.CAPTION_ERRORS
 
     def test_what_it_teaches_is_the_answer_or_the_trace_as_the_record_has_it(self):
@@ -157,54 +156,47 @@ class TestPretraining:
 class TestFiles:
     def test_a_written_clip_is_read_back_exactly(self, tmp_path):
         noise = np.random.default_rng(0)
-        for n in range(10):
-            frames = np.stack([data.draw(COLOURS[n % 4], LETTERS[n % 3], (0.0, 1.0), noise) for _ in range(6)])
+        for n in range(4):
+            frames = np.stack([data.draw(COLOURS[n], LETTERS[n % 3], (0.0, 1.0), noise) for _ in range(6)])
             (tmp_path / "x.avi").write_bytes(data.avi_bytes(frames, data.TOY_FPS))
             seen, seconds = data.read_video(tmp_path / "x.avi", data.InputSettings(frames=6, fps=data.TOY_FPS))
             assert np.array_equal(seen, frames) and seconds == pytest.approx(2 / data.TOY_FPS)
 
-    @pytest.mark.parametrize("edit", ["question", "drawing"])
-    def test_a_world_is_written_anew_when_its_code_was_edited(self, edit, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("table, name, value", [
+        (TOY_QUESTIONS, "count", ("numerical", "How often is a letter {}?")), (data.PAINT, "red", (255, 0, 0))])
+    def test_a_world_is_written_anew_when_its_code_was_edited(self, table, name, value, small, tmp_path, monkeypatch):
         """Somebody changes the toy world and starts the same command again."""
-        data.make_toy(tmp_path / "toy", SMALL)
-        before = files(tmp_path / "toy")
-        if edit == "question":
-            monkeypatch.setitem(TOY_QUESTIONS, "count", ("numerical", "How often is a letter {}?"))
-        else:
-            monkeypatch.setitem(data.PAINT, "red", (255, 0, 0))
-        data.make_toy(tmp_path / "toy", SMALL)
-        after = files(tmp_path / "toy")
-        assert before.keys() == after.keys() and before != after
-        assert any(b"How often" in content for content in after.values()) == (edit == "question")
+        shutil.copytree(small, tmp_path / "old")
+        monkeypatch.setitem(table, name, value)
+        old, new = (files(data.make_toy(tmp_path / folder, SMALL)) for folder in ("old", "new"))
+        assert old == new != files(small)
 
-    def test_the_same_seed_writes_the_same_bytes(self, tmp_path):
-        one, two = (files(data.make_toy(tmp_path / name, SMALL)) for name in ("one", "two"))
-        assert one == two and len(one) == sum(SMALL.values()) + len(SMALL)
+    def test_the_same_seed_writes_the_same_bytes(self, small, tmp_path):
+        assert files(small) == files(data.make_toy(tmp_path, SMALL))
+        assert len(files(small)) == sum(SMALL.values()) + len(SMALL)
 
-    def test_a_world_that_was_left_half_written_is_completed(self, tmp_path):
-        whole = files(data.make_toy(tmp_path / "whole", SMALL))
-        half = data.make_toy(tmp_path / "half", SMALL)
+    def test_a_world_that_was_left_half_written_is_completed(self, small, tmp_path):
+        half = shutil.copytree(small, tmp_path / "half")
         (half / "heldout.json").unlink()
-        (half / "heldout" / "00003.avi").unlink()
-        (half / "heldout" / "00004.avi").write_bytes(b"RIFF")
-        data.make_toy(half, SMALL)
-        assert files(half) == whole
+        (half / "heldout/00003.avi").unlink()
+        (half / "heldout/00004.avi").write_bytes(b"RIFF")
+        assert files(data.make_toy(half, SMALL)) == files(small)
 
-    def test_a_complete_world_is_left_alone(self, tmp_path):
-        folder = data.make_toy(tmp_path / "toy", SMALL)
-        when = {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
-        assert data.make_toy(folder, SMALL) == folder
-        assert {f: f.stat().st_mtime_ns for f in folder.rglob("*")} == when
+    def test_a_complete_world_is_left_alone(self, toy):
+        when = {f: f.stat().st_mtime_ns for f in toy.rglob("*")}
+        data.make_toy(toy, {"sft": 40, "rl": 20, "heldout": 20})
+        assert {f: f.stat().st_mtime_ns for f in toy.rglob("*")} == when
 
     def test_no_clip_stands_twice_in_a_split_or_in_two_splits(self, toy):
         clips = [hashlib.sha256(f.read_bytes()).hexdigest() for f in toy.rglob("*.avi")]
         assert len(clips) == len(set(clips)) == 80
 
     def test_records_are_those_of_the_release(self, toy):
+        fields = {"problem_id", "problem", "options", "solution", "path", "data_type", "problem_type", "observation",
+                  "process"}
         for row in json.loads((toy / "sft.json").read_text()):
-            assert row.keys() >= {"problem_id", "problem", "options", "solution", "path", "data_type", "problem_type",
-                                  "observation", "process"}
-            assert row["solution"] == f"<answer>{row['answer']}</answer>" and (toy / row["path"]).is_file()
+            assert row.keys() >= fields and (toy / row["path"]).is_file()
+            assert row["solution"] == f"<answer>{row['answer']}</answer>"
 
 
 class TestTokenizer:

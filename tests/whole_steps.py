@@ -13,6 +13,7 @@ import torch
 
 import data
 import pagrpo
+import rewards
 import sft
 from model import Qwen2_5_VL
 from peers import Peer
@@ -47,15 +48,17 @@ def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optim
          peaks: Peaks | None = None) -> tuple[dict[str, float], dict[str, int]]:
     """A step on these questions. judge: called with all claims. Returns the seconds of its phases and, with `peaks`,
     the peak bytes of each."""
-    clock, bytes = pagrpo.Clock(), {}
+    seconds, bytes, began = {}, {}, time.perf_counter()
 
     def lap(phase: str) -> None:
+        nonlocal began
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-        clock.lap(phase)
+        seconds[phase] = time.perf_counter() - began
         if peaks:
             bytes[phase] = peaks.take()
-    groups = pagrpo.rollout(policy, asked, vocabulary, s, "bench", s.group_size, 1.0)
+        began = time.perf_counter()
+    groups = pagrpo.rollout(policy, asked, vocabulary, s, "bench")
     responses = sum(groups, [])
     if {len(r.tokens) for r in responses} != {s.max_response}:
         raise SystemExit(f"A response of ours is not {s.max_response} tokens long.")
@@ -63,14 +66,14 @@ def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optim
     if judge:
         judge([data.claim_about(r.example.record, r.text) for r in responses])
         lap("judging")
-    batches = pagrpo.make_batches(groups, policy, reference, vocabulary, s, world)
+    ref_logprobs = pagrpo.score(reference, groups, vocabulary, s, world)
     lap("scoring")
-    parts = pagrpo.reward_tensor(groups, [pagrpo.UNCLOSED] * len(responses), s)
+    parts = pagrpo.reward_tensor(groups, [rewards.Verdict(False, "")] * len(responses), s)
     parts = parts + torch.rand_like(parts)                   # random text earns nothing
     advantages = pagrpo.group_advantages(pagrpo.total_rewards(parts, s.reward_off), s.advantage)
-    pagrpo.update(policy, optimizer, batches, advantages, 1e-6, s, world)
+    pagrpo.update(policy, optimizer, 1e-6, groups, advantages, ref_logprobs, vocabulary, s, world)
     lap("training")
-    return {name.removeprefix("seconds_"): seconds for name, seconds in clock.seconds.items()}, bytes
+    return seconds, bytes
 
 
 def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, reference: Qwen2_5_VL, world: sft.World,
@@ -119,10 +122,11 @@ def waiting(ruler: Ruler, world: sft.World, steps: int = 30, folders: bool = Fal
         data.make_toy_model(base, 0)
         records = as_folders(toy, "rl") if folders else toy / "rl.json"
         where = dict(preset="tiny", out=folder, model=str(base), data=str(records), media=str(toy))
-        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps, cache_gb=0))
-        run = sft.Run(Path(folder) / "pagrpo", settings, steps, settings.questions, world)
+        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps))
+        run = sft.Run(Path(folder) / "pagrpo", settings, settings.questions, base, world)
         prepared = pagrpo.prepare(settings, run, world)
         questions = prepared[4]
+        questions.room = 0                                   # nothing is kept for the next epoch
         questions.prefetch = partial(timed, questions.prefetch, blocked)
         whole = seconds_of(lambda: pagrpo.train(*prepared))
     read = "folders of frames" if folders else "clips"
