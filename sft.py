@@ -543,8 +543,8 @@ class Run:
         SIGTERM stop the run after a step, and adds to an error how the run continues."""
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
             for name in ("metrics.jsonl", "rollouts.jsonl") if self.world.first else ():
-                rows, _ = read_jsonl(self.folder / name)     # the last may be cut short by a kill
-                if rows:
+                if (self.folder / name).is_file():           # its last line may be cut by a kill
+                    rows, _ = read_jsonl(self.folder / name)
                     kept = [row for row in rows if row["step"] <= self.step]
                     data.write_rows(self.folder / name, kept)
             numbers = signal.SIGINT, signal.SIGTERM

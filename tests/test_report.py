@@ -74,7 +74,6 @@ def copy_of(run, tmp_path) -> Path:
 
 # ------------------------------------------------------------------------------------------------ one file
 
-
 def test_the_page_needs_no_other_file_and_no_network(page):
     assert page.loads == [], "nothing is loaded; frames are in the data"
     style = page.texts["style"]
