@@ -1058,7 +1058,7 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
     decide = rule_judge if s.judge == "rule" else reference
     if is_http(s.judge):
         ask = ask_server(s, "judge", max_tokens=s.judge_tokens, temperature=0)
-        same = [s.judge_model, s.judge_tokens]             # not the address: a server may move
+        same = [s.judge_model, s.judge_tokens, rewards.JUDGE_PROMPT]   # not the address
         decide = partial(rewards.journaled, partial(rewards.judge_by_chat, ask), same,
                          rewards.Journal(place, rank), threads=s.concurrency, title=title,
                          max_failed=s.max_unknown if title else 1)
