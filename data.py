@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import errno
-import gzip
 import hashlib
 import io
 import json
@@ -21,11 +19,8 @@ import math
 import os
 import random
 import re
-import struct
 import sys
 import threading
-import warnings
-import zlib
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +33,7 @@ from queue import Empty, SimpleQueue
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, init_weights, load_model,
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, gathered, init_weights, load_model,
                    mrope_positions, newest_checkpoint, read_config, save_model, write_config)
 import numpy as np
 import torch
@@ -167,10 +162,8 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
     if isinstance(result, (MediaError, ImportError)):
         raise result
     said = str(result).strip() or "it ends early"
-    reason = said.splitlines()[-1][:200]
-    if "cannot find video stream" in reason:
-        reason = "no video, or a codec that decord lacks"
-    raise MediaError(f"cannot be decoded: {reason}. If a player shows it, convert it to MP4 (H.264)")
+    raise MediaError(f"cannot be decoded: {said.splitlines()[-1][:200]}. If a player shows it, "
+                     "convert it to MP4 (H.264)")
 
 
 def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.ndarray, float]:
@@ -189,6 +182,10 @@ def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.nd
 def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
     """`read_video` of a file. Calls `beat` at each frame. Short clips are read on from the start: a
     seek costs as much as decoding some hundred frames, and is not exact in every file."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if re.match(rb"(?s)GIF8|.PNG|RIFF....WEBP", head):
+        return read_animation(path, settings, beat)
     reader, fps, total, exact = open_video(path)
     indices, frames = frame_indices(total, fps, settings), {}
     if exact and total > READ_ON:
@@ -199,16 +196,24 @@ def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndar
     return np.stack([frames[i] for i in indices]), seconds
 
 
+def read_animation(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
+    """`decode` of a GIF, PNG or WebP. Each frame counts as long as the first one."""
+    with Image.open(path) as image:
+        if image.n_frames == 1:
+            raise MediaError("a picture, not a video")
+        fps = 1000 / (image.info.get("duration") or 100)     # browsers, too, show 0 as 100 ms
+        indices, frames = frame_indices(image.n_frames, fps, settings), []
+        for i in indices:
+            image.seek(i)
+            frames.append(to_rgb(image))
+            beat()
+        return np.stack(frames), TEMPORAL_PATCH * image.n_frames / (fps * len(indices))
+
+
 def open_video(path: Path) -> tuple:
     """A decord.VideoReader, frames a second, the number of frames that a viewer shows, and whether
     it may seek: each frame has its time, and none is hidden."""
     import decord                                            # not at the top: torch comes before it
-    with path.open("rb") as file:
-        head = file.read(12)
-    kind = re.match(rb"(?s)(?:.|RIFF....|....ftyp)?(GIF8|PNG|WEBP|avi[fs])", head)
-    if kind:
-        raise MediaError(f"a picture or an animation ({kind[1].decode().upper()}), not a video: "
-                         "convert an animation to MP4 (H.264)")
     # fault_tol: a frame that cannot be decoded is an error
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
     fps = reader.get_avg_fps()
@@ -269,16 +274,21 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8, turned as its EXIF data say. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            with suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):   # broken EXIF
+            with suppress(Exception):                        # damaged EXIF data can cause any
                 image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                image = to_8_bits(image)
-            if image.has_transparency_data:                  # on white, as the official utility does
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))[None]
+            return to_rgb(image)[None]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot be decoded: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8. What is transparent becomes white, as in the official utility."""
+    if image.mode[0] in "IF":
+        image = to_8_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -344,30 +354,23 @@ class Record:
 
 
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
-    """Reads a JSON list or JSON lines, gzip or plain. `traces`: each record must have one. Raises
-    ValueError, naming the record."""
-    where = f"{file}"
+    """Reads a JSON list or JSON lines. `traces`: each record must have one. Raises ValueError,
+    naming the record."""
+    where, records = f"{file}", []
     try:
-        raw = Path(file).read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-        text = raw.decode("utf-8-sig").strip()
-        if text[:1] == "[":
-            rows = json.loads(text)
-        else:                                                # splitlines would also cut at U+2028
-            rows = [line for line in text.split("\n") if line.strip()]
-        for i, row in enumerate(rows):
-            where = f"{file}, record {i + 1}"
-            if isinstance(row, str) and text[:1] != "[":
-                row = json.loads(row)
-            rows[i] = to_record(row, traces)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{where}: {error}") from None
-    except (LookupError, TypeError, AttributeError, SyntaxError) as error:
+        text = Path(file).read_text("utf-8-sig").strip()
+        is_list = text[:1] == "["
+        rows = json.loads(text) if is_list else text.split("\n")       # splitlines cuts at U+2028
+        for i, row in enumerate(rows, start=1):
+            where = f"{file}, record {i}"
+            if not is_list and not row.strip():
+                continue
+            records.append(to_record(row if is_list else json.loads(row), traces))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
-    if not rows:
+    if not records:
         raise ValueError(f"{file}: holds no records")
-    return rows
+    return records
 
 
 def to_record(row: dict, traces: bool) -> Record:
@@ -424,7 +427,7 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
     path = root / r.path
     try:
         root, target = root.resolve(), path.resolve()
-        there = target.is_file() or target.is_dir()          # no pipe, no device
+        there = target.exists()
     except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a cycle
         raise MediaError(f"no file can have this path: {error}") from None
     # In a Hugging Face cache, what lies below snapshots/ are links into blobs/ beside it.
@@ -597,19 +600,22 @@ def why_invalid(r: Record) -> str:
 CACHE_BYTES = 2 ** 29                                        # decoded media kept for the next epoch
 
 
+@dataclass
 class Examples:
     """Records that become examples when asked for. One that cannot is None, counted, and named in
     the file `log`."""
-
-    def __init__(self, records: list[Record], root: str | Path, vocabulary: Vocabulary,
-                 config: Config, settings: InputSettings, log: Path | None = None,
-                 max_unreadable: float = MAX_UNREADABLE, teaching: bool = True):
-        """teaching: leave out what `why_invalid` names."""
-        self.records, self.root, self.settings = records, Path(root), settings
-        self.vocabulary, self.config, self.log = vocabulary, config, log
-        self.max_unreadable, self.teaching = max_unreadable, teaching
-        self.asked, self.skipped = set(), {}                 # indices; index → reason
-        self.cache, self.room, self.lock = {}, CACHE_BYTES, threading.Lock()
+    records: list[Record]
+    root: str | Path
+    vocabulary: Vocabulary
+    config: Config
+    settings: InputSettings
+    log: Path | None = None
+    max_unreadable: float = MAX_UNREADABLE
+    teaching: bool = True                                    # leave out what `why_invalid` names
+    asked: set[int] = field(default_factory=set)
+    skipped: dict[int, str] = field(default_factory=dict)    # index → reason
+    cache: dict[int, Example] = field(default_factory=dict)
+    room: int = CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.records)
@@ -617,22 +623,19 @@ class Examples:
     def __getitem__(self, i: int) -> Example | None:
         if i in self.cache or i in self.skipped:
             return self.cache.get(i)
+        self.asked.add(i)
         try:
             example = self.build(self.records[i])
         except (MediaError, ValueError) as error:
-            with self.lock:
-                self.asked.add(i)
-                self.skipped[i] = str(error)
-                if self.log:
-                    with self.log.open("a", encoding="utf-8") as file:
-                        file.write(f"{self.records[i].path}\t{error}\n")
+            self.skipped[i] = str(error)
+            if self.log:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(f"{self.records[i].path}\t{error}\n")
             return None
         size = 0 if example.pixels is None else example.pixels.nbytes
-        with self.lock:
-            self.asked.add(i)
-            if i not in self.cache and size <= self.room:
-                self.cache[i] = example
-                self.room -= size
+        if size <= self.room:
+            self.room -= size
+            self.cache[i] = example
         return example
 
     def build(self, r: Record) -> Example:
@@ -640,7 +643,7 @@ class Examples:
         if self.teaching and (reason := why_invalid(r)):
             raise ValueError(reason)
         try:
-            example = build_example(r, self.root, self.vocabulary, self.config, self.settings)
+            example = build_example(r, Path(self.root), self.vocabulary, self.config, self.settings)
         except MediaError as error:
             raise MediaError(f"media: {error}") from None
         if len(example.ids) > self.settings.max_prompt:
@@ -678,8 +681,9 @@ def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]
     resumed has the same order when more media have arrived. SystemExit if there are none."""
     if file.is_file() and file.with_name("settings.json").is_file():     # the run has begun
         return [i for i in json.loads(file.read_text()) if i < len(records)]
-    there = lru_cache(maxsize=None)(lambda path: (Path(root) / path).exists())
-    found = [i for i, r in enumerate(records) if r.blind or there(r.path)]
+    paths = {r.path for r in records}
+    there = {path for path in paths if (Path(root) / path).exists()}
+    found = [i for i, r in enumerate(records) if r.blind or r.path in there]
     if len(found) < len(records):
         print(f"{len(found):,} of {len(records):,} records have their media under {root}")
     if records and not found:
@@ -830,6 +834,11 @@ def toy_think(toy: Toy, shown: list[str]) -> str:
 TOY_TEXTS = {"observation": toy_observation, "think": toy_think, "answer": toy_answer}   # tag → text
 
 
+def letters_in(text: str) -> list[str]:
+    """The coloured letters that a text names: "1 red O, 2 blue X" → ["red O", "blue X"]"""
+    return re.findall(rf"\b(?:{'|'.join(COLOURS)}) [{''.join(LETTERS)}]\b", text)
+
+
 def rule_judge(claims: Sequence[Claim]) -> list[Verdict]:
     """Judges toy observations exactly: derives the answer from the observation's text alone and
     compares. Raises ValueError for a question that is not of the toy world: silence would look like
@@ -840,13 +849,15 @@ def rule_judge(claims: Sequence[Claim]) -> list[Verdict]:
         if toy is None:
             raise ValueError(f"the rule judge knows toy questions only, not {claim.question!r}: "
                              "choose another --judge")
-        pattern = rf"\b(?:{'|'.join(COLOURS)}) [{''.join(LETTERS)}]\b"
-        shown = re.findall(pattern, claim.observation)
+        shown = letters_in(claim.observation)
         derived = toy_answer(toy, shown)
         seen = ", ".join(shown) or "nothing seen"
         verdicts.append(Verdict(derived is not None and derived == claim.reference,
                                 f"{seen}: from this follows {derived or 'nothing'}"))
     return verdicts
+
+
+JUDGES = {"rule": rule_judge}                                # by their names in --judge
 
 
 def is_toy(asked: Iterable[Record | Claim]) -> bool:
@@ -875,29 +886,6 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
 
 
-def avi_bytes(frames: np.ndarray, fps: int) -> bytes:
-    """Frames (N, h, w, 3) as PNG pictures in an AVI file: lossless."""
-    (n, h, w, _), movie, index, largest = frames.shape, b"movi", b"", 0
-    for frame in frames:
-        Image.fromarray(frame).save(buffer := io.BytesIO(), "PNG", compress_level=1)
-        picture = buffer.getvalue()
-        index += struct.pack("<4sIII", b"00dc", 0x10, len(movie), len(picture))
-        movie += chunk(b"00dc", picture)
-        largest = max(largest, len(picture))
-    header = struct.pack("<14I", 1_000_000 // fps, largest * fps, 0, 0x10, n, 0, 1, largest, w, h,
-                         0, 0, 0, 0)
-    stream = struct.pack("<4s4sIHHIIIIIIIIHHHH", b"vids", b"MPNG", 0, 0, 0, 0, 1, fps, 0, n, largest,
-                         0, 0, 0, 0, w, h)
-    bitmap = struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MPNG", w * h * 3, 0, 0, 0, 0)
-    streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap))
-    headers = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + streams)
-    return chunk(b"RIFF", b"AVI " + headers + chunk(b"LIST", movie) + chunk(b"idx1", index))
-
-
-def chunk(tag: bytes, body: bytes) -> bytes:
-    return tag + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
-
-
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
     """A question about three letters, with its answer and a correct trace; and the letters shown."""
     problem_type = TOY_MIX[number % len(TOY_MIX)]
@@ -923,19 +911,22 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
     return {"problem_id": f"{split}-{number}", "problem": question,
             "options": rewards.letter_options(options), "data_type": "video",
             "problem_type": problem_type, "solution": f"<answer>{answer}</answer>", "answer": answer,
-            "path": f"./{split}/{number:05d}.avi", "data_source": "toy", **trace}, shown
+            "path": f"./{split}/{number:05d}.apng", "data_source": "toy", **trace}, shown
 
 
 def toy_clip(seed: int, split: str, number: int) -> bytes:
-    """The clip of a record. Each record has a seed of its own: no held-out clip is a training
+    """The clip of a record, an animated PNG, which is lossless and which browsers show. Each record has a seed of its own: no held-out clip is a training
     clip."""
     rng = random.Random(f"{seed}/{split}/{number}")
     _, shown = toy_record(rng, number, split)
     noise, frames = np.random.default_rng(rng.getrandbits(64)), []
     for x in shown:
         for _ in range(2):
-            frames.append(draw(*x.split(), TOY_BEHIND[split], noise))
-    return avi_bytes(np.stack(frames), TOY_FPS)
+            frame = draw(*x.split(), TOY_BEHIND[split], noise)
+            frames.append(Image.fromarray(frame))
+    frames[0].save(buffer := io.BytesIO(), "PNG", save_all=True, append_images=frames[1:],
+                   duration=1000 // TOY_FPS, compress_level=1)
+    return buffer.getvalue()
 
 
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
@@ -946,14 +937,14 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
         for number in range(count):
             row, _ = toy_record(random.Random(f"{seed}/{split}/{number}"), number, split)
             rows.append(row)
-        first, text = clips / "00000.avi", json.dumps(rows, indent=1)
+        first, text = clips / "00000.apng", json.dumps(rows, indent=1)
         if file.is_file() and file.read_text() == text and first.is_file():
             if first.read_bytes() == toy_clip(seed, split, 0):
                 continue
         file.unlink(missing_ok=True)                         # written again when its clips are there
         clips.mkdir(parents=True, exist_ok=True)
         for number in tqdm(range(count), f"toy clips, {split}", unit="clip"):
-            (clips / f"{number:05d}.avi").write_bytes(toy_clip(seed, split, number))
+            (clips / f"{number:05d}.apng").write_bytes(toy_clip(seed, split, number))
         write_atomically(file, text)
     return Path(folder)
 
@@ -1005,10 +996,9 @@ THRESHOLD = 0.6                                              # of a correct answ
 @dataclass(frozen=True)
 class JudgeSettings:
     """The judge of observations."""
-    judge: str = flag("rule", "rule (toy world), reference (the KL reference; in the pipeline "
-                      "--judge-model) or http(s)://…/v1", built_in=("rule", "reference"))
-    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY); outside RL, "
-                            "the folder of the reference judge")
+    judge: str = flag("rule", "rule (toy world), reference (in RL the KL reference, in evaluation the "
+                      "model itself) or http(s)://…/v1", built_in=(*JUDGES, "reference"))
+    judge_model: str = flag("", "name of an http judge's model (key: JUDGE_API_KEY)")
     judge_tokens: int = flag(512, "maximum number of tokens in a judge's reply; a reasoning model "
                              "needs more", minimum=1)
     refuse_leaks: bool = flag(True, "an observation that only states an answer is refused without "
@@ -1055,12 +1045,14 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
                rank: int = 0, title: str = "") -> Judge:
     """The judge that --judge names, a function from claims to verdicts. place: of the journal of a
     server's replies; reference: what --judge reference calls; title: of the progress bar."""
-    decide = rule_judge if s.judge == "rule" else reference
+    decide = JUDGES.get(s.judge, reference)
+    if decide is None and not is_http(s.judge):
+        raise SystemExit(f"--judge {s.judge} needs a model: choose an http address")
     if is_http(s.judge):
         ask = ask_server(s, "judge", max_tokens=s.judge_tokens, temperature=0)
         same = [s.judge_model, s.judge_tokens, rewards.JUDGE_PROMPT]   # not the address
-        decide = partial(rewards.journaled, partial(rewards.judge_by_chat, ask), same,
-                         rewards.Journal(place, rank), threads=s.concurrency, title=title,
+        decide = partial(rewards.judge_by_server, ask, same, rewards.Journal(place, rank),
+                         threads=s.concurrency, title=title,
                          max_failed=s.max_unknown if title else 1)
     return partial(rewards.judge_claims, decide, s.refuse_leaks)
 
@@ -1074,19 +1066,20 @@ def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, settings: InputSett
     """Judges by answering: the model reads question and observation, without the media, and writes
     think and answer. The observation suffices if the answer's score reaches THRESHOLD: weak
     reasoning counts against it."""
-    if not claims:
-        return []
-    records, verdicts = [], []
+    examples, verdicts = [], []
     for c in claims:
-        records.append(Record("", c.question, c.options, c.problem_type, c.reference, "",
-                              c.data_type, blind=True, given=c.observation))
-    examples = [build_example(r, Path(), vocabulary, model.config, settings) for r in records]
-    greedy = torch.zeros(len(examples), 1, tokens), vocabulary.stop_ids, 0.0
-    out = model.generate(collate(examples).to(device), *greedy)
+        r = Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type,
+                   blind=True, given=c.observation)
+        examples.append(build_example(r, Path(), vocabulary, model.config, settings))
+    with gathered(model):                                    # all ranks, also one without claims
+        if not claims:
+            return []
+        greedy = torch.zeros(len(claims), 1, tokens), vocabulary.stop_ids, 0.0
+        out = model.generate(collate(examples).to(device), *greedy)
     tokens, lengths = out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()
-    for r, ids, n in zip(records, tokens, lengths):
+    for example, ids, n in zip(examples, tokens, lengths):
         text = vocabulary.decode(ids[:n])
-        score = answer_score(r, parse(text).contents["answer"])
+        score = answer_score(example.record, parse(text).contents["answer"])
         explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
         verdicts.append(Verdict(score >= THRESHOLD, explanation))
     return verdicts
@@ -1116,18 +1109,14 @@ def teacher_chat(r: Record, s: CotSettings) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def teach(ask: Callable | None, s: CotSettings, records: list[Record]) -> list[dict]:
-    """A row for each record: the teacher's output, and an error if there is none."""
-    rows = []
-    for r in records:
-        try:
-            text, error = toy_draft(r, s), ""
-            if ask:
-                text, error = ask(teacher_chat(r, s))
-        except MediaError as problem:
-            text, error = None, f"media: {problem}"
-        rows.append({"output": text, "error": "" if text else error})    # step 2 checks a cut one
-    return rows
+def teach(ask: Callable | None, s: CotSettings, r: Record) -> dict:
+    """The teacher's output on a record, and an error if there is none. None as `ask`: the toy
+    teacher."""
+    try:
+        text, error = ask(teacher_chat(r, s)) if ask else (toy_draft(r, s), "")
+    except MediaError as problem:
+        text, error = None, f"media: {problem}"
+    return {"output": text, "error": "" if text else error}  # step 2 checks one that is cut off
 
 
 def toy_draft(r: Record, s: CotSettings) -> str:
@@ -1135,11 +1124,9 @@ def toy_draft(r: Record, s: CotSettings) -> str:
     those in perception do not: there the reasoning follows what was shown, and only step 3 can
     catch it."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r)
-    observation = r.trace.get("observation", "")
-    shown = [item.partition(" ")[2] for item in observation.split(", ")]   # "1 red O, 2 blue X, …"
-    if toy_observation(toy, shown) != observation or len(shown) != TOY_EVENTS:
-        raise ValueError(f"{r.path}: the toy teacher finds no letters in the observation "
-                         f"{observation!r:.60}")
+    shown = letters_in(r.trace.get("observation", ""))
+    if len(shown) != TOY_EVENTS:
+        raise ValueError(f"{r.path}: the toy teacher needs the observation of the three letters")
     seen = reasoned = shown
     if rng.random() < s.mistakes:
         seen = misread(toy, shown, r, 1, rng)
@@ -1182,7 +1169,6 @@ class CotSettings(InputSettings, JudgeSettings):
     teacher_model: str = flag("", "name of an http teacher's model (key: TEACHER_API_KEY)")
     temperature: float = flag(0.0, "of a teacher's sampling; 0 is greedy", minimum=0)
     max_response: int = flag(1024, "maximum number of tokens in a trace", minimum=1)
-    batch: int = flag(16, "observations that the reference judge works on at once", minimum=1)
     seed: int = flag(0, "decides a teacher's sampling, and the toy teacher's mistakes")
     mistakes: float = flag(0.1, "share of the toy teacher's traces with wrong letters, and as many "
                            "with wrong reasoning")
@@ -1190,6 +1176,9 @@ class CotSettings(InputSettings, JudgeSettings):
 
 # What a reasoning teacher writes before the template. Its <think> may stand in the prompt.
 OWN_REASONING = r"(?s)\A\s*(?:<think>.*?|(?:(?!<observation>).)*?)</think>\s*(?=<observation>)"
+# What decides a draft, beside the record.
+DECISIVE = ("prompt", "frames", "fps", "min_pixels", "max_pixels", "image_max_pixels", "teacher_model",
+            "temperature", "max_response", "seed", "mistakes")
 STEPS = {"not generated": "generated", "template broken": "template", "answer wrong": "answer",
          "not judged": "judged", "observation insufficient": "observation"}
 
@@ -1201,14 +1190,13 @@ def cot(s: CotSettings) -> Path:
     Journals in --out grow by a line for each finished piece of work; traces.jsonl (kept) and
     dropped.jsonl (with reasons) come at the end. Started again, it does what is missing.
     """
-    folder, media = Path(s.out), s.media or str(Path(s.data).parent)
-    s = replace(s, media=media)
+    folder = Path(s.out)
+    s = replace(s, media=s.media or str(Path(s.data).parent))
     with lock_folder(folder):
-        judge, records = make_cot_judge(s, folder / "3-judged"), {}    # equal records are one
-        inputs = [s.prompt, s.frames, s.fps, s.min_pixels, s.max_pixels, s.image_max_pixels]
-        writing = [s.teacher_model or s.teacher, s.temperature, s.max_response, s.seed, s.mistakes]
+        judge = make_judge(s, folder / "3-judged", title="3 observation sufficiency")
+        records = {}                                         # equal ones are one
         for r in read_records(s.data)[:s.limit or None]:
-            records[key_of(asdict(r), inputs, writing)] = r
+            records[key_of(asdict(r), [getattr(s, name) for name in DECISIVE])] = r
         if (s.judge == "rule" or s.teacher == "toy") and not is_toy(records.values()):
             raise SystemExit("The toy teacher and the rule judge know toy records only: give "
                              "--teacher and --judge.")
@@ -1220,31 +1208,30 @@ def cot(s: CotSettings) -> Path:
             ask = ask_server(s, "teacher", max_tokens=s.max_response, temperature=s.temperature,
                              seed=s.seed)
         journal = rewards.Journal(folder / "1-generated")
-        drafts = journal.complete(records, partial(teach, ask, s), threads=threads,
-                                  title="1 generate", max_failed=s.max_unknown)
+        drafts = journal.complete(records, partial(teach, ask, s), threads, "1 generate",
+                                  s.max_unknown)
 
         # Step 2, verify: the template, and the answer's score.
-        rows = {key: verify(r, drafts[key]["output"], drafts[key]["error"])
-                for key, r in records.items()}
+        rows = [verify(r, drafts[key]) for key, r in records.items()]
 
         # Step 3, observation sufficiency: the judge reads nothing else.
-        left = [key for key, row in rows.items() if row["select"]]
-        claims = [claim_about(records[key], rows[key]["observation"]) for key in left]
-        for key, verdict in zip(left, judge(claims), strict=True):
+        left = [(r, row) for r, row in zip(records.values(), rows) if row["select"]]
+        claims = [claim_about(r, row["observation"]) for r, row in left]
+        for (_, row), verdict in zip(left, judge(claims), strict=True):
             if not verdict.sufficient:
                 reason = "not judged" if verdict.error else "observation insufficient"
-                rows[key] |= dict(select=False, reason=reason, error=verdict.error)
+                row |= dict(select=False, reason=reason, error=verdict.error)
 
         for name, select in (("traces", True), ("dropped", False)):
-            write_rows(folder / f"{name}.jsonl",
-                       [row for row in rows.values() if row["select"] == select])
-        print(*funnel(rows.values()), sep="\n", flush=True)
+            chosen = [row for row in rows if row["select"] == select]
+            write_rows(folder / f"{name}.jsonl", chosen)
+        print(*funnel(rows), sep="\n", flush=True)
     return folder / "traces.jsonl"
 
 
-def verify(r: Record, output: str | None, error: str) -> dict:
+def verify(r: Record, draft: dict) -> dict:
     """Step 2: the row of a record with its trace, `select` and, if it is dropped, the reason."""
-    text = re.sub(OWN_REASONING, "", output or "")
+    error, text = draft["error"], re.sub(OWN_REASONING, "", draft["output"] or "")
     contents, formats = parse(text)
     score, reason = answer_score(r, contents["answer"]), ""
     if error:
@@ -1256,21 +1243,6 @@ def verify(r: Record, output: str | None, error: str) -> dict:
     trace = {tag: contents.get(tag) or "" for tag in TRACE_TAGS}
     row = to_row(replace(r, trace=trace))
     return row | dict(output=text, reward=score, select=not reason, reason=reason, error=error)
-
-
-def make_cot_judge(s: CotSettings, place: Path) -> Judge:
-    """The judge of step 3. `reference` is the checkpoint in --judge-model, which answers blind."""
-    reference = None
-    if s.judge == "reference":
-        if not s.judge_model:
-            raise SystemExit("--judge reference needs --judge-model: the checkpoint folder that "
-                             "answers blind")
-        vocabulary, model, device = load_local(s.judge_model)
-        decide = partial(blind_answers, model, vocabulary, s, s.max_response, device)
-        same = [weights_of(newest_checkpoint(s.judge_model)), s.max_response, s.prompt]
-        reference = partial(rewards.journaled, decide, same, rewards.Journal(place), batch=s.batch,
-                            title="3 observation sufficiency")
-    return make_judge(s, place, reference, title="3 observation sufficiency")
 
 
 def weights_of(folder: Path) -> list:
@@ -1301,15 +1273,11 @@ def funnel(rows: Iterable[dict]) -> list[str]:
 
 def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {},
               names: Iterable[str] = ()) -> None:
-    """A flag for each setting of a dataclass (or those in `names`), in a group for each class, those
-    of the method first. None if not given."""
-    seen = set()
+    """A flag for each setting of a dataclass, in a group for each class, those of the method first;
+    or for those in `names`. One that is not given is not in the namespace."""
+    left = {f.name: f for f in fields(cls) if not names or f.name in names}
     for part in cls.__mro__[:-1]:
-        mine = part.__annotations__.keys() - seen
-        seen |= mine
-        if names:
-            mine &= set(names)
-        own = [f for f in fields(part) if f.name in mine]
+        own = [left.pop(name) for name in part.__annotations__ if name in left]
         group = parser
         if own and not names:
             group = parser.add_argument_group(part.__doc__.split(".")[0])
@@ -1321,20 +1289,12 @@ def flag_options(f: Field, presets: dict[str, dict]) -> dict:
     values = [f"default {f.default}"] if f.default != "" else []
     values += [f"{name} {row[f.name]}" for name, row in presets.items() if f.name in row]
     about = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
-    options = {"default": None, "help": about.replace("%", "%%")}
+    options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
     if isinstance(f.default, bool):
         return options | {"action": argparse.BooleanOptionalAction}
     if isinstance(f.default, tuple):
         return options | {"type": type(f.default[0]), "nargs": len(f.default)}
     return options | {"type": type(f.default), "choices": f.metadata["choices"]}
-
-
-def given_flags(args: argparse.Namespace) -> dict:
-    given = {}
-    for name, value in vars(args).items():
-        if value is not None:
-            given[name] = tuple(value) if isinstance(value, list) else value
-    return given
 
 
 def default_settings(settings) -> dict:
@@ -1345,12 +1305,7 @@ def check_settings(folder: Path, settings: InputSettings) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder holds work with other
     settings. One that is missing there counts as its default."""
     file, now = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    try:
-        saved = dict(json.loads(file.read_text())) if file.is_file() else {}
-    except (ValueError, TypeError):
-        raise SystemExit(f"{file} is damaged: use another --out, or remove the folder") from None
-    if "perception_window" in saved:                         # of an earlier version
-        saved["windows"] = saved["perception_window"] + saved["reasoning_window"]
+    saved = read_json(file)
     before, changed = json.loads(json.dumps(default_settings(settings))) | saved, ""
     for f in fields(settings) if saved else ():
         old, new = before[f.name], now[f.name]
@@ -1363,6 +1318,14 @@ def check_settings(folder: Path, settings: InputSettings) -> None:
     if saved != now:                                         # a finished run may be read-only
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(now, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; {} if there is none, or the file is damaged."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -1379,14 +1342,13 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table with a rule below its head, the first column to the left, the others to
     the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    rule = "─" * max(map(len, lines))
-    return [lines[0], rule, *lines[1:]]
+    for name, *values in rows:
+        cells = [value.rjust(width) for value, width in zip(values, others)]
+        lines.append("  ".join([name.ljust(first), *cells]).rstrip())
+    lines.insert(1, "─" * max(map(len, lines)))
+    return lines
 
 
 @contextmanager
@@ -1395,16 +1357,12 @@ def lock_folder(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
-            import fcntl                                     # Windows has none: no lock there
+            import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"Another process works in {folder}.") from None
-        except ImportError:
-            pass
-        except OSError as error:                             # some network disks have none either
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            warnings.warn(f"This disk has no locks ({error}): two runs in one folder go unnoticed.")   # shown once
+        except (ImportError, OSError):                       # Windows, and some network disks: there
+            pass                                             # two runs in one folder go unnoticed
         yield
 
 
@@ -1414,15 +1372,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy world")
     toy.add_argument("--out", default="runs/tiny/toy", help="folder [runs/tiny/toy]")
-    for split, count in TOY_SPLITS.items():
-        toy.add_argument(f"--{split}", type=int, default=count, help=f"clips for {split} [{count}]")
     maker = commands.add_parser("cot", help="make traces for SFT: generate, verify, judge",
                                 allow_abbrev=False, description=cot.__doc__, formatter_class=layout)
     add_flags(maker, CotSettings)
-    given = given_flags(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
     try:
         if given.pop("command") == "toy":
-            print(make_toy(given.pop("out"), given))
+            print(make_toy(given["out"]))
         else:
             run_cot(given)
     except (ValueError, OSError) as error:                   # also a full disk

@@ -423,13 +423,11 @@ def no_verdicts(claims: list[rewards.Claim]) -> list[None]:
 
 
 def choose_judge(folder: Path, args: Namespace) -> rewards.Judge:
-    """What gives verdicts on observations. `reference` is --judge-model, else the model itself."""
-    s = args.settings
+    """What gives verdicts on observations. `reference` is the model itself."""
+    s, (vocabulary, model, device) = args.settings, load_once(args.model)
     if not args.judge:
         return no_verdicts
-    another = s.judge == "reference" and s.judge_model
-    vocabulary, reader, device = load_once(Path(another or args.model))
-    answer_blind = partial(data.blind_answers, reader, vocabulary, s, s.max_response, device)
+    answer_blind = partial(data.blind_answers, model, vocabulary, s, s.max_response, device)
     return data.make_judge(s, folder / "judge", answer_blind, args.world.rank)
 
 
@@ -801,7 +799,7 @@ def find_model(name: str | None) -> Path:
     base model. Raises ValueError, with the command."""
     finished = [(0, sft.QWEN.format("7B"))]
     for file in Path("runs").glob("*/*/step-*/state.json"):
-        state = sft.read_json(file)
+        state = data.read_json(file)
         if state.get("step", 0) == state.get("steps"):
             finished.append((file.stat().st_mtime, file.parents[1]))
     folder = Path(name or max(finished)[1])
@@ -816,7 +814,7 @@ def find_model(name: str | None) -> Path:
 
 def find_settings(stage: Path, args: Namespace) -> EvalSettings:
     """A preset, over it the inputs of a stage's run, over them the protocol, then the flags."""
-    saved, given = sft.read_json(stage / "settings.json"), data.given_flags(args)
+    saved, given = data.read_json(stage / "settings.json"), vars(args)
     inputs = {*data.default_settings(data.InputSettings), "max_response", "seed"}
     values = dict(pagrpo.PRESETS[args.preset or saved.get("preset") or "7b"])
     values |= {name: saved[name] for name in inputs if name in saved}
@@ -824,7 +822,9 @@ def find_settings(stage: Path, args: Namespace) -> EvalSettings:
         values["batch"] = 128
     elif args.bench:
         values |= PROTOCOL
-    values |= {name: given[name] for name in data.default_settings(EvalSettings) if name in given}
+    for name in data.default_settings(EvalSettings):
+        if given.get(name) is not None:
+            values[name] = given[name]
     return EvalSettings(**values)
 
 
@@ -868,6 +868,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     add("--preset", choices=pagrpo.PRESETS, help="settings of a model from elsewhere [7b]")
     data.add_flags(group, EvalSettings, {}, ("limit", "batch"))
     data.add_flags(parser, data.JudgeSettings)
+    parser.set_defaults(judge=None)
     group = parser.add_argument_group("input and sampling [as the model's run; benchmarks: as below]")
     data.add_flags(group, EvalSettings, {"benchmarks": PROTOCOL}, INPUTS)
     add = parser.add_argument_group("for --video").add_argument

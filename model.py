@@ -25,14 +25,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-LOADS = Path("/proc/loadavg")                                # on Linux
-if LOADS.exists():
-    # The fourth word is "threads that can run/all threads"; this one can.
-    counts = [LOADS.read_text().split()[3] for _ in range(5)]
-    if not any(count.startswith("1/") for count in counts):
-        # OpenMP threads spin while they wait: beside another program a step takes three times as
-        # long. Read when torch is loaded; alone it would cost 60 %.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded. OpenMP threads that spin while they wait make a step beside another
+# program four times as long; alone, waiting passively costs 4 %.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Shapes change from step to step.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
@@ -971,16 +966,11 @@ def record_step(step: Step) -> None:
 
 def shorten_step(step: Step) -> None:
     """Makes `step` half the operations; their number is what it costs on a CPU. Matrices with one
-    input are joined, and all rotary tables are made beforehand. With a response each, prompts of
-    one length are put into the same cache."""
+    input are joined, and all rotary tables are made beforehand."""
     model, place, tables = step.model, step.place, step.tables         # `forward` knows no step
     prompt_kv, caches = step.prompt_kv, step.caches
-    n, room, kv_heads, e = caches[0].k.shape
+    n, _, kv_heads, e = caches[0].k.shape
     heads = model.config.num_attention_heads
-    before = 0                                               # places of a prompt in the same cache
-    if len(prompt_kv[0].k) == n and prompt_kv[0].mask is None:
-        before = prompt_kv[0].k.shape[1]
-        caches = [with_room(prompt, own) for prompt, own in zip(prompt_kv, caches)]
     layers = [joined_layer(layer, n) for layer in model.model.layers]
     head = reordered(model.head.weight, n)
 
@@ -994,13 +984,9 @@ def shorten_step(step: Step) -> None:
             joined = joined.view(n, -1, e)
             qk, v = joined.split([heads + kv_heads, kv_heads], 1)
             q, k = apply_rotary(qk, rotary).split([heads, kv_heads], 1)        # (N, H or K, E)
-            own.k[:, before + t] = k
-            own.v[:, before + t] = v
-            own.place.fill_(before + t)
-            if before:
-                attended, _ = attend(q, own)
-            else:
-                attended = decode_attention(q, prompt, own)
+            own.k[:, t] = k
+            own.v[:, t] = v
+            attended = decode_attention(q, prompt, own)
             x = x + product(attended.view(n, -1), o)
             gate, up = product(norm_2(x), gate_up).chunk(2, 1)
             x = x + product(F.silu(gate) * up, down)
@@ -1018,13 +1004,6 @@ def joined_layer(layer: DecoderLayer, rows: int) -> tuple:
     weights = qkv, a.o_proj.weight, gate_up, mlp.down_proj.weight
     matrices = [reordered(weight, rows) for weight in weights]
     return layer.input_layernorm, layer.post_attention_layernorm, bias, *matrices
-
-
-def with_room(prompt: KV, own: KV) -> KV:
-    """The prompt's keys and values, with room for those of one response."""
-    k = torch.cat([prompt.k, own.k], 1)
-    v = torch.cat([prompt.v, own.v], 1)
-    return own._replace(k=k, v=v, place=own.place.clone())
 
 
 def reordered(weight: Tensor, rows: int) -> Tensor:

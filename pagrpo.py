@@ -34,6 +34,7 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -432,13 +433,9 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: Vocabulary, world: 
     if settings.kl_beta or settings.judge == "reference":
         reference = model.build_model(settings.model, vocabulary, world, frozen=True,
                                       offload=settings.offload_reference)
-
-    def answer_from_observation(claims: list[Claim]) -> list[Verdict]:
-        with model.gathered(reference):                      # all ranks, also one without claims
-            return data.blind_answers(reference, vocabulary, settings, settings.max_response,
-                                      world.device, claims)
-    return reference, data.make_judge(settings, run.folder / "judge", answer_from_observation,
-                                      world.rank)
+    answer_blind = partial(data.blind_answers, reference, vocabulary, settings,
+                           settings.max_response, world.device)
+    return reference, data.make_judge(settings, run.folder / "judge", answer_blind, world.rank)
 
 
 # -------------------------------------------------------------------------------------- metrics
@@ -715,7 +712,7 @@ def run_stage(settings: Settings, world: World) -> None:
     folder = Path(settings.out) / STAGES[settings.advantage]
     source = Path(settings.model)
     run = sft.Run(folder, settings, settings.questions, source, world)
-    results = world.on_rank0(lambda: sft.read_json(run.folder / "results.json"))
+    results = world.on_rank0(lambda: data.read_json(run.folder / "results.json"))
     if run.finished and results:
         world.print0(f"{run.folder} is finished:\n{results_table(results)}")
         return

@@ -493,9 +493,16 @@ def read_verdict(reply: Reply) -> Verdict:
     return Verdict(found[1].lower() == "yes", explanation)
 
 
-def judge_by_chat(ask: Callable[[list[dict]], Reply], claims: Sequence[Claim]) -> list[Verdict]:
-    """`decide` of a language model."""
-    return [read_verdict(ask(judge_chat(c))) for c in claims]
+def judge_by_server(ask: Callable[[list[dict]], Reply], same: list, journal: "Journal",
+                    claims: Sequence[Claim], **how) -> list[Verdict]:
+    """`decide` of a language model, which is asked once about a claim. same: what else decides a
+    verdict; how: options of `Journal.complete`."""
+    def work(c: Claim) -> dict:
+        verdict = read_verdict(ask(judge_chat(c)))
+        return {"verdict": verdict, "error": verdict.error}
+    items = {key_of(same, c): c for c in claims}
+    rows = journal.complete(items, work, **how)
+    return [Verdict(*rows[key]["verdict"]) for key in items]
 
 
 # ================================ a first reader may stop here ================================
@@ -534,31 +541,26 @@ class Journal:
                 if file == self.file:
                     os.truncate(file, end)                   # a line that a kill cut short
 
-    def complete(self, items: dict[str, Any], work: Callable[[list], list[dict]], batch: int = 1,
-                 threads: int = 1, title: str = "", max_failed: float = 1.0) -> dict[str, dict]:
-        """A row for each item. `work` takes up to `batch` of those that are missing, in so many
-        threads, and returns their rows; one with an "error" is not kept. ValueError if more than
-        the share `max_failed` of them have one, after at least 20."""
+    def complete(self, items: dict[str, Any], work: Callable[[Any], dict], threads: int = 1,
+                 title: str = "", max_failed: float = 1.0) -> dict[str, dict]:
+        """A row for each item. `work`, in so many threads, makes those that are missing; one with an
+        "error" is not kept. ValueError if more than the share `max_failed` of them have one, after
+        at least 20."""
         todo, failed = [key for key in items if key not in self.rows], {}
 
-        def finish(keys: list[str]) -> list[tuple[str, dict]]:
-            rows = work([items[key] for key in keys])
-            return list(zip(keys, rows, strict=True))
-        parts = [todo[i:i + batch] for i in range(0, len(todo), batch)]
+        def finish(key: str) -> tuple[str, dict]:
+            return key, work(items[key])
         with ThreadPool(threads) as pool:                    # daemons: a program that ends is not held
-            done = pool.imap_unordered(finish, parts)
-            for rows in tqdm(done, title, len(parts), disable=not (title and todo)):
-                for key, row in rows:
-                    if row.get("error"):
-                        failed[key] = row
-                    else:
-                        self.add({"key": key} | row)
+            done = pool.imap_unordered(finish, todo)
+            for key, row in tqdm(done, title, len(todo), disable=not (title and todo)):
+                if not row["error"]:
+                    self.add({"key": key} | row)
+                    continue
+                failed[key] = row
                 if len(failed) >= 20 and len(failed) > max_failed * len(todo):
-                    errors = Counter(row["error"] for row in failed.values())
-                    (error, _), = errors.most_common(1)
-                    raise ValueError(f"{title}: {len(failed)} of {len(todo)} failed, most often for "
-                                     f"{error}. The rest is kept; the same command goes on from "
-                                     "there.")
+                    raise ValueError(f"{title}: {len(failed)} of {len(todo)} failed, the last for "
+                                     f"{row['error']}. The rest is kept; the same command goes on "
+                                     "from there.")
         return {key: failed.get(key) or self.rows[key] for key in items}
 
     def add(self, row: dict) -> None:
@@ -573,25 +575,7 @@ def key_of(*decisive) -> str:
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:20]
 
 
-def journaled(decide: Judge, same: list, journal: Journal, claims: Sequence[Claim], **how
-              ) -> list[Verdict]:
-    """`decide` with a journal of its verdicts. same: what else decides a verdict; how: options of
-    `Journal.complete`."""
-    items = {key_of(same, c): c for c in claims}
-
-    def work(part: list[Claim]) -> list[dict]:
-        return [verdict._asdict() for verdict in decide(part)]
-    rows = journal.complete(items, work, **how)
-    verdicts = []
-    for key in items:
-        row = rows[key]
-        verdicts.append(Verdict(*(row[name] for name in Verdict._fields)))
-    return verdicts
-
-
 REFUSABLE = ("max_tokens", "temperature", "seed")            # fields that some servers do not take
-HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length",
-           "user-agent"}
 
 
 class ChatClient:
@@ -601,20 +585,10 @@ class ChatClient:
 
     def __init__(self, url: str, key: str, timeout: float, retries: int, body: dict):
         """body: model, temperature, max_tokens and the like."""
-        import openai
+        from openai import OpenAI
         self.key, self.body = key, body
-        http = openai.DefaultHttpxClient(follow_redirects=False,
-                                         event_hooks={"request": [self.before_request]})
-        self.server = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout,
-                                    max_retries=retries, http_client=http)
-
-    def before_request(self, request) -> None:
-        """Removes what the package took from the environment (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS
-        …)."""
-        for name in set(request.headers) - HEADERS:
-            del request.headers[name]
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
+        self.server = OpenAI(base_url=url, api_key=key or "none", organization="", project="",
+                             timeout=timeout, max_retries=retries)
 
     def ask(self, messages: list[dict]) -> Reply:
         """One reply. Whatever goes wrong is its error."""
@@ -635,18 +609,17 @@ class ChatClient:
 
     def complete(self, messages: list[dict]):
         """A completion. A field that the server refuses by name is left out, also later."""
-        import openai
-        fields = dict(self.body)
+        from openai import BadRequestError
         while True:
+            body = dict(self.body)                           # another thread may replace it
             try:
-                completion = self.server.chat.completions.create(messages=messages, **fields)
-                self.body = fields
-                return completion
-            except openai.BadRequestError as error:
-                text = error.response.text
-                refused = [name for name in REFUSABLE if name in fields and name in text]
+                return self.server.chat.completions.create(messages=messages, **body)
+            except BadRequestError as error:
+                said = error.response.text
+                refused = [name for name in REFUSABLE if name in body and name in said]
                 if not refused:
                     raise
-                value = fields.pop(refused[0])
+                value = body.pop(refused[0])
                 if refused[0] == "max_tokens":
-                    fields["max_completion_tokens"] = value  # its newer name
+                    body["max_completion_tokens"] = value    # its newer name
+                self.body = body

@@ -20,7 +20,6 @@ import random
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -112,6 +111,17 @@ PRETRAINING = dict(stage="base", template="none", steps=320, blind=0.8)     # of
 
 # ------------------------------------------------------------------------------------------ SFT
 
+SECONDS = Counter()                                          # of each phase of the current step
+
+
+@contextmanager
+def timed(phase: str):
+    """A context, or a decorator, whose seconds are logged with the step."""
+    began = time.perf_counter()
+    yield
+    SECONDS[f"seconds_{phase}"] += time.perf_counter() - began
+
+
 def trace_tokens(examples: Sequence[Example], vocabulary: Vocabulary, template: str
                  ) -> tuple[Tensor, Tensor]:
     """The traces as responses in groups of one, each with its stop token.
@@ -136,11 +146,12 @@ def sft_loss(model: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabul
     return -logprobs.sum(), int(lengths.sum())
 
 
+@timed("training")
 def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: Optimizer, lr: float,
              vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, float]:
     """Loss, gradients and update for one batch. Micro-batches and ranks share one denominator:
     all response tokens."""
-    began, mine, total = time.perf_counter(), 0, 0.0
+    mine, total = 0, 0.0
     if batch:
         _, lengths = trace_tokens(batch, vocabulary, settings.template)
         mine = int(lengths.sum())
@@ -153,10 +164,8 @@ def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: Optimizer, lr: 
         total += weight * float(loss.detach())
     norm = optimizer_step(model, optimizer, lr, settings.clip_norm)
     loss = world.all_reduce_sum({"loss": total})["loss"] / tokens if tokens else math.nan
-    seconds = time.perf_counter() - began
     return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens,
-            "skipped": settings.batch - int(counts["records"]),
-            "seconds": seconds, "tokens_per_second": tokens / seconds}
+            "skipped": settings.batch - int(counts["records"])}
 
 
 @torch.no_grad()
@@ -280,7 +289,9 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, about
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_flags(parser, cls, presets)
-    given = data.given_flags(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if "windows" in given:                                   # hashed with the other settings
+        given["windows"] = tuple(given["windows"])
     toy, *_, largest = presets
     if "data" in given and "preset" not in given:
         parser.error(f"--data needs --preset: {', '.join(presets)} ({toy} for files of the toy "
@@ -350,7 +361,7 @@ def find_start(settings: TrainSettings, world: World) -> TrainSettings:
         settings = replace(settings, model=str(model))
     settings = find_files(settings, world, "toy/rl.json")
     start = world.on_rank0(lambda: newest_checkpoint(settings.model))
-    state = read_json(start / "state.json")
+    state = data.read_json(start / "state.json")
     if start != Path(settings.model) and state["step"] < state["steps"]:
         raise SystemExit(f"{settings.model} is not finished: {start.name} is the newest of "
                          f"{state['steps']} steps. Finish it first, or start from this one with "
@@ -476,46 +487,42 @@ def start_world(timeout: timedelta | None = None) -> World:
 
 MAX_SKIPPED = 5                                              # updates in a row, not finite
 ON_RANK0 = StateDictOptions(full_state_dict=True, cpu_offload=True)      # gathered in host memory
-SECONDS = Counter()                                          # of each phase of the current step
 
 
-@contextmanager
-def timed(phase: str):
-    """A context, or a decorator, whose seconds are logged with the step."""
-    began = time.perf_counter()
-    yield
-    SECONDS[f"seconds_{phase}"] += time.perf_counter() - began
-
-
+@dataclass
 class Run:
     """A stage's folder: settings.json, metrics.jsonl, skipped.log, and checkpoints step-NNNNNN:
     model folders with the optimizer's moments and state.json. All else is a function of seed and
-    step, so there is no other state."""
+    step, so there is no other state.
 
-    def __init__(self, folder: Path, settings: TrainSettings, per_step: int, source: Path,
-                 world: World):
-        """Finds the last checkpoint. SystemExit if the folder holds a run with other settings.
-        per_step: records; source: a folder with configuration and tokenizer."""
-        self.folder, self.settings, self.world = folder, settings, world
-        self.per_step, self.source, self.steps = per_step, source, settings.steps
-        self.stop_asked, self.skipped = 0.0, 0
-        self.code = code_hashes(settings)
-        self.last_checkpoint, state = world.on_rank0(self.find)
+    SystemExit if the folder holds a run with other settings."""
+    folder: Path
+    settings: TrainSettings
+    per_step: int                                            # records
+    source: Path                                             # has configuration and tokenizer
+    world: World
+    stop_asked: bool = False
+    skipped: int = 0                                         # updates in a row, not finite
+
+    def __post_init__(self):
+        self.steps, self.code = self.settings.steps, code_hashes(self.settings)
+        self.last_checkpoint, state = self.world.on_rank0(self.find)
         self.step, before = state.get("step", 0), state.get("code", {})
         self.finished = self.step >= self.steps
         changed = [name for name in before if before[name] != self.code.get(name)]
         if changed:
-            world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}: its results are "
-                         "the old code's, what follows is the new code's. Another --out begins anew.")
+            self.world.print0(f"{', '.join(changed)} changed since {self.last_checkpoint}: its results "
+                              "are the old code's, what follows is the new code's. Another --out "
+                              "begins anew.")
         if 0 < self.step < self.steps:
-            world.print0(f"{folder.name} continues after step {self.step}")
+            self.world.print0(f"{self.folder.name} continues after step {self.step}")
 
     def find(self) -> tuple[Path | None, dict]:
         """On rank 0: the newest usable checkpoint and its state.json."""
         data.check_settings(self.folder, self.settings)
         with suppress(FileNotFoundError):
             newest = newest_checkpoint(self.folder)
-            return newest, read_json(newest / "state.json")
+            return newest, data.read_json(newest / "state.json")
         return None, {}
 
     def examples(self, records: list[Record], vocabulary: Vocabulary, config: Config) -> Examples:
@@ -564,13 +571,11 @@ class Run:
                     signal.signal(number, handler)
 
     def on_signal(self, number, frame) -> None:
-        """The first signal stops the run after the step, another at once. Launchers repeat theirs
-        within 2 s."""
-        if self.stop_asked and time.monotonic() > self.stop_asked + 2:
-            raise KeyboardInterrupt
+        """Stops the run after the step. Launchers repeat their signals: a second one changes
+        nothing."""
         if not self.stop_asked and self.world.first:         # print may be running below this
-            os.write(1, b"\nStopping after this step, with a checkpoint. Again: stops at once.\n")
-        self.stop_asked = self.stop_asked or time.monotonic()
+            os.write(1, b"\nStopping after this step, with a checkpoint. Ctrl-\\ stops at once.\n")
+        self.stop_asked = True
 
     def log(self, metrics: dict, shown: str = "") -> None:
         """Adds finite values, seconds and the peak memory of all GPUs to metrics.jsonl; `shown`
@@ -600,7 +605,7 @@ class Run:
                     ) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal,
         or if `lost` says on all ranks why it cannot go on."""
-        stop = bool(lost) or self.world.all_reduce_max(self.stop_asked) > 0
+        stop = bool(lost) or self.world.all_reduce_max(self.stop_asked)
         due = stop or done == self.steps or done % self.settings.save_every == 0
         if due and done > self.step:
             weights, moments = get_model_state_dict(model, options=ON_RANK0), {}
@@ -658,22 +663,12 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
     return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; {} if there is none, or the file is damaged."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def made_by() -> dict[str, str]:
-    """The command, the versions it runs on, and the git commit, "" if there is none."""
-    root, ranks = Path(__file__).parent, os.environ.get("LOCAL_WORLD_SIZE")
-    failed, commit = subprocess.getstatusoutput(f'git -C "{root}" describe --always --dirty')
+    """The command, and the versions it runs on."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
     return {"command": shlex.join(launcher + sys.argv), "python": sys.version.split()[0],
-            "torch": torch.__version__, "transformers": version("transformers"),
-            "commit": "" if failed or not (root / ".git").exists() else commit}
+            "torch": torch.__version__, "transformers": version("transformers")}
 
 
 def rounded(x: list | float) -> list | float | None:
@@ -710,7 +705,7 @@ def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
 
 def collect(folder: Path) -> dict:
     """The files of a run, empty where there is none, and small frames of the recorded clips."""
-    settings, clips = read_json(folder / "settings.json"), {}
+    settings, clips = data.read_json(folder / "settings.json"), {}
     rows = {name: read_jsonl(folder / f"{name}.jsonl")[0] for name in ("metrics", "rollouts")}
     if not (settings and rows["metrics"]):
         raise ValueError(f"{folder} holds no run with a finished step: give the folder of a stage, "
@@ -723,8 +718,8 @@ def collect(folder: Path) -> dict:
     newest = max(folder.glob(CHECKPOINTS), default=folder)
     return {"name": folder.as_posix(), "settings": settings, "clips": clips, **rows,
             "segments": [segment.name for segment in SEGMENTS], "dropped": dropped,
-            "kept": len(kept), "state": read_json(newest / "state.json"),
-            "results": read_json(folder / "results.json")}
+            "kept": len(kept), "state": data.read_json(newest / "state.json"),
+            "results": data.read_json(folder / "results.json")}
 
 
 def small_frames(row: dict, settings: dict) -> list[str]:

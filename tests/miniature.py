@@ -262,7 +262,7 @@ def gather(args: argparse.Namespace) -> tuple[dict, dict]:
     """What is finished: row → seed → results.json, and row → seed → rows of metrics.jsonl."""
     results, curves = {}, {}
     for row, seed, _ in jobs(args):
-        if found := sft.read_json(folder_of(row, seed, args) / "results.json"):
+        if found := data.read_json(folder_of(row, seed, args) / "results.json"):
             results.setdefault(row.name, {})[str(seed)] = found
             if row.rl is not None:
                 log = rewards.read_jsonl(trained(row, seed, args) / "metrics.jsonl")[0]
@@ -296,7 +296,7 @@ def budget(args: argparse.Namespace) -> dict:
 def check_budget(args: argparse.Namespace) -> None:
     """SystemExit, with the difference, if the folder holds rows of another budget."""
     file, now = args.out / "settings.json", json.loads(json.dumps(budget(args)))
-    before = sft.read_json(file) or now
+    before = data.read_json(file) or now
     changed = [name for name, x in now.items() if before.get(name) != x]
     if changed:
         lines = [f"  --{name} was {before.get(name)!r}, is now {now[name]!r}" for name in changed]
