@@ -179,97 +179,6 @@ def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.nd
     return np.stack(frames), TEMPORAL_PATCH * len(files) / (fps * len(indices))
 
 
-def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
-    """`read_video` of a file. Calls `beat` at each frame. Short clips are read on from the start: a
-    seek costs as much as decoding some hundred frames, and is not exact in every file."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    if re.match(rb"(?s)GIF8|.PNG|RIFF....WEBP", head):
-        return read_animation(path, settings, beat)
-    reader, fps, total, exact = open_video(path)
-    indices, frames = frame_indices(total, fps, settings), {}
-    if exact and total > READ_ON:
-        frames = seek(reader, indices, beat)
-    if not frames:
-        frames = read_on(reader, indices, total, beat)
-    seconds = TEMPORAL_PATCH * total / (fps * len(indices))
-    return np.stack([frames[i] for i in indices]), seconds
-
-
-def read_animation(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
-    """`decode` of a GIF, PNG or WebP. Each frame counts as long as the first one."""
-    with Image.open(path) as image:
-        if image.n_frames == 1:
-            raise MediaError("a picture, not a video")
-        fps = 1000 / (image.info.get("duration") or 100)     # browsers, too, show 0 as 100 ms
-        indices, frames = frame_indices(image.n_frames, fps, settings), []
-        for i in indices:
-            image.seek(i)
-            frames.append(to_rgb(image))
-            beat()
-        return np.stack(frames), TEMPORAL_PATCH * image.n_frames / (fps * len(indices))
-
-
-def open_video(path: Path) -> tuple:
-    """A decord.VideoReader, frames a second, the number of frames that a viewer shows, and whether
-    it may seek: each frame has its time, and none is hidden."""
-    import decord                                            # not at the top: torch comes before it
-    # fault_tol: a frame that cannot be decoded is an error
-    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
-    fps = reader.get_avg_fps()
-    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]      # seconds
-    gaps = np.diff(starts)
-    if not (len(gaps) and gaps.min() > 0):                   # AVI and MPEG do not time all frames
-        return reader, fps, len(starts), False
-    measured = 1 / float(gaps.mean())
-    if not math.isclose(fps, measured, rel_tol=0.01):        # the header knows no variable rate
-        fps = measured
-    shown = int((starts >= 0).sum())                         # an edit list hides what is before 0
-    gapless = gaps.min() > np.median(gaps) / 2               # VP8 hides frames that last no time
-    return reader, fps, shown, shown == len(starts) and gapless
-
-
-def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
-    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of
-    decoding. They are shown later where frames before a key frame need it (open groups, usual in
-    HEVC and MPEG-2)."""
-    from decord.video_reader import _CAPI_VideoReaderGetCurrentPosition as position
-    keys, key, frames = [0, *reader.get_key_indices()], None, {}
-    with suppress(Exception):                                # then reading on tells what is wrong
-        reader.next()                                        # the first seek is a seek, too
-        for i in indices:
-            nearest = keys[bisect_right(keys, i) - 1]
-            if nearest != key:
-                key = nearest
-                reader.seek_accurate(key)
-                if position(reader._handle) != key + 1:      # another frame has this time
-                    return {}
-                frame = reader.next()
-            if i > key:
-                frame = reader[i]
-            frames[i] = frame.asnumpy()
-            beat()
-        return frames
-    return {}
-
-
-def read_on(reader, indices: list[int], total: int, beat: Callable) -> dict[int, np.ndarray]:
-    """Index → frame. Decodes all frames: only where `total` come is the number of each known."""
-    from decord import DECORDLimitReachedError
-    frames, count = {}, 0
-    reader.seek(0)
-    with suppress(StopIteration, DECORDLimitReachedError):
-        while True:
-            frame = reader.next()
-            if count in indices:
-                frames[count] = frame.asnumpy()
-            count += 1
-            beat()
-    if count != total:
-        raise ValueError(f"{count} of {total} frames can be decoded")
-    return frames
-
-
 def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8, turned as its EXIF data say. Raises MediaError."""
     try:
@@ -289,18 +198,6 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value
-    tells their range."""
-    grey = np.nan_to_num(np.asarray(image).astype(float))
-    largest = 65535 if image.mode.startswith("I;16") else grey.max()
-    top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
-    if "transparency" in image.info:
-        grey[grey == image.info["transparency"]] = top       # white
-    scaled = 255 * grey.clip(0, top) / top
-    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
@@ -656,7 +553,7 @@ class Examples:
         steps. ValueError if many media cannot be read."""
         waiting, pool = [], ThreadPoolExecutor(self.settings.workers)
         try:
-            for indices in [*steps, (), ()]:
+            for indices in [*steps, (), ()]:                 # two empty ones: the last two come out
                 waiting.append([pool.submit(self.__getitem__, i) for i in indices])
                 if len(waiting) < 3:
                     continue
@@ -744,7 +641,9 @@ COLOURS, LETTERS = ("red", "green", "blue", "yellow"), ("O", "X", "T")
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
 PRICES = {"O": 3, "X": 2, "T": 1}
 TOY_EVENTS = 3                                               # letters shown one after the other
-TOY_QUESTIONS = {  # name → problem type and text; {} is a colour, or a coloured letter
+# name → problem type and text; {} is a colour, or a coloured letter. Of two that fit a question the
+# later one wins.
+TOY_QUESTIONS = {
     "next": ("multiple choice", "Which letter comes right after the {}?"),
     "count": ("numerical", "How many letters are {}?"),
     "read": ("OCR", "Read the letters that are not {}."),
@@ -762,7 +661,7 @@ class Toy(NamedTuple):
 
 def read_toy(r: Record | Claim) -> Toy | None:
     """None for a question that is not of the toy world."""
-    for name, (kind, text) in reversed(TOY_QUESTIONS.items()):     # a later row may be a special case
+    for name, (kind, text) in reversed(TOY_QUESTIONS.items()):
         pattern = re.escape(text).replace(r"\{\}", "(?P<asked>.*)")
         match = re.fullmatch(pattern, r.question)
         if match and kind == r.problem_type:
@@ -823,11 +722,13 @@ def toy_think(toy: Toy, shown: list[str]) -> str:
             steps.append(f"{x[-1]} {colours[i]} {toy.asked}? {same[i]}{kept}")
     elif toy.name == "ends":
         steps = [f"first {shown[0]}", f"last {shown[-1]}"]
-    else:
+    elif toy.name == "total":
         total = 0
         for x in shown:
             total += PRICES[x[-1]]
             steps.append(f"{x} {total}")
+    else:
+        raise ValueError(f"toy_think does not know {toy.name!r}")
     return ", ".join(steps)
 
 
@@ -864,6 +765,9 @@ def is_toy(asked: Iterable[Record | Claim]) -> bool:
     return all(map(read_toy, asked))
 
 
+GRID = np.mgrid[:TOY_SIZE, :TOY_SIZE] - TOY_SIZE / 2         # rows and columns, (2, 56, 56)
+
+
 def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.Generator
          ) -> np.ndarray:
     """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with
@@ -871,19 +775,22 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
     frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
     other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
     for paint, shape, strength in (other, (colour, letter, 1)):
-        middle = TOY_SIZE / 2 + rng.uniform(-2, 2, (2, 1, 1))
-        y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] - middle
-        r, thick = rng.uniform(17, 20), rng.uniform(3.5, 4.5)
-        inside = (abs(x) < r) & (abs(y) < r)
-        stem, bar = abs(x) < thick, abs(y + r - thick) < thick
-        ink = {"O": abs(np.hypot(x, y) - r + thick) < thick,
-               "X": (abs(abs(x) - abs(y)) < 1.4 * thick) & inside,
-               "T": (abs(y) < r) & stem | (abs(x) < r) & bar}[shape]
+        y, x = GRID - rng.uniform(-2, 2, (2, 1, 1))
+        inside = ink(shape, x, y, rng.uniform(17, 20), rng.uniform(3.5, 4.5))
         colour_of = np.array(PAINT[paint]) * rng.uniform(0.75, 1.1)
-        frame += strength * ink[..., None] * (colour_of - frame)
+        frame[inside] += strength * (colour_of - frame[inside])
     noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)) * 16
     noise = noise.repeat(2, 0).repeat(2, 1)                  # coarse: small files
     return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
+
+
+def ink(letter: str, x: np.ndarray, y: np.ndarray, r: float, thick: float) -> np.ndarray:
+    """Where a letter is, from -r to r on both axes."""
+    if letter == "O":
+        return abs(np.hypot(x, y) - r + thick) < thick
+    if letter == "X":
+        return (abs(abs(x) - abs(y)) < 1.4 * thick) & (abs(x) < r) & (abs(y) < r)
+    return (abs(y) < r) & (abs(x) < thick) | (abs(x) < r) & (abs(y + r - thick) < thick)
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
@@ -915,8 +822,8 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
 
 
 def toy_clip(seed: int, split: str, number: int) -> bytes:
-    """The clip of a record, an animated PNG, which is lossless and which browsers show. Each record has a seed of its own: no held-out clip is a training
-    clip."""
+    """The clip of a record, an animated PNG: lossless, and browsers show it. Each record has a seed
+    of its own: no held-out clip is a training clip."""
     rng = random.Random(f"{seed}/{split}/{number}")
     _, shown = toy_record(rng, number, split)
     noise, frames = np.random.default_rng(rng.getrandbits(64)), []
@@ -987,6 +894,111 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
 
 
 # ================================ a first reader may stop here ================================
+
+# --------------------------------------------------------------------------------------- decoding
+
+def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
+    """`read_video` of a file. Calls `beat` at each frame. Short clips are read on from the start: a
+    seek costs as much as decoding some hundred frames, and is not exact in every file."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if re.match(rb"(?s)GIF8|.PNG|RIFF....WEBP", head):
+        return read_animation(path, settings, beat)
+    reader, fps, total, exact = open_video(path)
+    indices, frames = frame_indices(total, fps, settings), {}
+    if exact and total > READ_ON:
+        frames = seek(reader, indices, beat)
+    if not frames:
+        frames = read_on(reader, indices, total, beat)
+    seconds = TEMPORAL_PATCH * total / (fps * len(indices))
+    return np.stack([frames[i] for i in indices]), seconds
+
+
+def read_animation(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndarray, float]:
+    """`decode` of a GIF, PNG or WebP. Each frame counts as long as the first one."""
+    with Image.open(path) as image:
+        if image.n_frames == 1:
+            raise MediaError("a picture, not a video")
+        fps = 1000 / (image.info.get("duration") or 100)     # browsers, too, show 0 as 100 ms
+        indices, frames = frame_indices(image.n_frames, fps, settings), []
+        for i in indices:
+            image.seek(i)
+            frames.append(to_rgb(image))
+            beat()
+        return np.stack(frames), TEMPORAL_PATCH * image.n_frames / (fps * len(indices))
+
+
+def open_video(path: Path) -> tuple:
+    """A decord.VideoReader, frames a second, the number of frames that a viewer shows, and whether
+    it may seek: each frame has its time, and none is hidden."""
+    import decord                                            # not at the top: torch comes before it
+    # fault_tol: a frame that cannot be decoded is an error
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+    fps = reader.get_avg_fps()
+    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]      # seconds
+    gaps = np.diff(starts)
+    if not (len(gaps) and gaps.min() > 0):                   # AVI and MPEG do not time all frames
+        return reader, fps, len(starts), False
+    measured = 1 / float(gaps.mean())
+    if not math.isclose(fps, measured, rel_tol=0.01):        # the header knows no variable rate
+        fps = measured
+    shown = int((starts >= 0).sum())                         # an edit list hides what is before 0
+    gapless = gaps.min() > np.median(gaps) / 2               # VP8 hides frames that last no time
+    return reader, fps, shown, shown == len(starts) and gapless
+
+
+def seek(reader, indices: list[int], beat: Callable) -> dict[int, np.ndarray]:
+    """Index → frame. Empty if a seek is not exact: decord counts key frames in the order of
+    decoding. They are shown later where frames before a key frame need it (open groups, usual in
+    HEVC and MPEG-2)."""
+    from decord.video_reader import _CAPI_VideoReaderGetCurrentPosition as position
+    keys, key, frames = [0, *reader.get_key_indices()], None, {}
+    with suppress(Exception):                                # then reading on tells what is wrong
+        reader.next()                                        # the first seek is a seek, too
+        for i in indices:
+            nearest = keys[bisect_right(keys, i) - 1]
+            if nearest != key:
+                key = nearest
+                reader.seek_accurate(key)
+                if position(reader._handle) != key + 1:      # another frame has this time
+                    return {}
+                frame = reader.next()
+            if i > key:
+                frame = reader[i]
+            frames[i] = frame.asnumpy()
+            beat()
+        return frames
+    return {}
+
+
+def read_on(reader, indices: list[int], total: int, beat: Callable) -> dict[int, np.ndarray]:
+    """Index → frame. Decodes all frames: only where `total` come is the number of each known."""
+    from decord import DECORDLimitReachedError
+    frames, count = {}, 0
+    reader.seek(0)
+    with suppress(StopIteration, DECORDLimitReachedError):
+        while True:
+            frame = reader.next()
+            if count in indices:
+                frames[count] = frame.asnumpy()
+            count += 1
+            beat()
+    if count != total:
+        raise ValueError(f"{count} of {total} frames can be decoded")
+    return frames
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value
+    tells their range."""
+    grey = np.nan_to_num(np.asarray(image).astype(float))
+    largest = 65535 if image.mode.startswith("I;16") else grey.max()
+    top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
+    if "transparency" in image.info:
+        grey[grey == image.info["transparency"]] = top       # white
+    scaled = 255 * grey.clip(0, top) / top
+    return Image.fromarray(scaled.astype(np.uint8))
+
 
 # ----------------------------------------------------------------------------- judges and teachers
 

@@ -281,7 +281,8 @@ class VisionEncoder(nn.Module):
             axes = torch.cartesian_prod(*map(torch.arange, sizes))
             step, row, column, y, x = axes.unbind(1)         # each (t·h·w,)
             positions.append(torch.stack([row * merge + y, column * merge + x], 1))
-            window = (len(frames) + step) * 10_000 + row // side       # numbered in reading order
+            # One number for frame, window row and window column, in this order.
+            window = (len(frames) + step) * 10_000 + row // side
             windows.append(window * 10_000 + column // side)
             frames += [h * w] * t
         windows = torch.cat(windows)
@@ -307,7 +308,7 @@ class VisionEncoder(nn.Module):
         for i, block in enumerate(self.blocks):
             blocks = frames if i in c.fullatt_block_indexes else windows
             x = run_block(block, save_memory, x, rotary, blocks)
-        tokens = order[::c.spatial_merge_size ** 2].argsort()
+        tokens = order[::c.spatial_merge_size ** 2].argsort()          # the order before sorting
         return self.merger(x)[tokens]
 
 
@@ -343,7 +344,7 @@ def packed_attention(
     prompt_k, k = k.split(sizes, 1)
     prompt_v, v = v.split(sizes, 1)
     from_prompts = causal_attention(prompt_q, prompt_k, prompt_v)
-    if not q.numel():                                        # one token: the prompt predicts it
+    if not q.numel():                                        # T = 1: responses have no inputs
         return from_prompts
     q = q.unflatten(1, (group, -1))                          # (B, G, T, H, E)
     keys = behind_prompts(prompt_k, k.unflatten(1, (group, -1)), lengths)
@@ -765,7 +766,8 @@ class Qwen2_5_VL(nn.Module):
         """Log-probabilities of given responses under this model, with gradient, and the entropy at
         each token.
 
-        A prompt and its G responses are one row, and each block runs once (`packed_attention`).
+        A prompt and its G responses are one row, and each block runs once (`packed_attention`):
+            prompt, padded to P | response 1: T - 1 tokens | … | response G: T - 1 tokens
         Logits are computed only where a response token is predicted.
         tokens (B, G, T), lengths (B, G) → log-probabilities (B, G, T), entropies (B, G, T), both 0
         after the end.
@@ -773,16 +775,16 @@ class Qwen2_5_VL(nn.Module):
         b, g, t = tokens.shape
         p, device = prompts.ids.shape[1], tokens.device
         inputs = tokens[:, :, :-1].flatten(1)                # (B, G·(T-1)): the last is no input
-        responses = self.model.embed_tokens(inputs)
-        x = torch.cat([self.embed(prompts), responses], 1)         # (B, P + G·(T-1), D)
+        embedded = self.model.embed_tokens(inputs)
+        x = torch.cat([self.embed(prompts), embedded], 1)          # (B, P + G·(T-1), D)
         steps = torch.arange(t - 1, device=device).repeat(g)
-        following = prompts.next_position[:, None] + steps   # (B, G·(T-1))
-        following = following.expand(3, -1, -1)
-        positions = torch.cat([prompts.positions, following], 2)
+        of_responses = prompts.next_position[:, None] + steps      # (B, G·(T-1))
+        of_responses = of_responses.expand(3, -1, -1)              # text: the same on all axes
+        positions = torch.cat([prompts.positions, of_responses], 2)
         rotary = self.rotary(positions, x.dtype)
         prompt_lengths = prompts.lengths.tolist()
         attention = partial(packed_attention, group=g, lengths=prompt_lengths, width=p)
-        first = min(prompt_lengths) - 1      # nothing is predicted before: the last layer skips it
+        first = min(prompt_lengths) - 1      # the first place whose output is used
         x = self.model(x, rotary, attention, first, self.save_memory)
         prompt, others = x.split([p - first, g * (t - 1)], 1)
         others = others.unflatten(1, (g, t - 1))             # they predict tokens 1, 2, …
@@ -790,7 +792,7 @@ class Qwen2_5_VL(nn.Module):
         last = last[:, None, None].expand(b, g, 1, -1)       # predicts token 0
         hidden = torch.cat([last, others], 2)                # (B, G, T, D)
         real = torch.arange(t, device=device) < lengths[..., None]             # (B, G, T)
-        hidden = self.model.norm(hidden[real])               # (N, D)
+        hidden = self.model.norm(hidden[real])               # (number of real tokens, D)
         logprobs, entropies = self.token_logprobs(hidden, tokens[real], temperature)
         empty = torch.zeros(b, g, t, device=device)
         return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropies)

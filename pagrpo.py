@@ -64,7 +64,8 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             # 1. rollout
             groups = rollout(policy, examples, vocabulary, settings, f"step {step}")
 
-            # 2. rewards. A judge behind http answers while the reference is scored.
+            # 2. rewards. A judge behind http answers in a thread while the reference is scored:
+            # "judging" is the wait that is left.
             claims = [claim_of(response) for group in groups for response in group]
             asked = None
             if data.is_http(settings.judge):
@@ -73,7 +74,7 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
             with timed("judging"):
                 verdicts = asked.get() if asked else judge(claims)
             metrics, lost = check_verdicts(verdicts, claims, settings, world)
-            if lost:                                         # all ranks know it
+            if lost:                                         # on all ranks: saves and exits
                 run.end_of_step(step, policy, optimizer, lost)
             parts = reward_tensor(groups, verdicts, settings)          # (B, G, K, 3)
             totals = total_rewards(parts, settings.reward_off)         # (B, G, K)
@@ -102,7 +103,7 @@ class Response:
     """One sampled response."""
     example: Example
     tokens: list[int]                                        # with the stop token, unless cut off
-    segments: list[int]                                      # of each token; K: unknown
+    segments: list[int]                                      # of each token, 0 … K - 1; K: unknown
     logprobs: Tensor                                         # (T,) when sampled
     finished: bool                                           # False: cut off at the token limit
     text: str
@@ -239,8 +240,8 @@ def collate_responses(groups: Sequence[Sequence[Response]], token_mean: str) -> 
             tokens[i, j, :n] = torch.tensor(response.tokens)
             segments[i, j, :n] = ids
             sampled[i, j, :n] = response.logprobs
-            counts = torch.bincount(ids)[ids] if token_mean == "segment" else n
-            weights[i, j, :n] = 1 / counts if n else 0
+            length = torch.bincount(ids)[ids] if token_mean == "segment" else n
+            weights[i, j, :n] = 1 / length if n else 0
     return tokens, lengths, segments, weights, sampled
 
 
@@ -248,8 +249,8 @@ def token_advantages(advantages: Tensor, segments: Tensor) -> Tensor:
     """The advantage of each token is that of its segment.
     advantages (B, G, K), segments (B, G, T) → (B, G, T)
 
-    Index K: the observation was never closed. The boundary is unknown, and every token gets the mean
-    of the segments' advantages.
+    Index K: a segment before the last was never closed. The boundary is unknown, and every token
+    gets the mean of the segments' advantages. (Padding, too, has index K, and weight 0.)
         A = (+1, -1), segments [0, 0, 1, 1, 1] → [+1, +1, -1, -1, -1]      segments [2, 2] → [0, 0]
     """
     mean = advantages.mean(-1, keepdim=True)
@@ -257,10 +258,18 @@ def token_advantages(advantages: Tensor, segments: Tensor) -> Tensor:
     return columns.gather(-1, segments)
 
 
-def pa_grpo_loss(logprobs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor,
-                 weights: Tensor, clip_eps: float, kl_beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def pa_grpo_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    reference: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_eps: float,
+    kl_beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The clipped objective with a KL term (eq. 7), summed over responses. All inputs (B, G, T);
-    after the end of a response its weights and log-probabilities are 0.
+    after the end of a response its weights and log-probabilities are 0. weights: those of
+    `collate_responses`, chosen by --token-mean.
 
     Departures from eq. 7 as printed. There, ρ is the ratio of a whole segment's probabilities, and
     no length divides it: over hundreds of tokens such a ratio leaves [1 - ε, 1 + ε] at once, and
@@ -298,7 +307,7 @@ def micro_batches(groups: list[list[Response]], vocabulary: Vocabulary, settings
     sampled log-probabilities (B, G, T).
 
     All ranks must run the same passes, as FSDP needs. A rank that has no questions left takes a
-    blank one with index B and responses without tokens, so that all its weights are 0.
+    blank one, behind the last, with responses without tokens, so that all its weights are 0.
     """
     blank, size = data.blank_example(vocabulary), settings.micro_batch
     nothing = Response(blank, [], [], torch.zeros(0), True, "", None)
@@ -333,7 +342,7 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float,
     worth logging, a value a token or an update."""
     sums = world.all_reduce_sum({"responses": len(groups) * settings.group_size})
     responses = max(1, sums["responses"])
-    blank = torch.zeros(1, settings.group_size, len(SEGMENTS))          # row B
+    blank = torch.zeros(1, settings.group_size, len(SEGMENTS))          # of the blank question
     advantages = torch.cat([advantages, blank]).to(world.device)
     old_logprobs, values = [], defaultdict(list)
     for number in range(settings.updates_per_rollout):
@@ -343,8 +352,9 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float,
             if number == 0:                                  # before any update
                 old_logprobs.append(logprobs.detach())
             of_tokens = token_advantages(advantages[rows], segments)   # (B, G, T)
-            loss, kl, clipped = pa_grpo_loss(logprobs, old_logprobs[i], ref_logprobs[i], of_tokens,
-                                             weights, settings.clip_eps, settings.kl_beta)
+            loss, kl, clipped = pa_grpo_loss(
+                logprobs, old_logprobs[i], ref_logprobs[i], of_tokens, weights,
+                settings.clip_eps, settings.kl_beta)
             # One denominator for all micro-batches and ranks. FSDP averages over ranks: undo that.
             (loss * world.size / responses).backward()
             worth = {"kl": kl, "entropy": entropy, "clip_share": clipped.float()}
@@ -704,6 +714,8 @@ def run_stage(settings: Settings, world: World) -> None:
     toy, settings = not settings.data, sft.find_start(settings, world)
     if settings.heldout:
         data.read_records(settings.heldout)                  # a damaged file is named now
+    if len(settings.windows) != 2 * len(SEGMENTS):
+        raise SystemExit(f"--windows takes two lengths for each of {len(SEGMENTS)} segments")
     if settings.judge == "rule" and not data.is_toy(data.read_records(settings.data)):
         raise SystemExit("--judge rule knows toy questions only: choose reference, or an http "
                          "address")

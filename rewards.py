@@ -13,7 +13,6 @@
 The segments are the rows of one table, SEGMENTS. Prompt, flags, rewards, advantages, log and
 transcript are derived from it: a third segment is a third row. Then: judges of observations.
 """
-import bisect
 import hashlib
 import json
 import math
@@ -21,7 +20,6 @@ import os
 import re
 from collections import Counter
 from fractions import Fraction
-from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
@@ -45,7 +43,8 @@ class Segment(NamedTuple):
     name: str
     tags: tuple[Tag, ...]
     window: tuple[int, int]                                  # tokens that earn the length reward
-    accuracy: Callable[..., float]                           # R_acc of a response and its verdict
+    accuracy: Callable[..., float]                           # R_acc of a response and its verdict;
+                                                             # a constant 1 if it has none
 
 
 def observation_suffices(response, verdict: "Verdict") -> float:
@@ -102,8 +101,8 @@ def parse(text: str) -> Parsed:
     A segment matches the template if it is exactly its tags in order, with nothing but white space
     between them, and every pair holds text without a tag in it. A tag that is nested, repeated or
     out of order fails the segment in which it is, and only that one. A segment before the last whose
-    closing tag is missing is empty, and its text is read as part of the next; the last one ends with
-    the text.
+    closing tag is missing is empty, and its text is read as part of the next, which then breaks the
+    template, too, if it holds a tag; the last one ends with the text.
     """
     contents, formats, start = {}, [], 0
     for segment, end in zip(SEGMENTS, segment_ends(text)):
@@ -151,8 +150,11 @@ def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
     ends = segment_ends(b"".join(token_bytes))[:-1]
     if None in ends:
         return [len(SEGMENTS)] * len(token_bytes)
-    begins = [0, *accumulate(map(len, token_bytes))][:-1]
-    return [bisect.bisect_right(ends, begin) for begin in begins]      # segments ended so far
+    ids, begin = [], 0
+    for piece in token_bytes:
+        ids.append(sum(end <= begin for end in ends))        # segments that ended before it
+        begin += len(piece)
+    return ids
 
 
 # ---------------------------------------------------------------------------------------- rewards
@@ -167,9 +169,9 @@ def reward_parts(response, verdict: "Verdict", windows: Sequence[int]
     An unknown verdict makes accuracy and length NaN. windows: low and high of each segment in turn."""
     parts, lengths = [], segment_lengths(response.segments)
     for k, segment in enumerate(SEGMENTS):
-        counts = response.finished or k < len(SEGMENTS) - 1
-        accuracy = segment.accuracy(response, verdict) * counts
-        format = float(response.parsed.formats[k] and counts)
+        earns = response.finished or k < len(SEGMENTS) - 1
+        accuracy = segment.accuracy(response, verdict) * earns
+        format = float(response.parsed.formats[k] and earns)
         low, high = windows[2 * k:2 * k + 2]
         earned = accuracy > 0 and format > 0 and low <= lengths[k] <= high
         length = math.nan if math.isnan(accuracy) else LENGTH_REWARD * earned
@@ -400,7 +402,7 @@ def judge_claims(decide: Judge, refuse_leaks: bool, claims: Sequence[Claim]) -> 
             verdicts[c] = Verdict(False, "nothing is said to be seen")
         else:
             asked.append(c)
-    verdicts |= zip(asked, decide(asked), strict=True)       # also of none: ranks work together
+    verdicts |= zip(asked, decide(asked), strict=True)       # also of none: ranks gather weights
     return [verdicts[c]._replace(leak=c in leaking) for c in claims]
 
 
@@ -420,30 +422,6 @@ def printable(text: str) -> str:
 def clean(observation: str) -> str:
     """The observation as judges read it: text on one line, without tags."""
     return printable(observation).translate(BRACKETS)[:MAX_OBSERVATION].strip()
-
-
-PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*›", re.I)                # and cleaned tags
-CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the decimal point in 3.5
-ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
-LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
-LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+(?:[/·][^\W\d]+)*)?)\W*$")  # with its unit
-
-
-def leaks(claim: Claim) -> bool:
-    """Is the observation a bare answer: do its clauses hold fewer than four different words of their own? A clause does
-    not count if it repeats the question, an option or the reference, speaks of answers and verdicts, names an option by
-    its letter, or ends in the number that is asked for."""
-    known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
-    known, own = {normalize_text(clause) for clause in known}, set()
-    lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
-    wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
-    for clause in map(str.strip, CLAUSE_END.split(PREAMBLE.sub("", claim.observation))):
-        last = LAST_NUMBER.search(clause)
-        stated = lettered and LETTER.search(clause) or wanted is not None and last and number(last[1]) == wanted
-        if not stated and not ANNOUNCEMENT.search(clause) and normalize_text(clause) not in known:
-            # Each pair of such characters counts as a word, in Korean too: its words are long.
-            own.update(re.findall(rf"[{UNSPACED}가-힣]{{1,2}}|\w+", clause.casefold()))
-    return len(own) < 4
 
 
 class Reply(NamedTuple):
@@ -506,6 +484,32 @@ def judge_by_server(ask: Callable[[list[dict]], Reply], same: list, journal: "Jo
 
 
 # ================================ a first reader may stop here ================================
+
+# ------------------------------------------------------------------------------------ bare answers
+
+PREAMBLE = re.compile(r"based on the questions?|i need to notice|‹[^‹›]*›", re.I)                # and cleaned tags
+CLAUSE_END = re.compile(r"(?:[.,](?!\d)|[;!?()。，、；！？])+")                # but not the decimal point in 3.5
+ANNOUNCEMENT = re.compile(r"\b(?:answers?|correct|judge?ments?|verdict|suffic\w*)\b", re.I)
+LETTER = re.compile(r"(?<![A-Za-z0-9])(?!^A [a-z])[A-H](?![A-Za-z0-9])")      # "A" in "A man" is no option
+LAST_NUMBER = re.compile(r"(-?\d\S*(?: [^\W\d]+(?:[/·][^\W\d]+)*)?)\W*$")  # with its unit
+
+
+def leaks(claim: Claim) -> bool:
+    """Is the observation a bare answer: do its clauses hold fewer than four different words of their own? A clause does
+    not count if it repeats the question, an option or the reference, speaks of answers and verdicts, names an option by
+    its letter, or ends in the number that is asked for."""
+    known = CLAUSE_END.split(";".join((claim.question, claim.reference, *claim.options)))
+    known, own = {normalize_text(clause) for clause in known}, set()
+    lettered = claim.problem_type == "multiple choice" and not LETTER.search(claim.question)     # "the angle at A"
+    wanted = number(claim.reference) if claim.problem_type in ("numerical", "regression") else None
+    for clause in map(str.strip, CLAUSE_END.split(PREAMBLE.sub("", claim.observation))):
+        last = LAST_NUMBER.search(clause)
+        stated = lettered and LETTER.search(clause) or wanted is not None and last and number(last[1]) == wanted
+        if not stated and not ANNOUNCEMENT.search(clause) and normalize_text(clause) not in known:
+            # Each pair of such characters counts as a word, in Korean too: its words are long.
+            own.update(re.findall(rf"[{UNSPACED}가-힣]{{1,2}}|\w+", clause.casefold()))
+    return len(own) < 4
+
 
 # ------------------------------------------------------------------------------ files and servers
 

@@ -216,8 +216,9 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: Optimizer, lr: float, clip_norm
     """One clipped update. Returns the gradient norm before clipping; if it is not finite, nothing
     changes."""
     if any(p.grad is not None for p in model.parameters()):
-        for p in model.parameters():                         # without media a sharded tower has
-            if p.grad is None:                               # zeros, not None
+        # Without media the vision tower has no gradient, in a sharded model zeros: the same update.
+        for p in model.parameters():
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
     norm = clip_grad_norm_(model.parameters(), clip_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
