@@ -1,6 +1,5 @@
 """Promise: a server that is slow, busy, broken or gone costs time, never a wrong answer; and a key
 goes to the server it is for and is shown nowhere."""
-import json
 import threading
 
 import openai

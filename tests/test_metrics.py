@@ -116,7 +116,7 @@ def test_what_is_not_a_finite_number_scores_nothing_and_takes_no_time(reference)
     ("The cat sat", "the cat sat", 2 / 3),                   # case counts
     # without spaces each character is a word
     ("出口左", "出口", 1 / 2), ("ทางออ", "ทางออก", 5 / 6), ("出口 EXIT", "出口EXIT", 1), ("3番出口", "2番出口", 3 / 4),
-    ("출구 왼쪽", "출구", 0)])            # Korean has spaces: two words, one of them inserted
+    ("출구 왼쪽", "출구", 0)])                                # Korean has spaces: two words, one of them inserted
 def test_ocr_is_one_minus_the_word_error_rate(answer, reference, score):
     assert task_metric("OCR", answer, reference) == pytest.approx(score)
 
