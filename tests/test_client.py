@@ -41,7 +41,7 @@ def test_a_server_gets_its_own_key_and_not_that_of_openai(monkeypatch):
     _, server = ask(lambda n, request: "hello", "hi", key=KEY, temperature=0)
     assert server.requests == [{"path": "/v1/chat/completions", "model": "m", "temperature": 0,
                                 "messages": chat("hi")}]
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert "users-own" not in str(server.headers)
 
 

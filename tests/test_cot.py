@@ -28,6 +28,10 @@ def settings(toy, out, **changes):
     return CotSettings(**data.TOY_INPUT | dict(data=str(toy / "sft.json"), out=str(out)) | changes)
 
 
+def verified(record, output):
+    return data.verify(record, {"output": output, "error": ""})
+
+
 @pytest.fixture
 def records(toy):
     return read_records(toy / "sft.json", traces=True)
@@ -82,8 +86,8 @@ def test_a_teachers_mistakes_come_at_the_rate_that_was_asked_for(records):
     "<think>I shall write <observation>…</observation><think>…</think>.</think>"])
 def test_a_teachers_own_reasoning_is_removed_before_the_template_is_checked(thought, records):
     text = data.trace_text(records[0], "p2r")
-    row = data.verify(records[0], thought + text, "")
-    assert row == data.verify(records[0], text, "")
+    row = verified(records[0], thought + text)
+    assert row == verified(records[0], text)
     assert not all(parse(thought + text).formats), "a policy's is not removed"
 
 
@@ -94,7 +98,7 @@ def test_a_teachers_own_reasoning_is_removed_before_the_template_is_checked(thou
     "<observation>o</observation><think>t</think><observation>o</observation><think>t</think><answer>A</answer>",
     "<think>t</think><observation>o</observation><answer>A</answer>"])
 def test_what_is_no_reasoning_before_the_template_breaks_it(text, records):
-    assert data.verify(records[0], text, "")["reason"] == "template broken"
+    assert verified(records[0], text)["reason"] == "template broken"
 
 
 # ------------------------------------------------------------------------------------------------ servers
@@ -223,13 +227,6 @@ def test_media_that_cannot_be_read_are_a_reason_and_can_be_repaired(toy, well, t
     assert "unfinished" not in capsys.readouterr().out
 
 
-def test_the_reference_judges_blind(toy, started, tmp_path):
-    s = settings(toy, tmp_path, judge="reference", judge_model=str(started), max_response=48, batch=8, mistakes=0.0)
-    cot(s)
-    judged = lines(tmp_path / "3-judged.0.jsonl")
-    assert judged and all(row["explanation"].startswith("answering blind: ") for row in judged)
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
@@ -242,7 +239,7 @@ def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
     (["--teacher", "toy"], "The toy teacher and the rule judge know toy records only"),
     (["--teacher", "https://host/v1", "--teacher-model", "t"], "The toy teacher and the rule judge know toy records"),
     (["--teacher", "nowhere"], "--teacher nowhere: neither toy nor an address"),
-    (["--judge", "reference"], "--judge reference needs --judge-model")])
+    (["--judge", "reference"], "--judge reference needs a model: choose an http address")])
 def test_what_cannot_work_is_said_in_a_line(tmp_path, given, complaint):
     record = dict(problem="What is it?", problem_type="free-form", solution="a cat", path="a.png", data_type="image")
     (tmp_path / "mine.json").write_text(json.dumps([record]))

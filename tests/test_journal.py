@@ -12,27 +12,22 @@ CLAIM = Claim("What is it?", (), "free-form", "a cat", "a small grey animal on a
 
 
 def complete(journal, numbers=range(40), fails=(), **how):
-    """The rows of a journal that doubles numbers, and those that were worked on, in parts."""
-    parts = []
+    """The rows of a journal that doubles numbers, and those that were worked on."""
+    done = []
 
-    def work(part):
-        parts.append(part)
-        return [{"twice": 2 * n, "error": "too hard" if n in fails else ""} for n in part]
+    def work(n):
+        done.append(n)
+        return {"twice": 2 * n, "error": "too hard" if n in fails else ""}
     rows = journal.complete({key_of(n): n for n in numbers}, work, **how)
     assert [row["twice"] for row in rows.values()] == [2 * n for n in numbers], "in their order"
-    return rows, parts
-
-
-def alone(numbers):
-    """The parts of work that comes one by one."""
-    return [[n] for n in numbers]
+    return rows, done
 
 
 # -------------------------------------------------------------------------------- what is finished
 
 def test_what_is_finished_is_never_done_again(tmp_path):
-    assert complete(Journal(tmp_path / "w"), range(3))[1] == alone(range(3))
-    assert complete(Journal(tmp_path / "w"), range(2, 6))[1] == alone([3, 4, 5])
+    assert complete(Journal(tmp_path / "w"), range(3))[1] == [0, 1, 2]
+    assert complete(Journal(tmp_path / "w"), range(2, 6))[1] == [3, 4, 5]
     assert complete(Journal(tmp_path / "w"), [5, 0, 4])[1] == []
 
 
@@ -46,7 +41,7 @@ def test_a_line_that_a_kill_cut_short_is_done_again(tmp_path):
     file = tmp_path / "w.0.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
-    assert complete(Journal(tmp_path / "w"))[1] == [[39]]
+    assert complete(Journal(tmp_path / "w"))[1] == [39]
     assert file.read_bytes() == whole
 
 
@@ -63,7 +58,7 @@ def test_ranks_write_files_of_their_own_and_read_those_of_all(tmp_path):
         complete(Journal(tmp_path / "w", rank), range(10 * rank, 10 * rank + 10))
     with (tmp_path / "w.1.jsonl").open("a") as neighbour:    # it is writing a line
         neighbour.write('{"key"')
-    assert complete(Journal(tmp_path / "w", 0), range(21))[1] == [[20]]
+    assert complete(Journal(tmp_path / "w", 0), range(21))[1] == [20]
     assert (tmp_path / "w.1.jsonl").read_text().endswith('{"key"'), "it is not cut short"
 
 
@@ -79,23 +74,16 @@ def test_whatever_decides_a_row_is_in_its_key():
 def test_an_error_is_told_and_not_kept(tmp_path):
     rows, _ = complete(Journal(tmp_path / "w"), fails=[1, 7])
     assert [row["twice"] for row in rows.values() if row["error"]] == [2, 14]
-    assert complete(Journal(tmp_path / "w"))[1] == alone([1, 7])
+    assert complete(Journal(tmp_path / "w"))[1] == [1, 7]
 
 
 @pytest.mark.parametrize("count, allowed, stops", [(19, 0.3, False), (20, 0.3, True), (20, 0.5, False)])
 def test_too_many_errors_stop_the_work_and_what_is_done_is_kept(count, allowed, stops, tmp_path):
     """Fewer than twenty are a misfortune: they are told and tried again."""
-    said = f"reading: {count} of 40 failed, most often for too hard"
+    said = f"reading: {count} of 40 failed, the last for too hard"
     with pytest.raises(ValueError, match=said) if stops else nullcontext():
         complete(Journal(tmp_path / "w"), fails=range(5, 5 + count), title="reading", max_failed=allowed)
     assert len(Journal(tmp_path / "w").rows) == (5 if stops else 40 - count)
-
-
-def test_work_comes_in_batches():
-    journal = Journal(None)
-    complete(journal, [1])
-    _, parts = complete(journal, batch=16)
-    assert list(map(len, parts)) == [16, 16, 7]
 
 
 # ----------------------------------------------------------------------------- the verdicts of a server
