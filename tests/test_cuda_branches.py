@@ -70,7 +70,7 @@ class Tape(TorchDispatchMode):
         for operation, args, kwargs, out in self.steps:
             again = operation(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again)):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():         # else a view, or in place
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():        # else a view, or in place
                     old.copy_(new)
 
 
