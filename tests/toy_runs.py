@@ -74,9 +74,11 @@ def before_update(monkeypatch, action) -> None:
 
 
 @contextmanager
-def interrupted(number: int):
-    """The run that is started inside gets SIGINT in this step, and stops after it."""
+def interrupted(step: int, update: int = 0):
+    """The run that is started inside gets SIGINT in this step (if it is resumed: before this update of its own), and
+    stops after it."""
+    update = update or step
     with pytest.MonkeyPatch.context() as patch:
-        before_update(patch, lambda n, _: n == number and signal.raise_signal(signal.SIGINT))
-        with pytest.raises(SystemExit, match=f"topped after step {number}"):
+        before_update(patch, lambda n, _: n == update and signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit, match=f"topped after step {step} .*The last checkpoint is .*/step-{step:06d}"):
             yield
