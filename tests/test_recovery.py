@@ -91,7 +91,7 @@ def test_two_processes_never_share_a_folder(toy, base, tmp_path):
         sft.main(sft_flags(tmp_path, toy, base, steps=1))
 
 
-def test_rl_does_not_start_from_an_unfinished_run_by_accident(cut, toy, base, tmp_path):
+def test_rl_does_not_start_from_an_unfinished_run_by_accident(cut, toy, tmp_path):
     shutil.rmtree(cut / "sft/step-000006")
     with pytest.raises(SystemExit, match="is not finished: step-000003 is the newest of 6 steps"):
         pagrpo.main(rl_flags(tmp_path, toy, cut / "sft", steps=1))

@@ -26,9 +26,13 @@ def test_ctrl_c_ends_at_a_step_and_the_same_command_finishes_the_run(module, fla
 
 def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path, monkeypatch):
     built, build, command = [], model.build_model, rl_flags(tmp_path, toy, base, heldout="")
+
+    def watched(folder, *rest, **more):
+        built.append(str(folder))
+        return build(folder, *rest, **more)
     with interrupted(2):
         pagrpo.main(command)
-    monkeypatch.setattr(model, "build_model", lambda folder, *a, **k: built.append(str(folder)) or build(folder, *a, **k))
+    monkeypatch.setattr(model, "build_model", watched)
     pagrpo.main(command)
     assert set(built) == {str(base), str(tmp_path / "pagrpo/step-000002")}
 
