@@ -63,7 +63,7 @@ def started(toy, base, tmp_path_factory):
 def trained(toy, base, tmp_path_factory):
     """The folder of a finished SFT run of six steps with checkpoints of steps 3 and 6. Lessons work on copies."""
     import sft
-    from test_resume import sft_flags
+    from toy_runs import sft_flags
     out = tmp_path_factory.mktemp("trained")
     sft.main(sft_flags(out, toy, base, steps=6))
     return out

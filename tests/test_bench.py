@@ -27,41 +27,15 @@ def small(folder, *names: str) -> list[dict]:
     return rows(folder / "rows.jsonl")[1:]
 
 
-def test_calls_run_in_turn_after_one_that_warms_up():
-    order = []
-    seconds = ruler.in_turn({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3)
-    assert order == ["a", "b"] * 4
-    assert [len(seconds[name]) for name in "ab"] == [3, 3] and min(seconds["a"]) > 0
-
-
-def test_a_ratio_is_taken_pair_by_pair(tmp_path, capsys):
+def test_a_ratio_is_taken_pair_by_pair(tmp_path):
     """The second pair ran while the machine was slow: the ratio of the medians would be 9 / 2."""
-    file, seconds = tmp_path / "new" / "rows.jsonl", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}
-    for _ in range(2):                                       # the second time the file is made anew
-        table = ruler.Ruler(file)
-        for target in (4.0, 4.1):
-            table.row("rollout", "8×8", seconds, peer="theirs", target=target)
-        table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
-        table.row("growth", "", {"ours": [0.5]}, roofline=0.4, note="told")
-    machine, first, second, memory, growth = rows(file)
-    assert machine["cores"] and machine["torch"] == torch.__version__
+    table, seconds = ruler.Ruler(tmp_path / "rows.jsonl"), {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 27.0, 9.0]}
+    for target in (4.0, 4.1):
+        table.row("rollout", "8×8", seconds, peer="theirs", target=target)
+    table.row("memory", "", {}, peer="theirs", target=4.0, bytes={"ours": 2 ** 20, "theirs": 3 * 2 ** 20})
+    _, first, second, memory = rows(table.file)
     assert first["ratio"] == {"median": 4.0, "lowest": 3.0, "highest": 4.5} and memory["ratio"]["median"] == 3.0
-    assert first["median"] == {"ours": 2.0, "theirs": 9.0} and first["seconds"] == seconds
-    assert [row["verdict"] for row in (first, second, memory, growth)] == ["reached", "missed", "missed", ""]
-    titles, line, _, _, last = capsys.readouterr().out.splitlines()[-5:]
-    assert "3.00–4.50" in line and "≥ 4 reached" in line and titles.index("ratio") + 5 == line.index("4.00") + 4
-    assert "500.0" in last and last.endswith("40%  told")
-
-
-def test_peak_is_what_a_call_makes_at_its_most():
-    kept = torch.zeros(4096, device=DEVICE)
-
-    def call():
-        for _ in range(3):                                   # one after the other, never two at once
-            torch.zeros(1024, device=DEVICE)
-        return kept
-    assert ruler.peak(call) == 4096
-    assert ruler.peak(lambda: [torch.zeros(1024, device=DEVICE) for _ in range(3)]) == 3 * 4096
+    assert [row["verdict"] for row in (first, second, memory)] == ["reached", "missed", "missed"]
 
 
 def test_the_peer_has_the_same_weights_and_says_why_it_fails(base):
@@ -70,23 +44,17 @@ def test_the_peer_has_the_same_weights_and_says_why_it_fails(base):
     ours = model.generate(Prompts(ids, lengths, positions, lengths, None, []), torch.zeros(2, 1, 8), [-1], 0.0)
     peer = Peer(base, os.environ | {"OMP_NUM_THREADS": "1"})
     assert torch.equal(peer.ask("generate", ids, 1, 8, False, False), ours.tokens[:, 0])
-    assert peer.ask("bytes_of", "forward_backward", ids, torch.ones(2, 4), 5) > 0
-    assert len(peer.ask("gradients")) == 4 * 12 + 2 and peer.ask("gradients") == {}
     with pytest.raises(RuntimeError, match="(?s)load failed in the process of the peers.*config.json"):
         peer.ask("load", "nowhere")
     peer.close()
-    assert peer.process.returncode == 0
 
 
 def test_the_rows_for_a_gpu_run_with_a_tiny_model(tmp_path):
     """All but those that start processes, and the one that waits for clips."""
     made = small(tmp_path, "decoding", "rollouts", "training", "whole_step", "by_parts")
-    found = {row["what"]: row for row in made}
-    assert len(made) >= 20 and {"tiny: whole step", "tiny: sum of the parts", "its memory"} <= set(found)
-    phases = ("sampling", "judging", "scoring", "training")
-    peaks = [found[f"tiny, step: {phase}"]["bytes"]["ours"] for phase in phases]
-    assert min(peaks) > 0 and found["tiny, step: memory"]["bytes"]["ours"] == max(peaks)
-    assert min(found[f"tiny: {part}"]["bytes"]["ours"] for part in phases[:2]) > 0
+    found = {row["what"]: row["bytes"].get("ours") for row in made}
+    peaks = [found[f"tiny, step: {phase}"] for phase in ("sampling", "judging", "scoring", "training")]
+    assert len(made) >= 20 and min(peaks) > 0 and found["tiny, step: memory"] == max(peaks)
 
 
 def test_the_peak_of_each_phase_is_its_own():
@@ -99,18 +67,13 @@ def test_the_peak_of_each_phase_is_its_own():
         assert peaks.take() == 2 * 4096 and len(kept) == len(more)
 
 
-def test_frames_in_folders_need_no_decoder(tmp_path, monkeypatch):
-    """They are those of the clips. A machine with a GPU may have no decoder."""
+def test_frames_in_folders_are_those_of_the_clips_and_need_no_decoder(tmp_path, monkeypatch):
     toy, settings = data.make_toy(tmp_path / "toy", {"rl": 3}), data.InputSettings()
-    clips = data.read_records(toy / "rl.json")
-    folders = data.read_records(whole_steps.as_folders(toy, "rl"))
-    expected = [data.read_media(r, toy, settings) for r in clips]
+    clips = [data.read_media(r, toy, settings) for r in data.read_records(toy / "rl.json")]
     monkeypatch.setitem(sys.modules, "decord", None)
-    for r, (frames, seconds, _) in zip(folders, expected):
+    for (frames, seconds, _), r in zip(clips, data.read_records(whole_steps.as_folders(toy, "rl")), strict=True):
         found = data.read_media(r, toy, settings)
-        assert r.path.endswith("0" + r.problem_id[3:]) and (found[0] == frames).all() and found[1] == seconds
-    (row,) = small(tmp_path, "waiting")
-    assert row["what"] == "waiting for data" and row["sizes"] == "3 steps, folders of frames"
+        assert (found[0] == frames).all() and found[1] == seconds
 
 
 def test_a_row_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):

@@ -60,20 +60,6 @@ def test_the_tests_that_are_named_exist():
             assert (ROOT / name).is_file(), f"{document.name}: {name}"
 
 
-def test_the_table_of_memory_is_that_of_the_command():
-    """GiB, by preset and number of ranks."""
-    columns = ["weights", "moments", "reference", "sampling", "judging", "training", "evaluation", "peak"]
-    checked = 0
-    for line in (ROOT / "docs/scaling.md").read_text().splitlines():
-        preset, *cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
-        if preset in ("3b", "7b") and len(cells) == 1 + len(columns):
-            settings = pagrpo.Settings(**pagrpo.PRESETS[preset])
-            parts = memory.estimate(sft.CONFIGS[preset], settings, int(cells[0]))
-            assert cells[1:] == [f"{parts[name] / 2 ** 30:.1f}" for name in columns], line
-            checked += 1
-    assert checked == 8
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_every_link_to_a_file_leads_somewhere(document):
     for link in re.findall(r"\]\(([^)#\s]+)", document.read_text()):

@@ -3,7 +3,6 @@ a third segment is one more row of a table."""
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ import pagrpo
 import sft
 from data import collate
 from model import load_model, newest_checkpoint
-from rewards import read_jsonl
+from toy_runs import ROOT, logged
 
-ROOT = Path(__file__).parent.parent
 ALONE = sft.World(0, 1, torch.device("cpu"))
 
 
@@ -57,9 +55,9 @@ def test_the_short_loop_takes_the_same_steps(advantage, toy, started, tmp_path):
     start = newest_checkpoint(started)
     settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | dict(
         data=str(toy / "rl.json"), media=str(toy), model=str(start), out=str(tmp_path), questions=4, group_size=4,
-        max_response=48, steps=3, micro_batch=2, warmup=0, advantage=advantage))
+        max_response=48, steps=3, micro_batch=2, advantage=advantage))
     pagrpo.run_stage(settings, ALONE)
-    rows, _ = read_jsonl(tmp_path / pagrpo.STAGES[advantage] / "metrics.jsonl")
+    rows = logged(tmp_path / pagrpo.STAGES[advantage])
     for line, expected in zip(rows, short_loop(settings, toy, start, 3), strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -85,15 +83,13 @@ def test_a_third_segment_is_a_row_of_the_table(tmp_path):
     toy teacher writes the plan, SFT learns it, and two steps of PA-GRPO have an advantage for it."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    source, row = (tmp_path / "rewards.py").read_text(), 'Segment("reasoning", ('
-    assert source.count(row) == 1
-    (tmp_path / "rewards.py").write_text(source.replace(row, PLAN + row))
+    table, row = tmp_path / "rewards.py", 'Segment("reasoning", ('
+    table.write_text(table.read_text().replace(row, PLAN + row))
     (tmp_path / "run.py").write_text(RUN)
-    run = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    traces, _ = read_jsonl(tmp_path / "runs/tiny/cot/traces.jsonl")
-    assert traces[0]["plan"] in {"next it", "count it", "read it", "ends it", "total it"}
-    rows, _ = read_jsonl(tmp_path / "runs/tiny/pagrpo/metrics.jsonl")
+    trace, *_ = logged(tmp_path / "runs/tiny/cot", "traces.jsonl")
+    assert trace["plan"] in {"next it", "count it", "read it", "ends it", "total it"}
+    rows = logged(tmp_path / "runs/tiny/pagrpo")
     assert any(row["plan/zero_variance"] < 1 for row in rows), "some group has advantages that are not 0"
-    said = run.stderr + run.stdout
-    assert all(f"{name:11} accuracy" in said for name in ("perception", "plan", "reasoning"))
+    assert "plan        accuracy" in run.stderr + run.stdout

@@ -1,6 +1,4 @@
 """Promise: SFT teaches the response and nothing else, with one denominator however a step is cut up."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -65,33 +63,12 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine():
 def test_weight_decay_spares_norms_and_biases(traces):
     model, _ = traces
     decayed, spared = make_optimizer(model, Settings(weight_decay=0.1)).param_groups
-    assert decayed["weight_decay"] == 0.1 and all(p.dim() > 1 for p in decayed["params"])
-    assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-
-
-def test_a_gradient_that_is_not_a_number_changes_no_weight(traces):
-    model, _ = traces
-    optimizer = make_optimizer(model, Settings(lr=0.1))
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.full_like(p, float("nan"))
-    norm = sft.optimizer_step(model, optimizer, 0.1, 1.0)
-    assert norm != norm and all(torch.equal(a, p) for a, p in zip(before, model.parameters()))
+    assert decayed["weight_decay"] == 0.1 and decayed["params"] == [p for p in model.parameters() if p.dim() > 1]
+    assert spared["weight_decay"] == 0.0 and spared["params"] == [p for p in model.parameters() if p.dim() == 1]
 
 
 def test_a_short_run_learns_logs_and_reports_held_out_loss(toy, base, tmp_path, capsys):
     sft.main(sft_flags(tmp_path, toy, base, steps=12, batch=16))
     said, rows = capsys.readouterr().out, logged(tmp_path / "sft")
     assert said.startswith("Preset tiny; others: 3b, 7b") and "held-out loss" in said
-    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "skipped"} <= rows[0].keys()
-
-
-def test_the_base_model_of_the_toy_world_is_pre_trained_by_all_ranks(tmp_path, monkeypatch):
-    """Not by rank 0 while others wait: sharded weights need all of them, and so does a stop after Ctrl-C."""
-    begun, world = [], SimpleNamespace(on_rank0=lambda work: None)            # a rank other than the first
-    monkeypatch.setattr(sft, "train", lambda *given: begun.append(given))
-    found = sft.find_files(Settings(preset="tiny", out=str(tmp_path)), world, "cot/traces.jsonl")
-    (settings, ranks), = begun
-    assert ranks is world and settings.stage == "base" and found.model == str(tmp_path / "base")
+    assert len(rows) == 12 and rows[-1]["loss"] < 0.7 * rows[0]["loss"]

@@ -3,8 +3,10 @@ import json
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -35,17 +37,16 @@ def command(script: str, given: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / script), *given]
 
 
-def logged(folder: Path) -> list[dict]:
-    """Whole rows of metrics.jsonl so far."""
-    file = folder / "metrics.jsonl"
+def logged(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Whole rows of a log so far."""
+    file = folder / name
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def metrics(folder: Path) -> list[dict]:
     """What a run logged, but for times."""
-    times = "seconds", "tokens_per_second"
-    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in logged(folder)]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in logged(folder)]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -72,5 +73,12 @@ def before_update(monkeypatch, action) -> None:
     monkeypatch.setattr(sft, "optimizer_step", patched)
 
 
-def interrupt_in_step(monkeypatch, number: int) -> None:
-    before_update(monkeypatch, lambda n, _: n == number and signal.raise_signal(signal.SIGINT))
+@contextmanager
+def interrupted(step: int, update: int = 0):
+    """The run that is started inside gets SIGINT in this step (if it is resumed: before this update of its own), and
+    stops after it."""
+    update = update or step
+    with pytest.MonkeyPatch.context() as patch:
+        before_update(patch, lambda n, _: n == update and signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit, match=f"topped after step {step} .*The last checkpoint is .*/step-{step:06d}"):
+            yield
