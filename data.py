@@ -324,7 +324,7 @@ def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarr
     path = root / r.path
     try:
         root, target = root.resolve(), path.resolve()
-        there = target.exists()
+        there = target.is_file() or target.is_dir()          # no pipe, no device
     except (OSError, ValueError, RuntimeError) as error:     # too long, a zero byte, a cycle
         raise MediaError(f"no file can have this path: {error}") from None
     # In a Hugging Face cache, what lies below snapshots/ are links into blobs/ beside it.

@@ -614,10 +614,12 @@ class ChatClient:
     def complete(self, messages: list[dict]):
         """A completion. A field that the server refuses by name is left out, also later."""
         from openai import BadRequestError
+        body = dict(self.body)
         while True:
-            body = dict(self.body)                           # another thread may replace it
             try:
-                return self.server.chat.completions.create(messages=messages, **body)
+                completion = self.server.chat.completions.create(messages=messages, **body)
+                self.body = body
+                return completion
             except BadRequestError as error:
                 said = error.response.text
                 refused = [name for name in REFUSABLE if name in body and name in said]
@@ -626,4 +628,3 @@ class ChatClient:
                 value = body.pop(refused[0])
                 if refused[0] == "max_tokens":
                     body["max_completion_tokens"] = value    # its newer name
-                self.body = body

@@ -16,7 +16,7 @@ from eval import BENCHES, SEVEN, grade, read_bench
 @pytest.fixture
 def clip(toy):
     """clip("a/b.mp4") puts a clip there, clip("a/b.mp4", broken=True) something that is none."""
-    source = next((toy / "heldout").glob("*.avi"))
+    source = next((toy / "heldout").glob("*.apng"))
 
     def put(path: Path, broken: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

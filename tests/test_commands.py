@@ -64,7 +64,7 @@ def test_an_old_torch_is_named_before_anything_breaks(script, monkeypatch):
 
 
 def test_a_question_about_a_clip_is_answered(toy, base, capsys):
-    clip = next((toy / "heldout").glob("*.avi"))
+    clip = next((toy / "heldout").glob("*.apng"))
     evaluation.main(["--model", str(base), "--preset", "tiny", "--video", str(clip),
                      "--question", "Which colour is first?", "--options", "red", "blue", "--max-response", "8"])
     said = capsys.readouterr().out
@@ -73,10 +73,10 @@ def test_a_question_about_a_clip_is_answered(toy, base, capsys):
 
 def test_the_toy_bench_prints_the_numbers_of_the_training_table_again(toy, base, tmp_path, capsys):
     pagrpo.main(rl_flags(tmp_path, toy, base, steps=1, max_response=12))
-    trained = sft.read_json(tmp_path / "pagrpo/results.json")["pagrpo, greedy"]
+    trained = data.read_json(tmp_path / "pagrpo/results.json")["pagrpo, greedy"]
     evaluation.main(["--bench", "toy", "--model", str(tmp_path / "pagrpo"), "--data", str(toy)])
     assert "toy: 20 questions scored" in capsys.readouterr().out
-    found = sft.read_json(tmp_path / "pagrpo/eval/toy/summary.json")["aggregates"]["all questions"]
+    found = data.read_json(tmp_path / "pagrpo/eval/toy/summary.json")["aggregates"]["all questions"]
     assert found["value"] == trained["answer"]["value"]
     assert found["perception"]["value"] == trained["perception"]["value"]
 

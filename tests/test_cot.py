@@ -135,7 +135,7 @@ def test_teacher_and_judge_behind_http(toy, well, tmp_path, monkeypatch, capfd):
     assert "observation insufficient" in {row["reason"] for row in dropped}
     for headers, request in zip(server.headers, server.requests):
         name = {"t": "teacher", "j": "judge"}[request["model"]]
-        assert headers["Authorization"] == f"Bearer sk-{name}-secret"
+        assert headers["authorization"] == f"Bearer sk-{name}-secret"
     written = [f.read_text() for f in tmp_path.rglob("*.json*")]
     assert "secret" not in "".join([*capfd.readouterr(), *written])
 
@@ -215,7 +215,7 @@ def test_finished_work_is_not_done_again_and_other_settings_are_other_work(toy, 
 
 def test_media_that_cannot_be_read_are_a_reason_and_can_be_repaired(toy, well, tmp_path, capsys):
     world = shutil.copytree(toy, tmp_path / "world")
-    clip = next(world.glob("sft/*.avi"))
+    clip = next(world.glob("sft/*.apng"))
     away = clip.rename(tmp_path / "away")
     with serving(well) as server:
         s = http_settings(world, tmp_path / "out", server, judge="rule")

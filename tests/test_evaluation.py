@@ -162,7 +162,7 @@ def test_two_ranks_score_the_same_questions_once_each(toy, base, tmp_path, asked
 
 def test_media_that_come_later_are_asked_about_then(toy, base, tmp_path, capsys):
     world = shutil.copytree(toy, tmp_path / "world")
-    clip = next(world.glob("heldout/*.avi"))
+    clip = next(world.glob("heldout/*.apng"))
     away = clip.rename(tmp_path / "away")
     run(world, base, tmp_path)
     assert "19 questions scored; INCOMPLETE" in capsys.readouterr().out

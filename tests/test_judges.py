@@ -9,7 +9,7 @@ import pytest
 
 import pagrpo
 from data import JudgeSettings, make_judge, rule_judge
-from rewards import (UNREADABLE, Claim, Reply, Verdict, clean, judge_by_chat, judge_chat,
+from rewards import (UNREADABLE, Claim, Journal, Reply, Verdict, clean, judge_by_server, judge_chat,
                      judge_claims, leaks, read_verdict)
 from serving import Fault, serving
 from toy_runs import logged, rl_flags
@@ -70,7 +70,7 @@ def test_no_attack_is_accepted(name):
     refused before any judge is asked."""
     for refuse_leaks in (True, False):
         assert accepts(rule_judge, attack(name), refuse_leaks) is False
-        assert not accepts(partial(judge_by_chat, repeat), attack(name), refuse_leaks)
+        assert not accepts(partial(judge_by_server, repeat, [], Journal(None)), attack(name), refuse_leaks)
     if name not in ("instructions to the judge", "an end of the quotation"):
         assert accepts(yes, attack(name)) is False
     text = clean(ATTACKS[name])

@@ -99,8 +99,8 @@ def test_frames_are_few_and_small_and_a_clip_that_is_gone_has_none(shown, monkey
 def test_the_page_holds_the_files_as_they_are(run, shown):
     assert shown["metrics"] == logged(run)
     assert shown["rollouts"] == rollouts(run)
-    assert shown["settings"] == sft.read_json(run / "settings.json") | {"clip_norm": "Infinity"}
-    assert shown["results"] == sft.read_json(run / "results.json")
+    assert shown["settings"] == data.read_json(run / "settings.json") | {"clip_norm": "Infinity"}
+    assert shown["results"] == data.read_json(run / "results.json")
     answer = shown["results"]["pagrpo, greedy"]["answer"]
     (both, alone), neither = answer["crossed"]
     assert 5 * (both + neither[0]) == pytest.approx(answer["value"]) and both + alone + sum(neither) == 20

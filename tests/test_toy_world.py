@@ -158,8 +158,8 @@ class TestFiles:
         noise = np.random.default_rng(0)
         for n in range(4):
             frames = np.stack([data.draw(COLOURS[n], LETTERS[n % 3], (0.0, 1.0), noise) for _ in range(6)])
-            (tmp_path / "x.avi").write_bytes(data.avi_bytes(frames, data.TOY_FPS))
-            seen, seconds = data.read_video(tmp_path / "x.avi", data.InputSettings(frames=6, fps=data.TOY_FPS))
+            (tmp_path / "x.apng").write_bytes(data.avi_bytes(frames, data.TOY_FPS))
+            seen, seconds = data.read_video(tmp_path / "x.apng", data.InputSettings(frames=6, fps=data.TOY_FPS))
             assert np.array_equal(seen, frames) and seconds == pytest.approx(2 / data.TOY_FPS)
 
     @pytest.mark.parametrize("table, name, value", [
@@ -178,8 +178,8 @@ class TestFiles:
     def test_a_world_that_was_left_half_written_is_completed(self, small, tmp_path):
         half = shutil.copytree(small, tmp_path / "half")
         (half / "heldout.json").unlink()
-        (half / "heldout/00003.avi").unlink()
-        (half / "heldout/00004.avi").write_bytes(b"RIFF")
+        (half / "heldout/00003.apng").unlink()
+        (half / "heldout/00004.apng").write_bytes(b"RIFF")
         assert files(data.make_toy(half, SMALL)) == files(small)
 
     def test_a_complete_world_is_left_alone(self, toy):
@@ -188,7 +188,7 @@ class TestFiles:
         assert {f: f.stat().st_mtime_ns for f in toy.rglob("*")} == when
 
     def test_no_clip_stands_twice_in_a_split_or_in_two_splits(self, toy):
-        clips = [hashlib.sha256(f.read_bytes()).hexdigest() for f in toy.rglob("*.avi")]
+        clips = [hashlib.sha256(f.read_bytes()).hexdigest() for f in toy.rglob("*.apng")]
         assert len(clips) == len(set(clips)) == 80
 
     def test_records_are_those_of_the_release(self, toy):
