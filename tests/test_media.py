@@ -92,7 +92,8 @@ CLIPS = {
     "mpeg2.mp4": ("mpeg2video", {"bf": "2"}), "mpeg2.vob": ("mpeg2video", {"bf": "2"}), "windows.wmv": ("wmv2", {}),
     "vp8.webm": ("libvpx", {"deadline": "realtime"}),
     "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
-    "hevc.mp4": ("libx265", {"preset": "ultrafast", "x265-params": "open-gop=1:keyint=20:bframes=3:b-adapt=0:log-level=1"}),
+    "hevc.mp4": ("libx265", {
+        "preset": "ultrafast", "x265-params": "open-gop=1:keyint=20:bframes=3:b-adapt=0:log-level=1"}),
     "av1.mp4": ("libsvtav1", {"preset": "12", "crf": "10"})}
 
 
@@ -126,7 +127,7 @@ class TestContainers:
 
     @pytest.mark.parametrize("name, codec, options", [
         ("x.mp4", "libx264", X264), ("x.mov", "mpeg4", {"bf": "2"}), ("x.mp4", "mpeg2video", {"bf": "2"})])
-    def test_what_an_edit_list_hides_before_the_beginning_is_not_shown(self, tmp_path, name, codec, options, both_paths):
+    def test_what_an_edit_list_hides_at_the_beginning_is_not_shown(self, tmp_path, name, codec, options, both_paths):
         """So does a cut without encoding: it starts at a key frame."""
         clip = write_clip(tmp_path / name, codec, range(-10, 50), options=options)
         frames, seconds = read_video(clip, EIGHT)
@@ -201,7 +202,8 @@ class TestPatches:
             assert smart_resize(height, width, *limits) == official.smart_resize(height, width, 28, *limits)
 
     @pytest.mark.parametrize("height, width, least, most", [
-        (56, 84, 784, 100 * 784), (333, 77, 784, 16 * 784), (30, 40, 16 * 784, 64 * 784), (61, 450, 32 * 784, 32 * 784)])
+        (56, 84, 784, 100 * 784), (333, 77, 784, 16 * 784), (30, 40, 16 * 784, 64 * 784),
+        (61, 450, 32 * 784, 32 * 784)])
     def test_patches_are_those_of_the_official_processor(self, height, width, least, most):
         """A picture fills its patches twice, a video fills them with two frames."""
         processor = official.Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)
