@@ -37,7 +37,7 @@ def test_a_list_or_lines_are_the_same_records(content, tmp_path):
 
 
 @pytest.mark.parametrize("options, read", [
-    ('["A. it\'s a cat", "B. a dog"]', ("A. it's a cat", "B. a dog")), ("[]", ()), ("", ()), (None, ())])
+    ('["A. it\'s a cat", "B. a dog"]', ("A. it's a cat", "B. a dog")), ("", ()), (None, ())])
 def test_options_are_a_list_or_a_text_that_holds_one(options, read):
     assert record_of(options=options).options == read
 
