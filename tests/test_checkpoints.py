@@ -65,7 +65,7 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ folders from elsewhere
+# ---------------------------------------------------------------------------------------- folders from elsewhere
 
 @pytest.mark.parametrize("shard_bytes, others", [
     (2 ** 20, ["model_before_rl.safetensors", SINGLE]),      # the index decides

@@ -143,14 +143,15 @@ class TestContainers:
         with av.open(str(clips / "vp8.webm")) as old, av.open(str(tmp_path / "x.mkv"), "w") as new:
             stream = new.add_stream_from_template(old.streams.video[0])
             for packet in old.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    hidden = bytearray(packet)
-                    hidden[0] &= ~0x10                       # the bit that says: show it
-                    hidden = av.Packet(bytes(hidden))
-                    hidden.stream, hidden.time_base = stream, packet.time_base
-                    hidden.pts = hidden.dts = packet.pts + 1
-                    new.mux([packet, hidden])
+                if packet.dts is None:
+                    continue
+                packet.stream = stream
+                hidden = bytearray(packet)
+                hidden[0] &= ~0x10                           # the bit that says: show it
+                hidden = av.Packet(bytes(hidden))
+                hidden.stream, hidden.time_base = stream, packet.time_base
+                hidden.pts = hidden.dts = packet.pts + 1
+                new.mux(packet if packet.is_keyframe else [packet, hidden])
         write_clip(tmp_path / "x.ts", "libx264", options=X264)
         for name in ("x.mp4", "x.mkv", "x.ts"):
             with pytest.raises(MediaError, match=r"\d+ of \d+ frames .* convert it to MP4"):
@@ -179,8 +180,10 @@ class TestHanging:
         with pytest.raises(MediaError, match="hangs: nothing came for 0.2 seconds"):
             read_video(tmp_path / "pipe.mp4", EIGHT)
         left, = set(threading.enumerate()) - before
+        writer = os.open(tmp_path / "pipe.mp4", os.O_WRONLY)
+        (tmp_path / "pipe.mp4").unlink()
+        os.close(writer)                                     # the read ends
         assert left.daemon
-        os.close(os.open(tmp_path / "pipe.mp4", os.O_WRONLY))                # it ends
 
     def test_a_slow_read_does_not_hang(self, tmp_path, monkeypatch):
         def slowly(path, settings, beat):
