@@ -201,7 +201,7 @@ def test_kill_it_at_any_moment(toy, well, tmp_path):
         killed = len(server.requests)
         data.main([*words[2:], "--out", str(tmp_path / "whole")])
         whole = len(server.requests) - killed
-    assert killed - whole <= 4
+    assert killed - whole <= 6                               # one more each may be answered and not yet written
     for name in ("traces.jsonl", "dropped.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
