@@ -162,8 +162,9 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
     if isinstance(result, (MediaError, ImportError)):
         raise result
     said = str(result).strip() or "it ends early"
-    raise MediaError(f"cannot be decoded: {said.splitlines()[-1][:200]}. If a player shows it, "
-                     "convert it to MP4 (H.264)")
+    reason = said.splitlines()[-1].split("ERROR ")[-1]       # without a place in decord's source
+    raise MediaError(f"cannot be decoded: {reason:.200}. If a player shows it, convert it to MP4 "
+                     "(H.264)")
 
 
 def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.ndarray, float]:
@@ -256,13 +257,14 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
     where, records = f"{file}", []
     try:
         text = Path(file).read_text("utf-8-sig").strip()
-        is_list = text[:1] == "["
-        rows = json.loads(text) if is_list else text.split("\n")       # splitlines cuts at U+2028
+        if text[:1] != "[":                                  # splitlines would also cut at U+2028
+            rows = [line for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
         for i, row in enumerate(rows, start=1):
             where = f"{file}, record {i}"
-            if not is_list and not row.strip():
-                continue
-            records.append(to_record(row if is_list else json.loads(row), traces))
+            row = row if text[:1] == "[" else json.loads(row)
+            records.append(to_record(row, traces))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
     if not records:
@@ -919,6 +921,7 @@ def read_animation(path: Path, settings: InputSettings, beat: Callable) -> tuple
     with Image.open(path) as image:
         if image.n_frames == 1:
             raise MediaError("a picture, not a video")
+        image.load()                                         # a WebP tells its duration then
         fps = 1000 / (image.info.get("duration") or 100)     # browsers, too, show 0 as 100 ms
         indices, frames = frame_indices(image.n_frames, fps, settings), []
         for i in indices:

@@ -153,7 +153,7 @@ def test_a_trace_that_was_cut_off_breaks_the_template_and_one_without_text_is_as
 
 def test_an_outage_ends_the_run_and_nothing_is_asked_twice(toy, well, tmp_path):
     with serving(lambda n, request: well(n, request) if n < 9 else Fault(503, body=b"down")) as server:
-        with pytest.raises(ValueError, match="20 of 40 failed, most often for HTTP 503.*The rest is kept"):
+        with pytest.raises(ValueError, match="20 of 40 failed, the last for HTTP 503.*The rest is kept"):
             cot(http_settings(toy, tmp_path, server, concurrency=1))
     assert not (tmp_path / "traces.jsonl").exists()
     with serving(well) as again:                             # the server comes back, at another address
@@ -176,7 +176,7 @@ def test_a_few_failures_are_tried_again_by_the_next_run(toy, well, tmp_path):
 def test_a_judge_that_is_never_understood_stops_the_work(toy, well, tmp_path):
     """And another one may take over, since no verdict has been given yet."""
     with serving(lambda n, request: well(n, request) if request["model"] == "t" else "Hm.") as server:
-        with pytest.raises(ValueError, match="20 of .* failed, most often for no verdict at the end of the reply"):
+        with pytest.raises(ValueError, match="20 of .* failed, the last for no verdict at the end of the reply"):
             cot(http_settings(toy, tmp_path, server))
         cot(http_settings(toy, tmp_path, server, judge="rule"))
     assert [r["model"] for r in server.requests].count("t") == 40, "the teacher's work is kept"

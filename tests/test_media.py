@@ -171,6 +171,17 @@ class TestContainers:
             read_video(clip, EIGHT)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_a_video_and_a_picture_is_none(tmp_path, kind):
+    first, *rest = [Image.fromarray(numbered(i)) for i in range(60)]
+    first.save(tmp_path / "clip", kind, save_all=True, append_images=rest, duration=40, lossless=True)
+    frames, seconds = read_video(tmp_path / "clip", EIGHT)
+    assert numbers(frames) == spread(0, 59, 8) and seconds == pytest.approx(60 / 25 / 4)
+    first.save(tmp_path / "still", kind)
+    with pytest.raises(MediaError, match="a picture, not a video"):
+        read_video(tmp_path / "still", EIGHT)
+
+
 class TestHanging:
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
     def test_a_read_that_hangs_is_named_and_the_program_does_not_wait_for_it(self, tmp_path, monkeypatch):
@@ -311,7 +322,7 @@ class TestBrokenMedia:
 
     def test_a_codec_that_decord_lacks_is_said_in_plain_words(self, media, tmp_path):
         (tmp_path / "x.avi").write_bytes((media / "good.avi").read_bytes().replace(b"MPNG", b"XXXX"))
-        with pytest.raises(MediaError, match=r"a codec that decord lacks.*convert it to MP4 \(H.264\)"):
+        with pytest.raises(MediaError, match=r"cannot find video stream.*convert it to MP4 \(H.264\)"):
             read_video(tmp_path / "x.avi", EIGHT)
 
     @pytest.mark.parametrize("frame", [0, 8, 19])

@@ -98,7 +98,7 @@ def test_letters_out_of_place_are_refused(options, solution):
 @pytest.mark.parametrize("content, message", [
     (b" \n\n", "no records"), (b"[]", "no records"), (b"PK\x03\x04\xff\xfe\x00", "decode"),
     (json.dumps([ROW, ROW])[:-30].encode(), "Unterminated"),
-    (lines(ROW, ROW).encode() + b'\n\n{"problem": "cut o', "record 3: Unterminated string")])
+    (lines(ROW, ROW).encode() + b'\n\n{"problem": "cut o', "record 3: .*Unterminated string")])
 def test_a_damaged_file_is_named_with_the_broken_line(content, message, tmp_path):
     (tmp_path / "train.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"train.json.*{message}"):
@@ -163,7 +163,7 @@ def test_every_question_keeps_its_own_clip_and_its_place(records, load, toy, tin
 def test_too_many_missing_media_stop_the_run_with_a_hint_but_a_few_records_are_no_evidence(records, load):
     examples = load(without_media(records, range(5)))
     assert [len(step) for step in examples.prefetch([range(5), range(5, 10)])] == [0, 5]
-    with pytest.raises(ValueError, match=r"5 of 20 media .*gone0\.mp4.*right media folder\?"):
+    with pytest.raises(ValueError, match=r"5 of 20 media .*gone\d\.mp4.*right media folder\?"):
         list(examples.prefetch([range(20)]))
 
 
@@ -174,9 +174,9 @@ def test_a_prompt_that_is_too_long_is_skipped_and_counted_never_cut(records, loa
     assert [e.record for e in step] == [records[1]] and examples.skipped[0].startswith("prompt: ")
 
 
-def test_kept_media_stay_under_the_limit(records, load, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 3.5 * load(records)[0].pixels.nbytes)
+def test_kept_media_stay_under_the_limit(records, load):
     examples = load(records)
+    examples.room = 3.5 * load(records)[0].pixels.nbytes
     assert [examples[i] is examples[i] for i in range(5)] == [True] * 3 + [False] * 2
 
 

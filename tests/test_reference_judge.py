@@ -28,7 +28,7 @@ def judge_of(base, vocabulary, tiny_settings):
             replies = [vocabulary.encode(f"<think> so </think>\n<answer> {answer(text)} </answer>") for text in texts]
             tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, replies)), batch_first=True)
             return SimpleNamespace(tokens=tokens[:, None], lengths=torch.tensor([[len(reply)] for reply in replies]))
-        model = SimpleNamespace(config=read_config(base), generate=generate)
+        model = SimpleNamespace(config=read_config(base), generate=generate, sharded=False)
         decide = partial(data.blind_answers, model, vocabulary, tiny_settings, 24, "cpu")
         return lambda claims: [verdict.sufficient for verdict in judge_claims(decide, False, claims)], seen
     return make

@@ -53,12 +53,6 @@ def test_a_setting_that_is_new_counts_as_its_default_and_one_that_is_gone_for_no
     assert json.loads(file.read_text()) == vars(now)
 
 
-def test_damaged_settings_are_named(tmp_path):
-    (tmp_path / "settings.json").write_text("[1]")
-    with pytest.raises(SystemExit, match="settings.json is damaged"):
-        data.check_settings(tmp_path, sft.Settings())
-
-
 @BOTH
 @pytest.mark.parametrize("wrong", ["model", "heldout"])
 def test_a_mistyped_path_does_not_claim_the_folder(module, flags, stage, wrong, toy, base, tmp_path):
