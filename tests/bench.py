@@ -2,7 +2,7 @@
 
     python tests/bench.py cpu                 seconds and bytes beside transformers and TRL, and how they grow
     python tests/bench.py gpu                 the same on a GPU
-    python tests/bench.py memory              the peak of a step beside that of tests/memory.py; on GPUs five steps of 3b
+    python tests/bench.py memory              the peak of a step beside that of tests/memory.py; on GPUs 5 steps of 3b
     python tests/bench.py judge               what a judge behind http costs a step: a loopback server that takes 2 s
 
 `cpu` takes seven minutes, `gpu` at most nine, `memory` half a minute on a CPU and some minutes on GPUs, `judge` five.
@@ -55,7 +55,7 @@ def noisy_clips(toy: Path) -> None:
     from PIL import Image
     rng = np.random.default_rng(0)
     for clip in (toy / "rl").iterdir():
-        first, *others = [Image.fromarray(x) for x in rng.integers(0, 255, (16, 308, 320, 3), np.uint8)]
+        first, *others = [Image.fromarray(x) for x in rng.integers(0, 255, (16, 224, 448, 3), np.uint8)]
         first.save(clip, "PNG", save_all=True, append_images=others, duration=500, compress_level=1)
 
 
