@@ -22,13 +22,11 @@ sys.path.insert(0, str(ROOT))
 LARGE = 512 * 28 * 28                                        # pixels of a frame in the bench of the judge
 
 
-def command(script: str, *flags) -> float:
-    """Runs a script of this project and returns its seconds."""
-    words = [sys.executable, str(ROOT / script), *map(str, flags)]
-    print("$ python " + " ".join([script, *map(str, flags)]), flush=True)
-    began = time.perf_counter()
-    subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+def command(script: str, *flags) -> None:
+    """Runs a script of this project."""
+    words = [script, *map(str, flags)]
+    print("$ python " + " ".join(words), flush=True)
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def on_cpu() -> None:
@@ -139,15 +137,12 @@ def main() -> None:
         else:
             bench.epilog = "Further flags go to pagrpo.py."
             bench.add_argument("--out", type=Path, default=f"runs/bench-{name}", help="folder [%(default)s]")
-    add = benches["cpu"].add_argument
-    add("--repeats", type=int, default=5, help="timings of each call [%(default)s]")
+    benches["cpu"].add_argument("--repeats", type=int, default=5, help="timings of each call [%(default)s]")
     add = benches["gpu"].add_argument
     add("--minutes", type=float, default=9.0, help="rows that take longer are broken off [9]")
     add("--small", action="store_true", help="a small model, to try it")
-    add = benches["memory"].add_argument
-    add("--preset", choices=["3b", "7b"], default="3b", help="shape, on GPUs [%(default)s]")
-    add = benches["judge"].add_argument
-    add("--delay", type=float, default=2.0, help="seconds that the server takes [2]")
+    benches["memory"].add_argument("--preset", choices=["3b", "7b"], default="3b", help="shape, on GPUs [%(default)s]")
+    benches["judge"].add_argument("--delay", type=float, default=2.0, help="seconds that the server takes [2]")
     args, flags = parser.parse_known_args()
     if args.bench in ("cpu", "gpu"):
         parser.parse_args()                                  # no further flags here

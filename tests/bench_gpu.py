@@ -94,8 +94,14 @@ def build(b: Bench, preset: str, dtype: torch.dtype | None = None, sharded: bool
 
 def text(b: Bench, count: int, length: int) -> Prompts:
     ids = torch.randint(8, 300, (count, length), generator=torch.Generator().manual_seed(0))
-    return Prompts(ids, torch.full((count,), length), torch.arange(length).expand(3, count, -1),
-                   torch.full((count,), length), None, []).to(b.device)
+    lengths = torch.full((count,), length)
+    return Prompts(ids, lengths, torch.arange(length).expand(3, count, -1), lengths, None, []).to(b.device)
+
+
+def responses(b: Bench, group: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (1, G, T) and lengths (1, G)."""
+    shape = 1, group, length
+    return torch.randint(8, 300, shape, device=b.device), torch.full(shape[:2], length, device=b.device)
 
 
 def transformers_model(model: Qwen2_5_VL):
@@ -186,7 +192,7 @@ def training(b: Bench) -> None:
     """A pass, its memory, and one layer, against transformers on full sequences with logits at the responses."""
     model, (g, p, t) = build(b, b.size.models[0]), b.size.training
     net, prompts, size = transformers_model(model), text(b, 1, p), f"{g} × ({p:,}, {t})"
-    tokens, lengths = torch.randint(8, 300, (1, g, t), device=b.device), torch.full((1, g), t, device=b.device)
+    tokens, lengths = responses(b, g, t)
     whole = torch.cat([prompts.ids.expand(g, -1), tokens[0]], dim=1)
 
     def ours() -> None:
@@ -278,8 +284,7 @@ def by_parts(b: Bench) -> None:
     preset, (questions, g, p, t) = b.size.models[1], b.size.step
     model, prompts = build(b, preset), text(b, questions, p)
     model.save_memory = True
-    tokens, claims = torch.randint(8, 300, (1, g, t), device=b.device), text(b, questions * g, b.size.claim[-1])
-    one, lengths = text(b, 1, p), torch.full((1, g), t, device=b.device)
+    claims, one, (tokens, lengths) = text(b, questions * g, b.size.claim[-1]), text(b, 1, p), responses(b, g, t)
     pixels = torch.randn(math.prod(b.size.grid), 3 * 2 * 14 * 14, device=b.device, dtype=model.head.weight.dtype)
     layer = [torch.nn.Parameter(torch.randn_like(x, dtype=torch.float32)) for x in model.model.layers[0].parameters()]
     for x in layer:

@@ -128,13 +128,11 @@ class Worker:
         self.model.save_pretrained(folder)                   # the KL reference is read from the policy's folder
         args = GRPOConfig(
             output_dir=folder, use_cpu=not cuda, bf16=cuda, seed=0, max_steps=len(texts) // questions,
-            learning_rate=1e-6,
-            per_device_train_batch_size=questions * group, gradient_accumulation_steps=1, steps_per_generation=1,
-            num_generations=group, num_iterations=1, loss_type="grpo", beta=0.04, max_grad_norm=5.0,
-            max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0,
-            top_p=1.0, gradient_checkpointing=False, disable_dropout=True, shuffle_dataset=False,
-            remove_unused_columns=False, dataloader_pin_memory=False, logging_strategy="no", save_strategy="no",
-            report_to=[], disable_tqdm=True)
+            per_device_train_batch_size=questions * group, num_generations=group,
+            loss_type="grpo", beta=0.04, max_grad_norm=5.0, max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0, top_p=1.0,
+            gradient_checkpointing=False, disable_dropout=True, shuffle_dataset=False, dataloader_pin_memory=False,
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
         GRPOTrainer(model=Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_funcs=reward, args=args,
                     train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[InTurn()],
                     processing_class=AutoTokenizer.from_pretrained(self.folder)).train()

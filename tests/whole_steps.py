@@ -123,23 +123,21 @@ def waiting(ruler: Ruler, world: sft.World, steps: int = 30, folders: bool = Fal
         toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
         data.make_toy_model(base, 0)
         records = as_folders(toy, "rl") if folders else toy / "rl.json"
-        where = dict(preset="tiny", out=folder, model=str(base), data=str(records), media=str(toy))
-        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps))
+        changes = dict(preset="tiny", out=folder, model=str(base), data=str(records), media=str(toy), steps=steps)
+        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | changes)
         run = sft.Run(Path(folder) / "pagrpo", settings, settings.questions, base, world)
         prepared = pagrpo.prepare(settings, run, world)
         questions = prepared[4]
-        questions.room = 0                                   # nothing is kept for the next epoch
-        questions.prefetch = partial(timed, questions.prefetch, blocked)
+        prefetch, questions.room = questions.prefetch, 0     # nothing is kept for the next epoch
+
+        def timed(indices: Iterable) -> Iterator[list[data.Example]]:
+            began = time.perf_counter()
+            for batch in prefetch(indices):
+                blocked.append(time.perf_counter() - began)
+                yield batch
+                began = time.perf_counter()
+        questions.prefetch = timed
         whole = seconds_of(lambda: pagrpo.train(*prepared))
     read = "folders of frames" if folders else "clips"
     ruler.row("waiting for data", f"{steps} steps, {read}", {"ours": [sum(blocked)], "whole loop": [whole]},
               peer="whole loop", target=20.0, note=f"{sum(blocked) / whole:.2%} of the loop, at most 5 %")
-
-
-def timed(prefetch: Callable, blocked: list[float], steps: Iterable) -> Iterator[list[data.Example]]:
-    """`prefetch`, and the seconds that each of its batches is waited for."""
-    began = time.perf_counter()
-    for batch in prefetch(steps):
-        blocked.append(time.perf_counter() - began)
-        yield batch
-        began = time.perf_counter()
