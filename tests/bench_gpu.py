@@ -28,9 +28,9 @@ import memory
 import pagrpo
 import sft
 import whole_steps
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Step, causal_attention, load_model, qwen, record_step,
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, Step, build_model, causal_attention, qwen, record_step,
                    shard)
-from peers import Peer
+from peers import SHAPE, Peer
 from ruler import Peaks, Ruler, in_turn, peak, seconds_of
 
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}                # bytes a second, by the makers
@@ -66,6 +66,10 @@ class Bench(NamedTuple):
     def device(self) -> torch.device:
         return self.world.device
 
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def target(self, value: float) -> float | None:
         return value if self.size.judged else None
 
@@ -78,29 +82,34 @@ def fill(model: Qwen2_5_VL) -> Qwen2_5_VL:
     return model
 
 
-def build(b: Bench, preset: str) -> Qwen2_5_VL:
-    dtype = torch.bfloat16 if b.device.type == "cuda" else torch.float32
+def build(b: Bench, preset: str, dtype: torch.dtype | None = None, sharded: bool = False) -> Qwen2_5_VL:
+    """In half precision on a GPU, unless a dtype is given."""
+    half = torch.bfloat16 if b.cuda else torch.float32
     with torch.device("meta"):
-        model = Qwen2_5_VL(CONFIGS[preset]).to(dtype)
+        model = Qwen2_5_VL(CONFIGS[preset]).to(dtype or half)
+    if sharded and b.cuda:
+        shard(model, b.world.mesh())
     return fill(model.to_empty(device=b.device))
 
 
 def text(b: Bench, count: int, length: int) -> Prompts:
     ids = torch.randint(8, 300, (count, length), generator=torch.Generator().manual_seed(0))
-    return Prompts(ids, torch.full((count,), length), torch.arange(length).expand(3, count, -1),
-                   torch.full((count,), length), None, []).to(b.device)
+    lengths = torch.full((count,), length)
+    return Prompts(ids, lengths, torch.arange(length).expand(3, count, -1), lengths, None, []).to(b.device)
+
+
+def responses(b: Bench, group: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (1, G, T) and lengths (1, G)."""
+    shape = 1, group, length
+    return torch.randint(8, 300, shape, device=b.device), torch.full(shape[:2], length, device=b.device)
 
 
 def transformers_model(model: Qwen2_5_VL):
     """transformers' text network with the weights of ours; no second copy."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    c = model.config
+    shape = {name: getattr(model.config, name, 32768) for name in SHAPE}           # ours has no max_position_embeddings
     with torch.device("meta"):
-        net = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, rope_theta=c.rope_theta,
-            num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, max_position_embeddings=32768,
-            tie_word_embeddings=c.tie_word_embeddings))
+        net = Qwen2ForCausalLM(Qwen2Config(**shape))
     weights = {name: p for name, p in model.named_parameters() if not name.startswith("visual")}
     net.load_state_dict(weights | {"lm_head.weight": model.head.weight}, strict=True, assign=True)
     net.model.rotary_emb = type(net.model.rotary_emb)(net.config).to(model.head.weight.device)     # buffers
@@ -145,7 +154,7 @@ def rollouts(b: Bench) -> None:
 def decoding(b: Bench) -> None:
     """A step in the middle of a response against the bytes it has to read: weights, and the keys and values in use."""
     model, t = build(b, b.size.models[1]), b.size.places
-    weight, card = model.head.weight, torch.cuda.get_device_name() if b.device.type == "cuda" else ""
+    weight, card = model.head.weight, torch.cuda.get_device_name() if b.cuda else ""
     fastest = next((rate for name, rate in BANDWIDTH.items() if name in card), None)
     for questions in (1, 8):
         prompts, tokens = text(b, questions, b.size.rollout[0]), torch.full((8 * questions,), 9, device=b.device)
@@ -183,7 +192,7 @@ def training(b: Bench) -> None:
     """A pass, its memory, and one layer, against transformers on full sequences with logits at the responses."""
     model, (g, p, t) = build(b, b.size.models[0]), b.size.training
     net, prompts, size = transformers_model(model), text(b, 1, p), f"{g} × ({p:,}, {t})"
-    tokens, lengths = torch.randint(8, 300, (1, g, t), device=b.device), torch.full((1, g), t, device=b.device)
+    tokens, lengths = responses(b, g, t)
     whole = torch.cat([prompts.ids.expand(g, -1), tokens[0]], dim=1)
 
     def ours() -> None:
@@ -233,35 +242,27 @@ def sizes(b: Bench) -> str:
     return "{}×{}, prompt {:,}, {} new".format(*b.size.step)
 
 
-def paper_settings(b: Bench, preset: str) -> pagrpo.Settings:
-    questions, g, _, t = b.size.step
-    return pagrpo.Settings(**pagrpo.PRESETS[preset] | dict(questions=questions, group_size=g, max_response=t))
-
-
 def whole_step(b: Bench) -> None:
     """PA-GRPO's step from end to end: fp32 weights, AdamW, KL reference in half precision, which also judges."""
-    preset, (questions, _, p, t) = b.size.models[0], b.size.step
-    settings, models = paper_settings(b, preset), []
+    preset, (questions, g, p, t) = b.size.models[0], b.size.step
+    changes = dict(questions=questions, group_size=g, max_response=t)
+    settings = pagrpo.Settings(**pagrpo.PRESETS[preset] | changes)
     with tempfile.TemporaryDirectory() as folder:
         data.make_toy_model(Path(folder), 0)
         vocabulary = data.Vocabulary(folder)
-    for dtype in (torch.float32, torch.bfloat16 if b.device.type == "cuda" else torch.float32):
-        with torch.device("meta"):
-            model = Qwen2_5_VL(CONFIGS[preset]).to(dtype)
-        model = shard(model, b.world.mesh()) if b.device.type == "cuda" else model
-        models.append(whole_steps.never_stop(fill(model.to_empty(device=b.device)), vocabulary))
-    policy, reference = models
-    reference.requires_grad_(False)
-    if b.device.type == "cuda":                              # as model.build_model does
+    policy = whole_steps.never_stop(build(b, preset, torch.float32, sharded=True), vocabulary)
+    reference = whole_steps.never_stop(build(b, preset, sharded=True), vocabulary).requires_grad_(False)
+    if b.cuda:                                               # as model.build_model does
         policy.set_reshard_after_forward(False, recurse=False)
     policy.save_memory, optimizer = settings.save_memory, sft.make_optimizer(policy, settings)
     asked = whole_steps.examples(whole_steps.texts(questions, p), vocabulary)
-    question, observation = claim_texts(b)
+    # They make a prompt of the usual length: a random response has no observation and, encoded once more, two to three
+    # times its tokens.
+    question, observation = (whole_steps.texts(1, length)[0] for length in b.size.claim[:2])
 
     def judge(claims: list) -> None:
         claims = [claim._replace(question=question, observation=observation) for claim in claims]
-        with pagrpo.model.gathered(reference):
-            data.blind_answers(reference, vocabulary, settings, t, b.device, claims)
+        data.blind_answers(reference, vocabulary, settings, t, b.device, claims)
     run = partial(whole_steps.step, policy, reference, optimizer, asked, vocabulary, settings, b.world, judge)
     run()                                                    # warms up; moments are made
     with Peaks() as peaks:
@@ -269,19 +270,12 @@ def whole_step(b: Bench) -> None:
     for name, seconds in phases.items():
         b.ruler.row(f"{preset}, step: {name}", sizes(b), {"ours": [seconds]}, bytes={"ours": bytes[name]})
     said_of(b, preset, sum(phases.values()), 10.0, f"{preset}: whole step")
-    told = memory.estimate(CONFIGS[preset], settings, 1, b.device.type == "cuda")["peak"]
+    told = memory.estimate(CONFIGS[preset], settings, 1, b.cuda)["peak"]
     note = f"{peaks.reserved / 2 ** 20:,.0f} MiB reserved"
     if not peaks.reserved:
         note = "ours without weights and moments, which were made before"
     b.ruler.row(f"{preset}, step: memory", sizes(b), {}, peer="estimate", note=note,
                 bytes={"ours": max(bytes.values()), "estimate": int(told)})
-
-
-def claim_texts(b: Bench) -> tuple[str, str]:
-    """Question and observation that give the judge a prompt of the usual length: a random response has no observation
-    and, encoded once more, two to three times its tokens."""
-    question, observation, _ = b.size.claim
-    return whole_steps.texts(1, question)[0], whole_steps.texts(1, observation)[0]
 
 
 def by_parts(b: Bench) -> None:
@@ -290,30 +284,27 @@ def by_parts(b: Bench) -> None:
     preset, (questions, g, p, t) = b.size.models[1], b.size.step
     model, prompts = build(b, preset), text(b, questions, p)
     model.save_memory = True
-    tokens, claims = torch.randint(8, 300, (1, g, t), device=b.device), text(b, questions * g, b.size.claim[-1])
-    one, lengths = text(b, 1, p), torch.full((1, g), t, device=b.device)
+    claims, one, (tokens, lengths) = text(b, questions * g, b.size.claim[-1]), text(b, 1, p), responses(b, g, t)
     pixels = torch.randn(math.prod(b.size.grid), 3 * 2 * 14 * 14, device=b.device, dtype=model.head.weight.dtype)
     layer = [torch.nn.Parameter(torch.randn_like(x, dtype=torch.float32)) for x in model.model.layers[0].parameters()]
     for x in layer:
         x.grad = torch.randn_like(x)
-    optimizer = torch.optim.AdamW(layer, fused=b.device.type == "cuda")
+    optimizer = torch.optim.AdamW(layer, fused=b.cuda)
     share = sum(x.numel() for x in model.parameters()) / sum(x.numel() for x in layer)
 
-    def tower(learn: bool) -> None:
-        with torch.set_grad_enabled(learn):
-            features = model.visual(pixels, [b.size.grid], True)
-            features.sum().backward() if learn else None
+    read = partial(model.visual, pixels, [b.size.grid], True)
 
-    def score(learn: bool) -> None:
-        with torch.set_grad_enabled(learn):
-            logprobs = model.logprobs(one, tokens, lengths)[0]
-            logprobs.sum().backward() if learn else None
+    def score() -> torch.Tensor:
+        return model.logprobs(one, tokens, lengths)[0]
+
+    def learn(call: Callable[[], torch.Tensor]) -> None:
+        call().sum().backward()
     parts = {  # what is called, how often in a step
         "sampling": (partial(model.generate, prompts, torch.rand(questions, g, t), [-1]), 1),
         "judging": (partial(model.generate, claims, torch.rand(questions * g, 1, t), [-1], 0.0), 1),
-        "scoring, a question": (partial(score, False), questions),
-        "training, a question": (partial(score, True), questions),
-        "clip, read": (partial(tower, False), 2 * questions), "clip, trained on": (partial(tower, True), questions),
+        "scoring, a question": (torch.no_grad()(score), questions),
+        "training, a question": (partial(learn, score), questions),
+        "clip, read": (torch.no_grad()(read), 2 * questions), "clip, trained on": (partial(learn, read), questions),
         "AdamW, a layer": (optimizer.step, share)}
     total = 0.0
     for name, (call, times) in parts.items():
@@ -333,11 +324,8 @@ def steps(b: Bench) -> None:
         return print("step against TRL: not measured, pip install -r tests/requirements-bench.txt", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data.make_toy_model(Path(folder), 0, b.size.beside_trl)
-        peer, models = Peer(folder, AS_STARTED), [load_model(folder) for _ in range(2)]
-        if b.device.type == "cuda":
-            models = [shard(m.to(b.device).to(dtype), b.world.mesh()) for m, dtype in
-                      zip(models, (torch.float32, torch.bfloat16))]
-        models[1].requires_grad_(False)
+        peer, vocabulary = Peer(folder, AS_STARTED), data.Vocabulary(folder)
+        models = [build_model(folder, vocabulary, b.world, frozen=frozen) for frozen in (False, True)]
         whole_steps.against_trl(b.ruler, Path(folder), peer, *models, b.world, b.size.trl, 3, b.target(4.0))
         peer.close()
 

@@ -49,10 +49,13 @@ def span(source: str, function: str, body: bool = False) -> tuple[int, int]:
     return found[0].body[1].lineno - 1 if body else found[0].lineno - 1, found[0].end_lineno
 
 
+OPEN = 'raise NotImplementedError("exercise: {}")'
+
+
 def emptied(source: str, function: str) -> str:
     """The source with a function that keeps its head and docstring and raises NotImplementedError."""
     lines, (start, end) = source.splitlines(keepends=True), span(source, function, body=True)
-    return "".join([*lines[:start], f'    raise NotImplementedError("exercise: {function}")\n', *lines[end:]])
+    return "".join([*lines[:start], f"    {OPEN.format(function)}\n", *lines[end:]])
 
 
 def with_function(source: str, function: str, other: str) -> str:
@@ -62,24 +65,16 @@ def with_function(source: str, function: str, other: str) -> str:
     return "".join([*lines[:start], *other.splitlines(keepends=True)[first:last], *lines[end:]])
 
 
-def is_open(source: str, function: str) -> bool:
-    start, end = span(source, function)
-    return f'NotImplementedError("exercise: {function}")' in "".join(source.splitlines(keepends=True)[start:end])
-
-
 def start(folder: Path) -> None:
     """Writes the copy. SystemExit if the folder holds anything: it may be somebody's work."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"{folder} is not empty and stays as it is. Go on with it (`python tests/exercises.py check "
                          f"{folder}` says how far it is), or name another folder.")
-    for item in ROOT.iterdir():
-        if item.name.startswith(".") or item.name in LEFT_OUT or item.resolve() == folder.resolve():
-            continue
-        if item.is_dir():
-            shutil.copytree(item, folder / item.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(item, folder)
+
+    def left_out(where: str, names: list[str]) -> set[str]:
+        return {name for name in names
+                if name in LEFT_OUT or name.startswith(".") or Path(where, name) == folder.resolve()}
+    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
     for exercise in EXERCISES:
         file = folder / exercise.file
         file.write_text(emptied(file.read_text(), exercise.function))
@@ -113,30 +108,34 @@ def test_alone(folder: Path, exercise: Exercise) -> str:
     return f"{failed[0]}: {errors[0]}" if failed else errors[0]
 
 
+def state_of(folder: Path, exercise: Exercise) -> tuple[str, str]:
+    """open, wrong or solved, and what is wrong."""
+    try:
+        source = (folder / exercise.file).read_text()
+        if OPEN.format(exercise.function) in source:
+            return "open", ""
+        failure = test_alone(folder, exercise)
+    except FileNotFoundError:
+        raise SystemExit(f"{folder} holds no copy of the project. To make one: "
+                         f"python tests/exercises.py start {folder}") from None
+    except SyntaxError as error:
+        failure = (f"{exercise.file}, line {error.lineno}: {error.msg}. Mend this first: until then no function of "
+                   "this file can be tested.")
+    except ValueError as error:
+        failure = f"{exercise.file}: {error}"
+    return "wrong" if failure else "solved", failure
+
+
 def check(folder: Path) -> dict[str, str]:
-    """Prints and returns how far each exercise is: open, wrong or solved."""
+    """Prints and returns how far each exercise is."""
     states = {}
     for exercise in EXERCISES:
-        file = folder / exercise.file
-        if not file.is_file():
-            raise SystemExit(f"{folder} holds no copy of the project. To make one: "
-                             f"python tests/exercises.py start {folder}")
-        try:
-            source, failure = file.read_text(), ""
-            states[exercise.function] = "open" if is_open(source, exercise.function) else ""
-        except SyntaxError as error:
-            states[exercise.function] = "wrong"
-            failure = (f"{exercise.file}, line {error.lineno}: {error.msg}. Mend this first: until then no function of "
-                       "this file can be tested.")
-        except ValueError as error:
-            states[exercise.function], failure = "wrong", f"{exercise.file}: {error}"
-        if not states[exercise.function]:
-            failure = test_alone(folder, exercise)
-            states[exercise.function] = "wrong" if failure else "solved"
-        print(f"{states[exercise.function]:7} {exercise.file:11} {exercise.function}", flush=True)
+        state, failure = state_of(folder, exercise)
+        states[exercise.function] = state
+        print(f"{state:7} {exercise.file:11} {exercise.function}", flush=True)
         if failure:
             print(f"        {failure}")
-        if states[exercise.function] != "solved":
+        if state != "solved":
             print(f"        read: {exercise.read}")
     solved = list(states.values()).count("solved")
     print(f"{solved} of {len(EXERCISES)} solved." + (" All of them: go on with docs/course.md." if solved == 5 else ""))

@@ -18,6 +18,7 @@ In bfloat16 greedy tokens may differ where two logits are about equal: the step 
 """
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-import model as ours
+from data import Example, collate
 from model import Config, Prompts, Qwen2_5_VL, init_weights, load_model, mrope_positions
 
 
@@ -45,30 +45,26 @@ CASES = {  # each a batch of prompts; 24 stands for so many words, (steps, rows,
 
 
 def make_prompts(batch: list[list[int | tuple]], config: Config, seed: int) -> Prompts:
-    generator, c = torch.Generator().manual_seed(seed), config.vision
+    generator, c, examples = torch.Generator().manual_seed(seed), config.vision, []
     words = torch.arange(config.vocab_size)
-    words = words[torch.isin(words, placeholders(config), invert=True)]
-    rows, positions, following, grid = [], [], [], []
+    words = words[~config.is_medium(words)]
     for pieces in batch:
-        ids, own, seconds = [], [], []
+        ids, grid, seconds = [], [], []
         for x in pieces:
             if isinstance(x, int):
                 ids += words[torch.randint(len(words), (x,), generator=generator)].tolist()
             else:
                 placeholder = config.video_token_id if x[3] else config.image_token_id
                 ids += [placeholder] * (torch.Size(x[:3]).numel() // c.spatial_merge_size ** 2)
-                own.append(x[:3])
+                grid.append(x[:3])
                 seconds.append(x[3])
-        place, after = mrope_positions(torch.tensor(ids), own, seconds, config)
-        rows.append(torch.tensor(ids))
-        positions.append(place.T)
-        following.append(after)
-        grid += own
-    patches, numbers = sum(t * h * w for t, h, w in grid), 3 * c.temporal_patch_size * c.patch_size ** 2
-    return Prompts(ids=pad_sequence(rows, batch_first=True), lengths=torch.tensor([len(ids) for ids in rows]),
-                   positions=pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-                   next_position=torch.tensor(following),
-                   pixels=torch.randn(patches, numbers, generator=generator) if grid else None, grid=grid)
+        ids = torch.tensor(ids)
+        positions, following = mrope_positions(ids, grid, seconds, config)
+        shape = sum(t * h * w for t, h, w in grid), 3 * c.temporal_patch_size * c.patch_size ** 2
+        pixels = torch.randn(shape, generator=generator) if grid else None
+        examples.append(Example(None, ids, positions, following, pixels, grid, 0.0))
+    prompts = collate(examples)
+    return replace(prompts, grid=sum(prompts.grid, []))
 
 
 def random_model(config: Config, seed: int) -> Qwen2_5_VL:
@@ -94,15 +90,12 @@ def real_tokens(prompts: Prompts) -> Tensor:
     return torch.arange(prompts.ids.shape[1], device=prompts.ids.device) < prompts.lengths[:, None]        # (B, P)
 
 
-def placeholders(config: Config, device="cpu") -> Tensor:
-    return torch.tensor([config.image_token_id, config.video_token_id], device=device)
-
-
 @torch.no_grad()
-def ask_ours(model: Qwen2_5_VL, prompts: Prompts, length: int, group: int = 2) -> Answers:
+def ask_ours(model: Qwen2_5_VL, prompts: Prompts, length: int) -> Answers:
     logits = model.logits(model.prefill(prompts)[0])[real_tokens(prompts)]
-    before, model.masked_token_ids = model.masked_token_ids, placeholders(model.config)    # they would ask for pixels
-    sampled = model.generate(prompts, torch.zeros(len(prompts.ids), group, length), stop_ids=[-1], temperature=0)
+    before, c = model.masked_token_ids, model.config
+    model.masked_token_ids = torch.tensor([c.image_token_id, c.video_token_id])            # they would ask for pixels
+    sampled = model.generate(prompts, torch.zeros(len(prompts.ids), 2, length), stop_ids=[-1], temperature=0)
     scored, _ = model.logprobs(prompts, sampled.tokens, sampled.lengths)
     model.masked_token_ids = before
     return Answers(*(x.cpu() for x in (logits, sampled.tokens, sampled.logprobs, scored)))
@@ -113,7 +106,7 @@ def media_inputs(prompts: Prompts, config: Config) -> dict[str, Tensor]:
     if prompts.pixels is None:
         return {}
     device, inputs = prompts.ids.device, {}
-    tokens = prompts.ids[torch.isin(prompts.ids, placeholders(config, device))]
+    tokens = prompts.ids[config.is_medium(prompts.ids)]
     kinds = tokens.repeat_interleave(config.vision.spatial_merge_size ** 2)               # (S,) one for each patch
     grids = torch.tensor(prompts.grid, device=device)
     first = grids.prod(1).cumsum(0) - grids.prod(1)                                       # patch of each medium
@@ -137,7 +130,8 @@ def ask_transformers(model, prompts: Prompts, config: Config, tokens: Tensor) ->
                    position_ids=torch.cat([prompts.positions, following.expand(3, -1, -1)], dim=2),
                    use_cache=False, **media_inputs(prompts, config)).logits.float()                        # (B, P+T, V)
     before = torch.cat([logits[torch.arange(b), prompts.lengths - 1][:, None], logits[:, p:-1]], dim=1)    # (B, T, V)
-    logprobs = before.index_fill(-1, placeholders(config, logits.device), -1e30).log_softmax(-1)
+    words = torch.arange(config.vocab_size, device=tokens.device)
+    logprobs = before.masked_fill(config.is_medium(words), -1e30).log_softmax(-1)
     return logits[:, :p][real].cpu(), logprobs.cpu()
 
 
@@ -152,9 +146,8 @@ def compare(answers: Answers, logits: Tensor, logprobs: Tensor) -> tuple[dict[st
 
 
 def load_reference(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu"):
-    network = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager")
-    return network.to(device)
+    return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager").to(device)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -191,7 +184,7 @@ def main() -> None:
         print(f"{name:16}", *(f"{what} {x:.1e} " for what, x in differences.items()),
               f"greedy {'identical' if greedy else 'DIFFERENT'}  largest logit {logits.abs().max():.1f}",
               "" if good else " FAILED")
-    sys.exit(1 if failed else 0)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -65,18 +65,18 @@ class Worker:
         from safetensors.torch import load_file
         from transformers import Qwen2Config, Qwen2ForCausalLM
         config = json.loads((Path(folder) / "config.json").read_text())
-        self.folder, self.model = folder, Qwen2ForCausalLM(Qwen2Config(**{name: config[name] for name in SHAPE}))
+        shape = {name: config[name] for name in SHAPE}
+        self.folder, self.model = folder, Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
         tensors = load_file(Path(folder) / "model.safetensors")
         text = {name: x for name, x in tensors.items() if not name.startswith("visual.")}
         self.model.load_state_dict(text | {"lm_head.weight": text["model.embed_tokens.weight"]})    # they are tied
-        self.model.eval()
 
     def generate(self, ids: Tensor, group: int, tokens: int, sample: bool, static: bool) -> Tensor:
         """`group` responses to each prompt, none of which stops early. ids (B, P) → (B·G, T)"""
-        how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else dict(do_sample=False)
-        how |= dict(cache_implementation="static") if static else {}
-        full = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=None,
-                                   pad_token_id=0, num_return_sequences=group, **how)
+        full = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
+            num_return_sequences=group, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0,
+            cache_implementation="static" if static else None)
         return full[:, ids.shape[1]:]
 
     def forward_backward(self, ids: Tensor, weights: Tensor, keep: int) -> Tensor:
@@ -128,13 +128,11 @@ class Worker:
         self.model.save_pretrained(folder)                   # the KL reference is read from the policy's folder
         args = GRPOConfig(
             output_dir=folder, use_cpu=not cuda, bf16=cuda, seed=0, max_steps=len(texts) // questions,
-            learning_rate=1e-6,
-            per_device_train_batch_size=questions * group, gradient_accumulation_steps=1, steps_per_generation=1,
-            num_generations=group, num_iterations=1, loss_type="grpo", beta=0.04, max_grad_norm=5.0,
-            max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0,
-            top_p=1.0, gradient_checkpointing=False, disable_dropout=True, shuffle_dataset=False,
-            remove_unused_columns=False, dataloader_pin_memory=False, logging_strategy="no", save_strategy="no",
-            report_to=[], disable_tqdm=True)
+            per_device_train_batch_size=questions * group, num_generations=group,
+            loss_type="grpo", beta=0.04, max_grad_norm=5.0, max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_k=0, top_p=1.0,
+            gradient_checkpointing=False, disable_dropout=True, shuffle_dataset=False, dataloader_pin_memory=False,
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
         GRPOTrainer(model=Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_funcs=reward, args=args,
                     train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[InTurn()],
                     processing_class=AutoTokenizer.from_pretrained(self.folder)).train()

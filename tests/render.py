@@ -12,14 +12,14 @@ import base64
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-component-update")
 SIZES = {"laptop": (1440, 900), "projector": (1024, 768), "phone": (390, 844)}
 
 # Texts whose contrast is too low. Half-transparent backgrounds are laid over those behind them, and of a striped one
@@ -78,13 +78,13 @@ FOCUSED = "return window.reachable.indexOf(document.activeElement)"
 NAMES = "return window.reachable.filter((_, i) => !arguments[0].includes(i)).map(node => node.outerHTML.slice(0, 90))"
 
 
-def open_browser(size: tuple[int, int], profile: str, binary: str, driver: str) -> webdriver.Chrome:
+def open_browser(size: tuple[int, int], profile: str) -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
-    options.binary_location = binary
+    options.binary_location = shutil.which("chromium")
     for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
         "width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600})
     return browser
@@ -103,64 +103,65 @@ def unreached(browser: webdriver.Chrome) -> list[str]:
 def use(browser: webdriver.Chrome, picture: Path) -> list[str]:
     """Presses what can be pressed: arrow keys on a chart and on a response, modes, steps. Returns faults. `picture`
     gets the screen while a token is read with GRPO's credit."""
-    faults = []
-    for chart in browser.find_elements(By.CSS_SELECTOR, "figure svg[tabindex]")[:1]:
+    faults, find = [], partial(browser.find_elements, By.CSS_SELECTOR)
+    click = partial(browser.execute_script, "arguments[0].click()")
+    for chart in find("figure svg[tabindex]")[:1]:
         chart.send_keys(Keys.ARROW_LEFT)
-        readout = browser.find_element(By.CSS_SELECTOR, "figure output").text
+        readout = find("figure output")[0].text
         faults += [] if readout.startswith("step ") else [f"the chart's readout says {readout!r}"]
-    for button in ("Earlier step", "Later step"):
-        for found in browser.find_elements(By.CSS_SELECTOR, f"[aria-label='{button}']"):
-            found.send_keys(Keys.ENTER)
-    for radio in browser.find_elements(By.CSS_SELECTOR, "input[type=radio]"):
-        before = [x.text for x in browser.find_elements(By.CSS_SELECTOR, ".why")]
-        browser.execute_script("arguments[0].click()", radio)
-        after = [x.text for x in browser.find_elements(By.CSS_SELECTOR, ".why")]
-        checked = radio.get_attribute("value") == "pa"
-        faults += [] if checked or after != before else ["another credit mode changes nothing"]
-    for radio in browser.find_elements(By.CSS_SELECTOR, "input[value=grpo]"):
-        browser.execute_script("arguments[0].click()", radio)
-    for row in browser.find_elements(By.CSS_SELECTOR, ".tokens")[1:2]:
+    for button in find("[aria-label='Earlier step'], [aria-label='Later step']"):
+        button.send_keys(Keys.ENTER)
+    for radio in find("input[type=radio]"):
+        before = [x.text for x in find(".why")]
+        click(radio)
+        same = before == [x.text for x in find(".why")]
+        faults += ["another credit mode changes nothing"] if same and radio.get_attribute("value") != "pa" else []
+    for radio in find("input[value=grpo]"):
+        click(radio)
+    for row in find(".tokens")[1:2]:
         row.send_keys(*[Keys.ARROW_RIGHT] * 5)
-        tip = browser.find_element(By.ID, "tip").text
+        tip = find("#tip")[0].text
         faults += [] if "advantage" in tip else [f"a token's readout says {tip!r}"]
         browser.save_screenshot(str(picture))
     return faults
 
 
 def shoot(browser: webdriver.Chrome, out: Path, name: str) -> None:
-    def save(file: str, **clip) -> None:
-        wanted = {"captureBeyondViewport": True, "clip": clip | {"scale": 1}}
-        shot = browser.execute_cdp_cmd("Page.captureScreenshot", wanted)
+    def save(file: str, y: float, height: float) -> None:
+        clip = {"x": 0, "y": max(0, y), "width": width, "height": height, "scale": 1}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         (out / file).write_bytes(base64.b64decode(shot["data"]))
 
     width, height = browser.execute_script("scrollTo(0, 0); return [innerWidth, document.documentElement.scrollHeight]")
-    save(f"{name}.png", x=0, y=0, width=width, height=min(height, 16000))
+    save(f"{name}.png", 0, min(height, 16000))
     for part in browser.find_elements(By.CSS_SELECTOR, "header, main > section"):
         box, label = part.rect, part.get_attribute("id") or "top"
-        save(f"{name}-{label}.png", x=0, y=max(0, box["y"] - 20), width=width, height=min(box["height"] + 40, 6000))
+        save(f"{name}-{label}.png", box["y"] - 20, min(box["height"] + 40, 6000))
+
+
+def look(report: Path, out: Path, name: str) -> dict[str, list[str]]:
+    """Takes the pictures of one size. Returns faults by kind."""
+    with tempfile.TemporaryDirectory() as profile:
+        browser = open_browser(SIZES[name], profile)
+        try:
+            browser.get(report.resolve().as_uri())
+            shoot(browser, out, name)
+            browser.execute_script("document.querySelectorAll('details').forEach(node => { node.open = true })")
+            found = {"contrast": browser.execute_script(CONTRAST), "too wide": browser.execute_script(OVERFLOW),
+                     "not reached by Tab": unreached(browser), "use": use(browser, out / f"{name}-token.png")}
+            return found | {"console": [f"{x['level']}: {x['message']}" for x in browser.get_log("browser")]}
+        finally:
+            browser.quit()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="report.html of a run")
-    parser.add_argument("--out", type=Path, default=Path("shots"), help="folder for the pictures [shots]")
-    parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium", help="the browser")
-    parser.add_argument("--driver", default=shutil.which("chromedriver") or "chromedriver", help="its driver")
+    parser.add_argument("--out", type=Path, default="shots", help="folder for the pictures [shots]")
     args, faults = parser.parse_args(), []
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, size in SIZES.items():
-        with tempfile.TemporaryDirectory() as profile:
-            browser = open_browser(size, profile, args.chromium, args.driver)
-            try:
-                browser.get(args.report.resolve().as_uri())
-                shoot(browser, args.out, name)
-                browser.execute_script("document.querySelectorAll('details').forEach(node => { node.open = true })")
-                found = {"contrast": browser.execute_script(CONTRAST), "too wide": browser.execute_script(OVERFLOW),
-                         "not reached by Tab": unreached(browser), "use": use(browser, args.out / f"{name}-token.png")}
-                found["console"] = [f"{x['level']}: {x['message']}" for x in browser.get_log("browser")]
-            finally:
-                browser.quit()
-        for what, lines in found.items():
+    for name in SIZES:
+        for what, lines in look(args.report, args.out, name).items():
             print(f"{name}, {what}: {len(lines) or 'nothing found'}", *lines[:10], sep="\n    ")
             faults += lines
     print(f"Pictures: {args.out}")

@@ -19,9 +19,13 @@ TABLE = "{:<28} {:<30} {:>9} {:>9} {:<16} {:>6} {:>13} {:>14} {:>9} {:>10} {:>5}
 TITLES = ("", "", "ours, ms", "peer, ms", "peer", "ratio", "low–high", "target", "MiB", "peer's MiB", "limit", "")
 
 
+def finish() -> None:
+    """CUDA computes behind Python's back: waits for what is not finished."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds_of(call: Callable[[], object]) -> float:
-    # CUDA computes behind Python's back: what is not finished is waited for.
-    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     finish()
     began = time.perf_counter()
     call()
@@ -30,11 +34,11 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def in_turn(calls: dict[str, Callable[[], object]], repeats: int = 5,
-            warm: dict[str, Callable[[], object]] | None = None) -> dict[str, list[float]]:
+            warm: dict[str, Callable[[], object]] = {}) -> dict[str, list[float]]:
     """Seconds of each call. After one that warms up, or a shorter one in `warm`, they run in turn, so that the n-th of
     each see the same machine."""
     for name, call in calls.items():
-        (warm or {}).get(name, call)()
+        warm.get(name, call)()
     rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
     return {name: [seconds[name] for seconds in rounds] for name in calls}
 
@@ -95,24 +99,25 @@ class Ruler:
         """Adds a row without figures, which says why."""
         self.row(what, "", {}, note=" ".join(f"failed: {type(error).__name__}: {error}".split())[:300])
 
-    def row(self, what: str, sizes: str, seconds: dict[str, list[float]], ours: str = "ours", peer: str | None = None,
-            target: float | None = None, bytes: dict[str, int] | None = None, roofline: float | None = None,
+    def row(self, what: str, sizes: str, seconds: dict[str, list[float]], peer: str | None = None,
+            target: float | None = None, bytes: dict[str, int] = {}, roofline: float | None = None,
             note: str = "") -> None:
-        """Adds a row. Its ratio is peer / ours, pair by pair, of seconds, or of bytes where there are no seconds; the
-        target is the least that the median should be. roofline: the share of what the hardware allows, 0 to 1."""
-        bytes, times, ratio = bytes or {}, {name: median(x) for name, x in seconds.items()}, {}
+        """Adds a row. One of what is measured is called "ours". The ratio is peer / ours, pair by pair, of seconds, or
+        of bytes where there are no seconds; the target is the least that its median should be. roofline: the share of
+        what the hardware allows, 0 to 1."""
+        times, ratio, found = {name: median(x) for name, x in seconds.items()}, {}, ["", ""]
         if peer:
             values = seconds or {name: [n] for name, n in bytes.items()}
-            pairs = [theirs / own for own, theirs in zip(values[ours], values[peer], strict=True)]
+            pairs = [theirs / own for own, theirs in zip(values["ours"], values[peer], strict=True)]
             ratio = {"median": median(pairs), "lowest": min(pairs), "highest": max(pairs)}
+            found = [f"{ratio['median']:.2f}", f"{min(pairs):.2f}–{max(pairs):.2f}"]
         verdict = "" if target is None else "reached" if ratio["median"] >= target else "missed"
         with self.file.open("a") as file:
             print(json.dumps({
-                "what": what, "sizes": sizes, "ours": ours, "peer": peer, "ratio": ratio, "target": target,
+                "what": what, "sizes": sizes, "peer": peer, "ratio": ratio, "target": target,
                 "verdict": verdict, "median": times, "seconds": seconds, "bytes": bytes, "roofline": roofline,
                 "note": note}), file=file)
-        parts = (times, ours, 1e-3), (times, peer, 1e-3), (bytes, ours, 2 ** 20), (bytes, peer, 2 ** 20)
+        parts = (times, "ours", 1e-3), (times, peer, 1e-3), (bytes, "ours", 2 ** 20), (bytes, peer, 2 ** 20)
         a, b, *held = [f"{x[name] / unit:,.1f}" if name in x else "" for x, name, unit in parts]
-        found = ["{median:.2f}".format(**ratio), "{lowest:.2f}–{highest:.2f}".format(**ratio)] if ratio else ["", ""]
         print(TABLE.format(what, sizes, a, b, peer or "", *found, f"≥ {target:g} {verdict}" if verdict else "", *held,
                            "" if roofline is None else f"{roofline:.0%}", note).rstrip(), flush=True)

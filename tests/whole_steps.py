@@ -1,7 +1,7 @@
 """Whole steps of PA-GRPO for the benches, from the functions that pagrpo.py calls, on prompts of random words."""
 import io
 import json
-import re
+import random
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
+from PIL import Image, ImageSequence
 
 import data
 import pagrpo
@@ -17,7 +18,7 @@ import rewards
 import sft
 from model import Qwen2_5_VL
 from peers import Peer
-from ruler import Peaks, Ruler, in_turn, seconds_of
+from ruler import Peaks, Ruler, finish, in_turn, seconds_of
 
 WORDS = " red", " blue", " green", " yellow", " letter", " after"            # a token each
 
@@ -30,8 +31,8 @@ def never_stop(model: Qwen2_5_VL, vocabulary: data.Vocabulary) -> Qwen2_5_VL:
 
 
 def texts(count: int, length: int) -> list[str]:
-    numbers = torch.randint(len(WORDS), (count, length), generator=torch.Generator().manual_seed(0))
-    return ["".join(WORDS[i] for i in row) for row in numbers.tolist()]
+    rng = random.Random(0)
+    return ["".join(rng.choices(WORDS, k=length)) for _ in range(count)]
 
 
 def examples(prompts: list[str], vocabulary: data.Vocabulary) -> list[data.Example]:
@@ -52,16 +53,14 @@ def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optim
 
     def lap(phase: str) -> None:
         nonlocal began
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish()
         seconds[phase] = time.perf_counter() - began
         if peaks:
             bytes[phase] = peaks.take()
         began = time.perf_counter()
     groups = pagrpo.rollout(policy, asked, vocabulary, s, "bench")
     responses = sum(groups, [])
-    if {len(r.tokens) for r in responses} != {s.max_response}:
-        raise SystemExit(f"A response of ours is not {s.max_response} tokens long.")
+    check_lengths("ours", {len(r.tokens) for r in responses}, s.max_response)
     lap("sampling")
     if judge:
         judge([data.claim_about(r.example.record, r.text) for r in responses])
@@ -76,6 +75,11 @@ def step(policy: Qwen2_5_VL, reference: Qwen2_5_VL, optimizer: torch.optim.Optim
     return seconds, bytes
 
 
+def check_lengths(whose: str, found: set[int], wanted: int) -> None:
+    if found != {wanted}:
+        raise SystemExit(f"A response of {whose} is not {wanted} tokens long.")
+
+
 def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, reference: Qwen2_5_VL, world: sft.World,
                 shape: Iterable[int], repeats: int, target: float | None) -> None:
     """PA-GRPO against TRL's GRPO, both with KL term, one update, and responses of the same lengths.
@@ -83,32 +87,30 @@ def against_trl(ruler: Ruler, folder: Path, peer: Peer, policy: Qwen2_5_VL, refe
     (questions, g, p, t), vocabulary = shape, data.Vocabulary(folder)
     prompts = texts((repeats + 2) * questions, p)
     changes = dict(questions=questions, group_size=g, max_response=t, micro_batch=questions)
-    settings, waiting = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | changes), iter(examples(prompts, vocabulary))
+    settings, left = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | changes), iter(examples(prompts, vocabulary))
     optimizer = sft.make_optimizer(never_stop(policy, vocabulary), settings)
     never_stop(reference, vocabulary)
 
     def ours() -> None:
-        asked = [next(waiting) for _ in range(questions)]
+        asked = [next(left) for _ in range(questions)]
         step(policy, reference, optimizer, asked, vocabulary, settings, world)
     peer.ask("train", prompts, questions, g, t)              # the first step
     seconds = in_turn({"ours": ours, "TRL": partial(peer.ask, "go")}, repeats)
-    if peer.ask("stop") != {t}:
-        raise SystemExit(f"A response of TRL is not {t} tokens long.")
+    check_lengths("TRL", peer.ask("stop"), t)
     ruler.row("step", f"{questions}×{g}, prompt {p}, {t} new", seconds, peer="TRL", target=target)
 
 
 def as_folders(toy: Path, split: str) -> Path:
-    """Records of a split of the toy world with a folder of pictures for each clip: no video decoder is needed. A clip
-    holds its frames as PNG files."""
+    """Records of a split of the toy world with a folder of pictures for each clip."""
     rows, file = json.loads((toy / f"{split}.json").read_text()), toy / f"{split}-folders.json"
     for row in rows:
         clip = toy / row["path"]
-        row["path"] = row["path"].removesuffix(".avi")
-        raw, folder = clip.read_bytes(), clip.with_suffix("")
+        folder = clip.with_suffix("")
         folder.mkdir()
-        for n, found in enumerate(re.finditer(rb"00dc(.{4})(?=\x89PNG)", raw, re.DOTALL)):
-            size = int.from_bytes(found[1], "little")
-            (folder / f"{n}.png").write_bytes(raw[found.end():found.end() + size])
+        row["path"] = str(folder.relative_to(toy))
+        with Image.open(clip) as image:
+            for n, frame in enumerate(ImageSequence.Iterator(image)):
+                frame.save(folder / f"{n}.png")
     file.write_text(json.dumps(rows))
     return file
 
@@ -121,26 +123,21 @@ def waiting(ruler: Ruler, world: sft.World, steps: int = 30, folders: bool = Fal
         toy, base = data.make_toy(Path(folder) / "toy", {"rl": 200}), Path(folder) / "base"
         data.make_toy_model(base, 0)
         records = as_folders(toy, "rl") if folders else toy / "rl.json"
-        where = dict(preset="tiny", out=folder, model=str(base), data=str(records), media=str(toy))
-        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | where | dict(steps=steps))
+        changes = dict(preset="tiny", out=folder, model=str(base), data=str(records), media=str(toy), steps=steps)
+        settings = pagrpo.Settings(**pagrpo.PRESETS["tiny"] | changes)
         run = sft.Run(Path(folder) / "pagrpo", settings, settings.questions, base, world)
         prepared = pagrpo.prepare(settings, run, world)
         questions = prepared[4]
-        questions.room = 0                                   # nothing is kept for the next epoch
-        questions.prefetch = partial(timed, questions.prefetch, blocked)
+        prefetch, questions.room = questions.prefetch, 0     # nothing is kept for the next epoch
+
+        def timed(indices: Iterable) -> Iterator[list[data.Example]]:
+            began = time.perf_counter()
+            for batch in prefetch(indices):
+                blocked.append(time.perf_counter() - began)
+                yield batch
+                began = time.perf_counter()
+        questions.prefetch = timed
         whole = seconds_of(lambda: pagrpo.train(*prepared))
     read = "folders of frames" if folders else "clips"
     ruler.row("waiting for data", f"{steps} steps, {read}", {"ours": [sum(blocked)], "whole loop": [whole]},
               peer="whole loop", target=20.0, note=f"{sum(blocked) / whole:.2%} of the loop, at most 5 %")
-
-
-def timed(prefetch: Callable, blocked: list[float], steps: Iterable) -> Iterator[list[data.Example]]:
-    """`prefetch`, and the seconds that each of its batches is waited for."""
-    batches = prefetch(steps)
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        blocked.append(time.perf_counter() - began)
-        if batch is None:
-            return
-        yield batch
