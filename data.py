@@ -1262,10 +1262,8 @@ def verify(r: Record, draft: dict) -> dict:
 
 def weights_of(folder: Path) -> list:
     """What tells one checkpoint from another: size and time of its weight files."""
-    found = [str(folder.resolve())]
-    for file in sorted(folder.glob("*.safetensors")):
-        found += [file.stat().st_size, int(file.stat().st_mtime)]
-    return found
+    stats = [file.stat() for file in sorted(folder.glob("*.safetensors"))]
+    return [str(folder.resolve()), *((stat.st_size, int(stat.st_mtime)) for stat in stats)]
 
 
 def funnel(rows: Iterable[dict]) -> list[str]:

@@ -31,7 +31,6 @@ import gc
 import json
 import math
 import statistics
-import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
