@@ -74,7 +74,10 @@ BEST = re.compile(r"\W{0,3}(?:is|was|seems) (?:(?:the|most|my) )*(?:best|correct
 
 def mentions(text: str, options: Sequence[str]) -> list[tuple[str, re.Match]]:
     """(letter, match) for each option that a text names, in order; "" for a text that two options
-    share."""
+    share. The letters found among the options "a cat", "a dog":
+        "It is B." → B        "A dog, so the answer is (b)" → B, B        "a dogma" → none
+        "I see a cat, not B" → A
+    """
     if not options:
         return []
     # 1. An option's names: its text and its letter.
@@ -233,8 +236,9 @@ def mean(rows: list[dict], parts: Sequence[tuple] = ALL,
     """A mean in percent, its 95 % interval, and what guessing scores (chance).
 
     Each part is a weight and labels: the mean over rows whose first label is one of them (None:
-    all) has that weight. Questions about one clip are not independent: the standard error is
-    clustered by clip. The interval is Wilson's, for as many independent answers as have that error.
+    all) has that weight. Questions about one clip are not independent: the variance is the sum over
+    clips of (sum of w (x - mean) / n)². A share p with a variance v is as uncertain as that of
+    p (1 - p) / v independent answers, whose interval is Wilson's.
     """
     level = chance = total = 0.0
     clips, n = Counter(), 0                                  # of each clip: its sum of deviations

@@ -402,8 +402,9 @@ def decode_attention(q: Tensor, prompt: KV, own: KV) -> Tensor:
 
 
 def attend(q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-    """Attention of Q queries a row to all places in use, and the log-sum-exp of the scores. No
-    gradient. q (N·Q, H, E) → as q, (N·Q, H)"""
+    """Attention of Q queries a row (G for the prompts' cache, 1 for a response's own) to all places
+    in use, and the log-sum-exp of the scores, which F.scaled_dot_product_attention does not return.
+    No gradient. q (N·Q, H, E) → as q, (N·Q, H)"""
     if takes_flash(q):
         return flash_attend(q, kv)
     used = None if kv.place is None else int(kv.place) + 1
