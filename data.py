@@ -33,8 +33,9 @@ from queue import Empty, SimpleQueue
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, gathered, init_weights, load_model,
-                   mrope_positions, newest_checkpoint, read_config, save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, gathered, init_weights,
+                   load_model, mrope_positions, newest_checkpoint, read_config, save_model,
+                   write_config)
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -1063,6 +1064,8 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
     decide = JUDGES.get(s.judge, reference)
     if decide is None and not is_http(s.judge):
         raise SystemExit(f"--judge {s.judge} needs a model: choose an http address")
+    if s.judge_model and s.judge == "reference":             # it was a folder in earlier versions
+        raise SystemExit("--judge-model names a server's model: give the server with --judge")
     if is_http(s.judge):
         ask = ask_server(s, "judge", max_tokens=s.judge_tokens, temperature=0)
         same = [s.judge_model, s.judge_tokens, rewards.JUDGE_PROMPT]   # not the address

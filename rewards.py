@@ -478,7 +478,7 @@ def judge_by_server(ask: Callable[[list[dict]], Reply], same: list, journal: "Jo
     def work(c: Claim) -> dict:
         verdict = read_verdict(ask(judge_chat(c)))
         return {"verdict": verdict, "error": verdict.error}
-    items = {key_of(same, c): c for c in claims}
+    items = {key_of("verdict", same, c): c for c in claims}  # other rows than an earlier version's
     rows = journal.complete(items, work, **how)
     return [Verdict(*rows[key]["verdict"]) for key in items]
 

@@ -291,8 +291,9 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, about
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_flags(parser, cls, presets)
     given = vars(parser.parse_args(argv))
-    if "windows" in given:                                   # hashed with the other settings
-        given["windows"] = tuple(given["windows"])
+    for name, value in given.items():
+        if isinstance(value, list):                          # settings are hashed
+            given[name] = tuple(value)
     toy, *_, largest = presets
     if "data" in given and "preset" not in given:
         parser.error(f"--data needs --preset: {', '.join(presets)} ({toy} for files of the toy "

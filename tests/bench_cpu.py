@@ -137,7 +137,8 @@ def layers(b: Bench) -> None:
         apart = (b.peer.ask("layer_input", x) - layer(x, rotary, causal_attention)).abs().max()
         x.requires_grad_()
         compare(b, "one layer, forward, backward", f"{rows} × {length:,}",
-                lambda: layer(x, rotary, causal_attention).sum().backward(), {"transformers": ("layer_pass",)}, 4 * b.repeats,
+                lambda: layer(x, rotary, causal_attention).sum().backward(),
+                {"transformers": ("layer_pass",)}, 4 * b.repeats,
                 target=1.0, note=f"largest difference {apart:.0e}")
 
 

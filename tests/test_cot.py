@@ -239,7 +239,8 @@ def test_without_data_it_makes_the_toy_world(tmp_path, capsys, monkeypatch):
     (["--teacher", "toy"], "The toy teacher and the rule judge know toy records only"),
     (["--teacher", "https://host/v1", "--teacher-model", "t"], "The toy teacher and the rule judge know toy records"),
     (["--teacher", "nowhere"], "--teacher nowhere: neither toy nor an address"),
-    (["--judge", "reference"], "--judge reference needs a model: choose an http address")])
+    (["--judge", "reference"], "--judge reference needs a model: choose an http address"),
+    (["--judge", "reference", "--judge-model", "runs"], "--judge reference needs a model")])
 def test_what_cannot_work_is_said_in_a_line(tmp_path, given, complaint):
     record = dict(problem="What is it?", problem_type="free-form", solution="a cat", path="a.png", data_type="image")
     (tmp_path / "mine.json").write_text(json.dumps([record]))

@@ -78,6 +78,11 @@ def test_no_attack_is_accepted(name):
     assert len(text) <= 8000 and clean(text) == text
 
 
+def test_a_folder_is_no_servers_model():
+    with pytest.raises(SystemExit, match="names a server's model"):
+        make_judge(JudgeSettings(judge="reference", judge_model="runs/tiny/sft"), reference=yes)
+
+
 @pytest.mark.parametrize("refuse", [True, False])
 def test_the_leak_check_can_be_left_to_the_judge(refuse):
     judge = make_judge(JudgeSettings(judge="reference", refuse_leaks=refuse), reference=yes)
