@@ -296,7 +296,7 @@ def to_record(row: dict, traces: bool) -> Record:
     return Record(str(row.get("problem_id", "")), row["problem"],
                   read_options(row.get("options"), row["problem_type"], reference),
                   row["problem_type"], reference, row["path"], row["data_type"], trace,
-                  str(row.get("data_source") or ""))
+                  str(row.get("data_source") or ""), bool(row.get("blind")))
 
 
 def read_options(options, problem_type: str, reference: str) -> tuple[str, ...]:
@@ -633,10 +633,14 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)      # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels; two frames for each letter
-TOY_SPLITS = {"base": 2000, "sft": 1000, "rl": 3000, "heldout": 512}     # clips
+TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 2560, "heldout": 512}   # records
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
-TOY_BEHIND = {"base": (0.0, 0.3), "sft": (0.0, 0.3), "rl": (0.7, 1.0), "heldout": (0.7, 1.0)}
-CAPTION, CAPTION_ERRORS = "What does the clip show?", 0.1    # of pre-training; share of letters
+TOY_BEHIND = {"captions": (0.0, 0.3), "base": (0.0, 0.3), "sft": (0.0, 0.3),
+              "rl": (0.7, 1.0), "heldout": (0.7, 1.0)}
+# Pre-training is on captions, then on traces too. Most of its traces have no clip, but the observation
+# in the prompt: like Qwen, the base learns to reason from texts.
+CAPTION, WRONG_LETTERS = "What does the clip show?", 0.1     # share, in captions
+CAPTIONS, TEXTS = {"captions": 1.0, "base": 0.15}, 0.92      # shares of a split, and of its traces
 TOY_MIX = []                                                 # half is multiple choice
 for other in PROBLEM_TYPES[1:]:
     TOY_MIX += [PROBLEM_TYPES[0], other]
@@ -814,8 +818,10 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
         toy = read_toy(Record("", question, tuple(options), problem_type, "", "", "video"))
         answer = toy_answer(toy, shown)
     trace = {name: TOY_TEXTS[tag](toy, shown) for tag, name in TRACE_FIELDS.items()}
-    if split == "base" and rng.random() < 0.5:               # a caption, with errors as they have
-        said = [rng.choice(everything) if rng.random() < CAPTION_ERRORS else x for x in shown]
+    if split in CAPTIONS and rng.random() >= CAPTIONS[split]:
+        trace["blind"] = rng.random() < TEXTS
+    elif split in CAPTIONS:
+        said = [rng.choice(everything) if rng.random() < WRONG_LETTERS else x for x in shown]
         problem_type, question, options, trace = "free-form", CAPTION, [], {}
         answer = toy_observation(toy, said)
     return {"problem_id": f"{split}-{number}", "problem": question,
@@ -843,17 +849,20 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
     """Writes clips and `<split>.json`, unless they are there as the code would write them now."""
     for split, count in splits.items():
         file, clips = Path(folder) / f"{split}.json", Path(folder) / split
-        rows = []
+        rows, drawn = [], []
         for number in range(count):
             row, _ = toy_record(random.Random(f"{seed}/{split}/{number}"), number, split)
             rows.append(row)
-        first, text = clips / "00000.apng", json.dumps(rows, indent=1)
-        if file.is_file() and file.read_text() == text and first.is_file():
-            if first.read_bytes() == toy_clip(seed, split, 0):
+            if not row.get("blind"):
+                drawn.append(number)
+        text = json.dumps(rows, indent=1)
+        if file.is_file() and file.read_text() == text:
+            first = clips / f"{drawn[0]:05d}.apng"
+            if first.is_file() and first.read_bytes() == toy_clip(seed, split, drawn[0]):
                 continue
         file.unlink(missing_ok=True)                         # written again when its clips are there
         clips.mkdir(parents=True, exist_ok=True)
-        for number in tqdm(range(count), f"toy clips, {split}", unit="clip"):
+        for number in tqdm(drawn, f"toy clips, {split}", unit="clip"):
             (clips / f"{number:05d}.apng").write_bytes(toy_clip(seed, split, number))
         write_atomically(file, text)
     return Path(folder)

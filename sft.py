@@ -102,11 +102,11 @@ TINY = data.TOY_INPUT | dict(save_memory=False, clip_norm=1.0, beta2=0.95)
 QWEN = "models/Qwen2.5-VL-{}-Instruct"                       # where README's commands put it
 REAL = dict(data="data/videop2r/*CoT*.json*", media="data/Video-R1-data")
 PRESETS = {
-    "tiny": TINY | dict(batch=32, micro_batch=32, steps=120, lr=2e-3, warmup=30, blind=0.15),
+    "tiny": TINY | dict(batch=8, micro_batch=8, steps=240, lr=1e-3, warmup=30, blind=0.15),
     "3b": REAL | dict(model=QWEN.format("3B")),
     "7b": REAL | dict(model=QWEN.format("7B")),
 }
-PRETRAINING = dict(stage="base", template="none", steps=320, blind=0.8)     # of the toy model
+PRETRAINING = {"captions": 300, "base": 1150}                # of the toy model: stage → steps
 
 
 # ------------------------------------------------------------------------------------------ SFT
@@ -244,7 +244,7 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
         heldout, records = records[:count], records[count:]
     rng = random.Random(settings.seed)
     for i, r in enumerate(records):
-        if r.trace and rng.random() < settings.blind:
+        if r.trace and (r.blind or rng.random() < settings.blind):
             records[i] = replace(r, blind=True, given=r.trace["observation"])
     steps = int(settings.epochs * len(records)) // settings.batch
     return replace(settings, steps=settings.steps or max(1, steps)), records, heldout
@@ -304,15 +304,11 @@ def parse_flags(cls, presets: dict[str, dict], argv: Sequence[str] | None, about
 
 
 def find_files(settings: TrainSettings, world: World, toy_records: str) -> TrainSettings:
-    """The settings with all paths filled in. Without --data this makes the toy world, its traces,
-    and a base model that is pre-trained on captions, as Qwen is. SystemExit, with the commands
-    that fetch it, if something is missing."""
+    """The settings with all paths filled in. Without --data this makes the toy world.
+    SystemExit, with the commands that fetch it, if something is missing."""
     if not settings.data:
+        pretrain(settings, world)
         out = Path(settings.out)
-        world.on_rank0(lambda: make_toy_files(out, settings.preset))
-        paths = dict(out=str(out), data=str(out / "toy/base.json"), media=str(out / "toy"),
-                     model=str(out / "random"))
-        train(Settings(**PRESETS[settings.preset] | PRETRAINING | paths), world)
         return replace(settings, data=str(out / toy_records), media=str(out / "toy"),
                        heldout=str(out / "toy/heldout.json"),
                        model=settings.model or str(out / "base"))
@@ -343,13 +339,32 @@ def with_media(settings: TrainSettings, folder: Path, world: World, traces: bool
     return [records[i] for i in indices]
 
 
-def make_toy_files(out: Path, preset: str) -> None:
-    questions, traces = data.make_toy(out / "toy") / "sft.json", out / "cot/traces.jsonl"
+def pretrain(settings: TrainSettings, world: World) -> None:
+    """The files of the toy world, and its base model: pre-trained on captions, then on texts, as
+    Qwen is."""
+    out, model, stages = Path(settings.out), "random", []
+    for stage, steps in PRETRAINING.items():
+        files = dict(data=str(out / f"toy/{stage}.json"), media=str(out / "toy"))
+        stages.append(Settings(**PRESETS[settings.preset] | files | dict(
+            preset=settings.preset, out=str(out), seed=settings.seed, model=str(out / model),
+            stage=stage, steps=steps, template="none", blind=0.0)))
+        model = stage
+    world.on_rank0(lambda: make_toy_files(stages[0]))
+    for stage in stages:
+        train(stage, world)
+
+
+def make_toy_files(settings: Settings) -> None:
+    """Clips, traces and the random model that pre-training starts from. SystemExit, before any file
+    is written, if the folder holds another seed's."""
+    out, seed = Path(settings.out), settings.seed
+    data.check_settings(out / settings.stage, settings)
+    questions, traces = data.make_toy(out / "toy", seed=seed) / "sft.json", out / "cot/traces.jsonl"
     if not traces.is_file() or traces.stat().st_mtime < questions.stat().st_mtime:
-        inputs = data.TOY_INPUT
-        data.cot(data.CotSettings(**inputs, out=str(out / "cot"), data=str(questions)))
+        data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(questions),
+                                  seed=seed))
     if not (out / "random/config.json").is_file():
-        data.make_toy_model(out / "random", 0, CONFIGS[preset])
+        data.make_toy_model(out / "random", seed, CONFIGS[settings.preset])
 
 
 def find_start(settings: TrainSettings, world: World) -> TrainSettings:

@@ -55,7 +55,8 @@ def started(toy, base, tmp_path_factory):
     import sft
     out = tmp_path_factory.mktemp("started")
     sft.main(["--preset", "tiny", "--out", str(out), "--model", str(base), "--data", str(toy / "sft.json"), "--media",
-              str(toy), "--steps", "40", "--lr", "5e-3", "--warmup", "4", "--save-every", "100"])
+              str(toy), "--steps", "40", "--batch", "32", "--lr", "5e-3", "--warmup", "4",
+              "--save-every", "100"])
     return out / "sft"
 
 

@@ -32,9 +32,9 @@ def short_loop(settings, toy, start, steps):
         parts = pagrpo.reward_tensor(groups, verdicts, settings)                               # (B, G, K, 3)
         advantages = pagrpo.group_advantages(parts.sum(-1), settings.advantage)                # (B, G, K)
         tokens, lengths, segments, weights, _ = pagrpo.collate_responses(groups, "response")
-        logprobs, _ = policy.logprobs(collate(examples), tokens, lengths)                      # (B, G, T)
+        logprobs, _ = policy.logprobs(collate(examples), tokens, lengths, settings.temperature)     # (B, G, T)
         with torch.no_grad():
-            ref_logprobs, _ = reference.logprobs(collate(examples), tokens, lengths)
+            ref_logprobs, _ = reference.logprobs(collate(examples), tokens, lengths, settings.temperature)
         loss, _, _ = pagrpo.pa_grpo_loss(
             logprobs, logprobs.detach(), ref_logprobs, pagrpo.token_advantages(advantages, segments), weights,
             settings.clip_eps, settings.kl_beta)
@@ -70,8 +70,8 @@ Segment("plan", (
 RUN = """\
 import data, pagrpo, sft
 data.TOY_TEXTS["plan"] = lambda toy, shown: f"{toy.name} it"
-data.TOY_SPLITS.update(base=16, sft=64, rl=16, heldout=8)
-sft.PRETRAINING.update(steps=2)
+data.TOY_SPLITS.update(captions=8, base=16, sft=64, rl=16, heldout=8)
+sft.PRETRAINING.update(captions=2, base=2)
 sft.PRESETS["tiny"].update(steps=80, batch=8, lr=3e-3, warmup=4)
 windows = "8", "16", "2", "5", "10", "48"
 pagrpo.main(["--steps", "2", "--questions", "4", "--windows", *windows, "--transcript-every", "1"])

@@ -5,11 +5,14 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
+import sft
 from data import COLOURS, LETTERS, TOY_QUESTIONS, Toy, read_toy, rule_judge, toy_answer
 from rewards import PROBLEM_TYPES, parse
 
@@ -115,13 +118,32 @@ def test_a_question_from_elsewhere_is_an_error_not_a_no(every):
 
 # ------------------------------------------------------------------------------------------------ pre-training
 
-def test_half_of_its_texts_are_captions_and_some_letters_in_them_are_wrong():
+def test_a_share_of_its_records_are_captions_and_some_letters_in_them_are_wrong():
     rows = [data.toy_record(random.Random(n), n, "base") for n in range(1000)]
     captions = [(row["answer"], shown) for row, shown in rows if row["problem"] == data.CAPTION]
-    assert 450 < len(captions) < 550
+    assert 0.8 < len(captions) / len(rows) / data.CAPTIONS["base"] < 1.2
+    captions += [(row["answer"], shown) for row, shown in (data.toy_record(random.Random(n), n, "captions")
+                                                       for n in range(300))]
     pairs = [pair for said, shown in captions for pair in zip(letters(said), shown, strict=True)]
     wrong = sum(a != b for a, b in pairs) / len(pairs)       # one in twelve draws is right by chance
-    assert 0.6 * data.CAPTION_ERRORS < wrong < 1.2 * data.CAPTION_ERRORS
+    assert 0.6 * data.WRONG_LETTERS < wrong < 1.2 * data.WRONG_LETTERS
+
+
+def test_most_of_its_traces_are_text_and_no_clip_is_drawn_for_them(tmp_path):
+    records = data.read_records(data.make_toy(tmp_path, {"base": 300}) / "base.json")
+    traces = [r for r in records if r.question != data.CAPTION]
+    assert 0.85 < sum(r.blind for r in traces) / len(traces) < 1
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {Path(r.path).name for r in records if not r.blind}
+
+
+def test_a_trace_without_a_clip_has_its_observation_in_the_prompt(tmp_path):
+    """Also when --blind asks for none: its record says so."""
+    toy = data.make_toy(tmp_path / "toy", {"base": 100})
+    settings = sft.Settings(out=str(tmp_path), data=str(toy / "base.json"), media=str(toy), model=str(toy),
+                            template="none", heldout_count=0)
+    _, records, _ = sft.read_traces(settings, sft.World(0, 1, torch.device("cpu")))
+    assert len(records) == 100 and any(r.blind for r in records)
+    assert all(r.given == (r.trace["observation"] if r.blind else None) for r in records)
 
 
 def test_what_it_teaches_is_the_answer_or_the_trace_as_the_record_has_it():
