@@ -633,10 +633,10 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)      # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels; two frames for each letter
-TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 2560, "heldout": 512}   # records
+TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 2000, "heldout": 512}   # records
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
 TOY_BEHIND = {"captions": (0.0, 0.3), "base": (0.0, 0.3), "sft": (0.0, 0.3),
-              "rl": (0.7, 1.0), "heldout": (0.7, 1.0)}
+              "rl": (0.8, 1.0), "heldout": (0.8, 1.0)}
 # Pre-training is on captions, then on traces too. Most of its traces have no clip, but the observation
 # in the prompt: like Qwen, the base learns to reason from texts.
 CAPTION, WRONG_LETTERS = "What does the clip show?", 0.1     # share, in captions
@@ -648,7 +648,7 @@ COLOURS, LETTERS = ("red", "green", "blue", "yellow"), ("O", "X", "T")
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
 PRICES = {"O": 3, "X": 2, "T": 1}
 TOY_EVENTS = 3                                               # letters shown one after the other
-# name → problem type and text; {} is a colour, or a coloured letter. Of two that fit a question the
+# name → problem type and text; {} is a letter or a colour. Of two that fit a question the
 # later one wins.
 TOY_QUESTIONS = {
     "next": ("multiple choice", "Which letter comes right after the {}?"),
@@ -682,13 +682,14 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
     none does."""
     if len(shown) != TOY_EVENTS:
         return None
+    letters = [x[-1] for x in shown]
     if toy.name == "next":
-        if shown[:-1].count(toy.asked) != 1:
+        if letters[:-1].count(toy.asked) != 1:
             return None
-        after = shown[shown.index(toy.asked) + 1]
+        after = shown[letters.index(toy.asked) + 1]
         return "ABC"[toy.options.index(after)] if after in toy.options else None
     if toy.name == "count":
-        return str([x.split()[0] for x in shown].count(toy.asked))
+        return str(letters.count(toy.asked))
     if toy.name == "read":
         return " ".join(x[-1] for x in shown if not x.startswith(toy.asked)) or None
     if toy.name == "ends":
@@ -705,28 +706,27 @@ def toy_observation(toy: Toy, shown: list[str]) -> str:
 
 def toy_think(toy: Toy, shown: list[str]) -> str:
     """Reasoning in small steps: a small model cannot learn to jump to the result. Comparisons read
-    alike in two types of problem, "green red? no"."""
-    colours = [x.split()[0] for x in shown]
-    same = ["yes" if colour == toy.asked else "no" for colour in colours]
-    steps = []
+    alike in three types of problem: what one teaches serves the others."""
+    def same(x: str, y: str) -> str:                         # "O X? no"
+        return f"{x} {y}? {'yes' if x == y else 'no'}"
+    letters, steps, count, kept = [x[-1] for x in shown], [], 0, ""
     if toy.name == "next":
-        place = shown.index(toy.asked)
-        for x in shown[:place + 1]:
-            steps.append(f"{x} {'yes' if x == toy.asked else 'no'}")
+        place = letters.index(toy.asked)
+        steps = [same(x, toy.asked) for x in letters[:place + 1]]
         after = shown[place + 1]
         steps.append(f"next {after}")
         right = toy.options.index(after)
-        for letter, option in zip("ABC", toy.options[:right + 1]):
-            steps.append(f"{letter} {option} {'yes' if option == after else 'no'}")
+        for name, option in zip("ABC", toy.options[:right + 1]):         # their letters differ
+            steps.append(f"{name} {same(option[-1], after[-1])}")
     elif toy.name == "count":
-        for i, colour in enumerate(colours):
-            steps.append(f"{colour} {toy.asked}? {same[i]} {same[:i + 1].count('yes')}")
+        for x in letters:
+            count += x == toy.asked
+            steps.append(f"{same(x, toy.asked)} {count}")
     elif toy.name == "read":
-        kept = ""
-        for i, x in enumerate(shown):
-            if same[i] == "no":
-                kept += f" {x[-1]}"
-            steps.append(f"{x[-1]} {colours[i]} {toy.asked}? {same[i]}{kept}")
+        for x in shown:
+            colour, letter = x.split()
+            kept += f" {letter}" if colour != toy.asked else ""
+            steps.append(f"{letter} {same(colour, toy.asked)}{kept}")
     elif toy.name == "ends":
         steps = [f"first {shown[0]}", f"last {shown[-1]}"]
     elif toy.name == "total":
@@ -809,11 +809,13 @@ def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[
     answer = None
     while answer is None:                                    # some draws have no answer
         shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
-        asked, options = rng.choice(shown).split()[0], []
-        if problem_type == "multiple choice":
-            asked, right = rng.choice([shown[:2], shown[1:]])
-            options = rng.sample([x for x in everything if x != right], 2)
-            options.insert(rng.randrange(3), right)
+        colour, letter = rng.choice(shown).split()
+        asked, options = colour if problem_type == "OCR" else letter, []
+        if problem_type == "multiple choice":                # an option for each letter
+            place = rng.randrange(TOY_EVENTS - 1)
+            asked, right = shown[place][-1], shown[place + 1]
+            for letter in rng.sample(LETTERS, len(LETTERS)):
+                options.append(right if letter in right else f"{rng.choice(COLOURS)} {letter}")
         question = text.format(asked)
         toy = read_toy(Record("", question, tuple(options), problem_type, "", "", "video"))
         answer = toy_answer(toy, shown)

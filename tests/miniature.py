@@ -1,26 +1,30 @@
-"""The paper in miniature: its ablations and analyses on the toy world, over three seeds with one budget.
+"""The paper in miniature: its ablations and analyses on the toy world, and what separate advantages bring, the less
+surely a model reasons.
 
-    python tests/miniature.py                    all rows, then docs/results/miniature.md, on two cores
-    python tests/miniature.py --small            a few steps and clips, to try it in three minutes
+    python tests/miniature.py                    what is not finished, then docs/results/miniature.md, on two cores
+    python tests/miniature.py --small            a few steps and clips, to try it
 
-A row of ROWS is one run of sft.py or pagrpo.py with the flags that stand there, evaluated by eval.py. All rows of a
-seed share its clips, traces, base and SFT model. Nothing is tuned: every other setting is the preset's. The same
-command resumes, row by row; a row that fails is named and the others go on. The section "## Why" of an existing
-miniature.md is written by hand and is kept.
+A row is a run of sft.py or pagrpo.py with the flags that stand in its table, evaluated by eval.py. Each seed has its
+own clips, traces, base and SFT model, which its rows share. Nothing is tuned: every other setting is the preset's.
+Finished rows are kept in miniature.json; the same command goes on from there, on any day. A row that fails is named
+and the others go on. The section "## Why" of an existing miniature.md is written by hand and is kept.
 """
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +51,7 @@ class Row(NamedTuple):
     sft: str | None                                          # flags of SFT; "": the SFT that rows share; None: no SFT
     rl: str | None                                           # flags of pagrpo.py; None: no RL
     error: float = 0.0                                       # share of wrong verdicts of its judge, a server
+    slips: float = 0.0                                       # share of SFT's traces that reason wrongly
 
 
 ROWS = (
@@ -61,6 +66,7 @@ ROWS = (
     Row("gdpo",         "GDPO by segment",                       None, "", "--advantage gdpo"),
     Row("full",         "PA-GRPO",                               58.7, "", ""),
 )
+NAMED = {row.name: row for row in ROWS}
 JUDGES = (  # on the first seed only; the paper's: Llama-3.1 8B, 70B, 405B and Claude 3.7 Sonnet
     Row("judge-18",     "judge that errs in 18 %",               57.4, "", "", 0.18),
     Row("judge-12",     "judge that errs in 12 %",               57.6, "", "", 0.12),
@@ -69,41 +75,54 @@ JUDGES = (  # on the first seed only; the paper's: Llama-3.1 8B, 70B, 405B and C
 )
 FAILED = Row("lr-x10", "learning rate ten times too high", None, "", f"--lr {10 * pagrpo.PRESETS['tiny']['lr']:g}")
 SUFFICIENCY = Row("sufficiency", "is the observation enough?", None, None, None)   # no training
-FULL = ROWS[-1]
 DECODING = {"greedy": [], "sampled": ["--temperature", "1", "--top-p", "1"]}   # eval.py's own is the paper's
+LEVELS = (0.2, 0.4, 0.6)                                     # of slips, on the first three seeds; 0 is the table above
+COMPARED = ("sft", "grpo", "joint", "full")
+
+
+def at_level(name: str, level: float) -> Row:
+    """A row of the table above, with a share of slips in the traces of its SFT."""
+    return NAMED[name]._replace(name=f"{name}-slips-{100 * level:.0f}", paper=None, slips=level) if level else NAMED[name]
 
 
 # ------------------------------------------------------------------------------------------------ commands
+
+def home_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
+    """The folder of the SFT model that a row starts from, and rows of one kind share."""
+    return args.out / f"seed{seed}" / (f"slips-{100 * row.slips:.0f}" if row.slips else "")
+
 
 def folder_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
     return args.out / f"seed{seed}" / "rows" / row.name
 
 
 def training(row: Row, seed: int, args: argparse.Namespace, url: str = "") -> list[list[str]]:
-    """The commands that train a row: none, SFT, RL, or both."""
-    home, own, commands = args.out / f"seed{seed}", folder_of(row, seed, args), []
-    world = ["--preset", "tiny", "--media", str(home / "toy"), "--seed", str(seed)]
+    """The commands that train a row: none, SFT, RL, or both. The first makes what the rows of a seed share; where it is
+    there already, it ends at once."""
+    first, home, own = args.out / f"seed{seed}", home_of(row, seed, args), folder_of(row, seed, args)
+    world = ["--preset", "tiny", "--media", str(first / "toy"), "--seed", str(seed)]
     sft_steps, steps = (["--steps", str(n)] if n else [] for n in (args.sft_steps, args.steps))
-    if row.name == "sft":                                    # makes clips, traces and base, too
-        return [["sft.py", "--preset", "tiny", "--out", str(home), "--seed", str(seed), *sft_steps]]
+    on_traces = [*world, "--model", str(first / "base"), "--heldout", str(first / "toy/heldout.json"), *sft_steps]
+    commands = [["sft.py", "--preset", "tiny", "--out", str(first), "--seed", str(seed), *sft_steps]]
+    if row.slips:
+        commands.append(["sft.py", *on_traces, "--out", str(home), "--data", str(home / "traces.jsonl")])
     if row.sft:
-        commands.append(["sft.py", *world, "--out", str(own), "--model", str(home / "base"), "--data",
-                         str(home / "cot/traces.jsonl"), "--heldout", str(home / "toy/heldout.json"), *row.sft.split(),
-                         *sft_steps])
+        commands.append(["sft.py", *on_traces, "--out", str(own), "--data", str(first / "cot/traces.jsonl"),
+                         *row.sft.split()])
     if row.rl is not None:
-        start = home / "base" if row.sft is None else own / "sft" if row.sft else home / "sft"
+        start = first / "base" if row.sft is None else own / "sft" if row.sft else home / "sft"
         judge = ["--judge", url, "--judge-model", row.name] if row.error else []
         commands.append(["pagrpo.py", *world, "--out", str(own), "--model", str(start), "--data",
-                         str(home / "toy/rl.json"), *row.rl.split(), *judge, *steps])
+                         str(first / "toy/rl.json"), *row.rl.split(), *judge, *steps])
     return commands
 
 
 def trained(row: Row, seed: int, args: argparse.Namespace) -> Path:
     """The folder of the model that a row ends in."""
+    own, home = folder_of(row, seed, args), home_of(row, seed, args)
     if row.rl is not None:
-        chosen = sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, row.rl.split(), "").advantage
-        return folder_of(row, seed, args) / pagrpo.STAGES[chosen]
-    return folder_of(row, seed, args) / "sft" if row.sft else args.out / f"seed{seed}" / row.name
+        return own / pagrpo.STAGES[sft.parse_flags(pagrpo.Settings, pagrpo.PRESETS, row.rl.split(), "").advantage]
+    return home / "base" if row.sft is None else own / "sft" if row.sft else home / "sft"
 
 
 def evaluating(row: Row, seed: int, args: argparse.Namespace, out: Path, *flags: str) -> list[str]:
@@ -146,9 +165,25 @@ def erring_judge(share: float):
     return play
 
 
+# ------------------------------------------------------------------------------------------------ reasoning that slips
+
+def with_slips(records: list[data.Record], share: float, seed: int) -> list[dict]:
+    """Traces of which a share reasons from other letters than those observed, to another answer. What is seen stays
+    right, so that an SFT model sees as well as without slips and reasons less surely."""
+    rows = []
+    for r in records:
+        rng, toy = random.Random(f"slip/{seed}/{r.problem_id}"), data.read_toy(r)
+        if rng.random() < share:                             # a larger share slips in the same traces and in more
+            letters = data.letters_in(r.trace["observation"])
+            other = data.misread(toy, letters, r, data.THRESHOLD, rng)
+            r = replace(r, trace=r.trace | {"think": data.toy_think(toy, other)}, reference=data.toy_answer(toy, other))
+        rows.append(data.to_row(r))
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ running
 
-RUNNING, STOP = set(), threading.Event()
+RUNNING, STOP, LOCKS = set(), threading.Event(), defaultdict(threading.Lock)
 
 
 def call(command: list[str], log: Path, args: argparse.Namespace) -> None:
@@ -156,6 +191,7 @@ def call(command: list[str], log: Path, args: argparse.Namespace) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
     if STOP.is_set():
         raise RuntimeError("stopped")
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
         print(f"$ OMP_NUM_THREADS={threads} python {' '.join(command)}", file=out, flush=True)
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
@@ -168,13 +204,22 @@ def call(command: list[str], log: Path, args: argparse.Namespace) -> None:
         raise RuntimeError(f"{command[0]} ended with {code}: {' '.join(last)} ({log})")
 
 
-def by_clip(folder: Path, value) -> dict[str, float]:
-    """clip → mean of value(row) over its questions, without those that have none (None)."""
-    found = {}
-    for row in evaluation.read_rows(folder).values():
-        if "missing" not in row and (x := value(row)) is not None:
-            found.setdefault(row["clip"], []).append(float(x))
-    return {clip: sum(values) / len(values) for clip, values in found.items()}
+def train(row: Row, seed: int, args: argparse.Namespace) -> None:
+    own, home = folder_of(row, seed, args), home_of(row, seed, args)
+    with serving(erring_judge(row.error)) if row.error else nullcontext() as server:
+        for command in training(row, seed, args, server.url if server else ""):
+            if str(home / "traces.jsonl") in command:
+                records = data.read_records(args.out / f"seed{seed}" / "cot/traces.jsonl", traces=True)
+                data.write_rows(home / "traces.jsonl", with_slips(records, row.slips, seed))
+            with nullcontext() if str(own) in command else LOCKS[seed]:      # one row makes what others share
+                call(command, own / "log.txt", args)
+
+
+def measured(folder: Path, value) -> list[float] | None:
+    """[percent, number] of an evaluation's questions, without those that have no value (None)."""
+    found = [value(row) for row in evaluation.read_rows(folder).values() if "missing" not in row]
+    known = [float(x) for x in found if x is not None]
+    return [100 * statistics.fmean(known), len(known)] if known else None
 
 
 def differs(row: dict) -> bool | None:
@@ -186,66 +231,69 @@ def differs(row: dict) -> bool | None:
     return thought != answered if thought and answered else None
 
 
-def run_row(row: Row, seed: int, args: argparse.Namespace) -> None:
-    """Trains and evaluates a row, and writes results.json: for each clip how right it was."""
-    folder, began, results = folder_of(row, seed, args), time.time(), {}
-    with serving(erring_judge(row.error)) if row.error else nullcontext() as server:
-        for command in training(row, seed, args, server.url if server else ""):
-            call(command, folder / "log.txt", args)
+def surely(row: dict) -> bool | None:
+    """Is the answer right, given an observation that suffices? None without one."""
+    return evaluation.is_correct(row) if row.get("perception") else None
+
+
+def run_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
+    """Trains and evaluates a row. Returns its measures: in percent, with the number behind them."""
+    folder, results = folder_of(row, seed, args), {}
+    train(row, seed, args)
     for how, flags in DECODING.items():
         call(evaluating(row, seed, args, folder / how, *flags), folder / "log.txt", args)
-        results[f"answer, {how}"] = by_clip(folder / how / "toy", evaluation.is_correct)
+        measures = {"answer": evaluation.is_correct, "mismatch": differs}
         if "think" not in (row.sft or ""):                   # without an observation there is no perception to count
-            results[f"perception, {how}"] = by_clip(folder / how / "toy", itemgetter("perception"))
-        results[f"mismatch, {how}"] = by_clip(folder / how / "toy", differs)
-    data.write_atomically(folder / "results.json", json.dumps(results | {"seconds": time.time() - began}) + "\n")
+            measures |= {"perception": itemgetter("perception"), "answer given perception": surely}
+        for name, value in measures.items():
+            results[f"{name}, {how}"] = measured(folder / how / "toy", value)
+    if row.rl is not None:
+        results |= tables.of_steps(rewards.read_jsonl(trained(row, seed, args) / "metrics.jsonl")[0])
+    return results
 
 
-def run_sufficiency(seed: int, args: argparse.Namespace) -> None:
+def run_sufficiency(seed: int, args: argparse.Namespace) -> dict:
     """The SFT model answers from its own observations, and from PA-GRPO's, without and with the video."""
-    folder, sft_row, results = folder_of(SUFFICIENCY, seed, args), ROWS[1], {}
-    for row in (sft_row, FULL):
-        place, ways = folder_of(row, seed, args) / "greedy" / "toy", [[], ["--blind"]] if row is sft_row else []
-        if any(by_clip(place, lambda r: bool(r.get("observation"))).values()):       # eval.py refuses to go without
+    folder, start, results = folder_of(SUFFICIENCY, seed, args), NAMED["sft"], {}
+    for row in (start, NAMED["full"]):
+        train(row, seed, args)                               # its models, in a later sitting perhaps gone
+        place, ways = folder_of(row, seed, args) / "greedy" / "toy", [[], ["--blind"]] if row is start else []
+        call(evaluating(row, seed, args, place.parent), folder / "log.txt", args)
+        if measured(place, lambda r: bool(r.get("observation")))[0]:         # eval.py refuses to go without
             ways += [["--given", str(place)], ["--blind", "--given", str(place)]]
         for flags in ways:
-            call(evaluating(sft_row, seed, args, folder / row.name, *flags), folder / "log.txt", args)
+            call(evaluating(start, seed, args, folder / row.name, *flags), folder / "log.txt", args)
         for found in (folder / row.name).glob("toy*"):
-            results[f"{row.name}: {found.name}"] = by_clip(found, evaluation.is_correct)
-    data.write_atomically(folder / "results.json", json.dumps(results) + "\n")
+            results[f"{row.name}: {found.name}"] = measured(found, evaluation.is_correct)
+    return results
 
 
-def jobs(args: argparse.Namespace) -> list[tuple]:
-    """(row, seed, names of what must be finished on that seed) in order. SUFFICIENCY is no row, but has its place."""
-    shared, others, first = ROWS[1], (ROWS[0], *ROWS[2:]), args.seeds[0]
-    plan = [(shared, seed, ()) for seed in args.seeds]
-    for seed in args.seeds:
-        plan += [(row, seed, ("sft",)) for row in others]
-    plan += [(row, first, ("sft",)) for row in (*JUDGES, FAILED)]
-    return plan + [(SUFFICIENCY, seed, ("sft", "full")) for seed in args.seeds]
+def jobs(args: argparse.Namespace) -> list[tuple[Row, int]]:
+    """(row, seed) in order: the primary outcome first. SUFFICIENCY is no row, but has its place."""
+    plan = [(NAMED[name], seed) for name in ("sft", "full", "grpo", "joint") for seed in args.seeds]
+    plan += [(at_level(name, level), seed) for name in COMPARED for level in LEVELS for seed in args.seeds[:3]]
+    plan += [(row, seed) for row in (*ROWS, SUFFICIENCY) for seed in args.seeds if (row, seed) not in plan]
+    return plan + [(row, args.seeds[0]) for row in (*JUDGES, FAILED)]
 
 
-def run_all(args: argparse.Namespace) -> list[str]:
+def run_all(args: argparse.Namespace, kept: dict) -> list[str]:
     """Runs what is not finished, `--jobs` rows at a time. Returns what failed."""
-    futures: dict[tuple, Future] = {}
+    plan = [(row, seed) for row, seed in jobs(args) if str(seed) not in kept["rows"].get(row.name, {})]
+    failures = []
 
-    def work(row, seed, needed):
-        for name in needed:
-            if futures[name, seed].exception():
-                raise RuntimeError(f"the row {name} that it needs failed")
-        if not (folder_of(row, seed, args) / "results.json").is_file():
-            folder_of(row, seed, args).mkdir(parents=True, exist_ok=True)
-            run_sufficiency(seed, args) if row is SUFFICIENCY else run_row(row, seed, args)
+    def work(row: Row, seed: int) -> None:
+        began = time.time()
+        found = run_sufficiency(seed, args) if row is SUFFICIENCY else run_row(row, seed, args)
+        with LOCKS["results"]:
+            kept["rows"].setdefault(row.name, {})[str(seed)] = found | {"seconds": round(time.time() - began)}
+            save(kept, args)
 
-    failures, plan = [], jobs(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row, seed, needed in plan:                       # in order: a row waits for earlier ones only
-            futures[row.name, seed] = pool.submit(work, row, seed, needed)
-        names = {future: key for key, future in futures.items()}
+        names = {pool.submit(work, row, seed): f"{row.name}, seed {seed}" for row, seed in plan}
         try:
             for future in tqdm(as_completed(names), total=len(plan), unit="row", smoothing=0):
                 if error := future.exception():
-                    failures.append(f"{names[future][0]}, seed {names[future][1]}: {error}")
+                    failures.append(f"{names[future]}: {error}")
                     tqdm.write(f"FAILED {failures[-1]}")
         except KeyboardInterrupt:
             STOP.set()
@@ -258,69 +306,61 @@ def run_all(args: argparse.Namespace) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ results
 
-def gather(args: argparse.Namespace) -> tuple[dict, dict]:
-    """What is finished: row → seed → results.json, and row → seed → rows of metrics.jsonl."""
-    results, curves = {}, {}
-    for row, seed, _ in jobs(args):
-        if found := data.read_json(folder_of(row, seed, args) / "results.json"):
-            results.setdefault(row.name, {})[str(seed)] = found
-            if row.rl is not None:
-                log = rewards.read_jsonl(trained(row, seed, args) / "metrics.jsonl")[0]
-                curves.setdefault(row.name, {})[str(seed)] = log
-    return results, curves
+def save(kept: dict, args: argparse.Namespace) -> None:
+    data.write_atomically(args.results / "miniature.json", json.dumps(kept, indent=1) + "\n")
 
 
-def write(args: argparse.Namespace, folder: Path, page: str, means: dict) -> None:
-    """Writes tables and curves to a folder, and keeps what was written by hand there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    old = folder / "miniature.md"
-    _, why, kept = (old.read_text() if old.is_file() else "").partition("\n## Why\n")
-    data.write_atomically(folder / "miniature.md", page + why + kept)
-    settings = {"seeds": args.seeds, **budget(args)}
-    data.write_atomically(folder / "miniature.json", json.dumps({"settings": settings, "rows": means}, indent=1) + "\n")
-    for row, name in ((FULL, "default"), (FAILED, FAILED.name)):
+def write(kept: dict, args: argparse.Namespace) -> None:
+    """Writes tables, picture and curves, and keeps what was written by hand in the page."""
+    for row, name in ((NAMED["full"], "default"), (FAILED, FAILED.name)):
         log = trained(row, args.seeds[0], args) / "metrics.jsonl"
         if log.is_file():
-            shutil.copy(log, folder / f"metrics-{name}.jsonl")
+            shutil.copy(log, args.results / f"metrics-{name}.jsonl")
+    levels = {level: {name: at_level(name, level).name for name in COMPARED} for level in (0, *LEVELS)}
+    page = tables.page(ROWS, JUDGES, FAILED, levels, kept["rows"], args.results)
+    old = args.results / "miniature.md"
+    _, why, by_hand = (old.read_text() if old.is_file() else "").partition("\n## Why\n")
+    data.write_atomically(old, page + why + by_hand)
+    data.write_atomically(args.results / "separation.svg", tables.picture(levels, kept["rows"]))
+    print(f"{page}\nWritten: {old}")
 
 
 def budget(args: argparse.Namespace) -> dict:
     """All that decides the numbers, apart from the seeds."""
-    found = {"steps": args.steps, "sft-steps": args.sft_steps, "limit": args.limit}
+    found = {"steps": args.steps, "sft-steps": args.sft_steps, "limit": args.limit, "pre-training": sft.PRETRAINING}
     for module, name in ((sft, "SFT"), (pagrpo, "RL")):
         preset = asdict(sft.parse_flags(module.Settings, module.PRESETS, ["--preset", "tiny"], ""))
         found |= {f"{name} {key}": value for key, value in preset.items() if key not in ("out", "preset")}
-    return found
+    return json.loads(json.dumps(found))
 
 
-def check_budget(args: argparse.Namespace) -> None:
-    """SystemExit, with the difference, if the folder holds rows of another budget."""
-    file, now = args.out / "settings.json", json.loads(json.dumps(budget(args)))
-    before = data.read_json(file) or now
-    changed = [name for name, x in now.items() if before.get(name) != x]
+def read_kept(args: argparse.Namespace) -> dict:
+    """The finished rows. SystemExit, with the difference, if they are of another budget."""
+    now, kept = budget(args), data.read_json(args.results / "miniature.json")
+    before = kept.get("settings", now)
+    changed = [f"  {name} was {before.get(name)!r}, is now {x!r}" for name, x in now.items() if before.get(name) != x]
     if changed:
-        lines = [f"  --{name} was {before.get(name)!r}, is now {now[name]!r}" for name in changed]
-        raise SystemExit("\n".join([f"{args.out} holds rows of another budget:", *lines, "Use another --out."]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    data.write_atomically(file, json.dumps(now, indent=1) + "\n")
+        raise SystemExit("\n".join([f"{args.results} holds rows of another budget:", *changed, "Use another --results."]))
+    return {"settings": now, "rows": kept.get("rows", {})}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, help="folder of the runs [runs/miniature; --small: runs/miniature-small]")
-    add("--seeds", type=int, nargs="+", help="weights, order and sampling [0 1 2; --small: 0]")
+    add("--seeds", type=int, nargs="+", help="clips, weights, order and sampling [20 to 25; --small: 0]")
     add("--jobs", type=int, default=2, help="rows at a time, each with its share of the cores [2]")
     add("--steps", type=int, help="steps of RL [the preset's; --small: 3]")
     add("--sft-steps", type=int, help="steps of SFT [the preset's; --small: 60]")
     add("--limit", type=int, help="held-out clips, evenly spread [all; --small: 40]")
-    add("--results", type=Path, help="folder of the tables [docs/results; --small: only --out]")
+    add("--results", type=Path, help="folder of finished rows and tables [docs/results; --small: --out]")
     add("--small", action="store_true", help="a trial of all rows with a few steps")
     args = parser.parse_args(argv)
-    usual = dict(out=Path("runs/miniature"), seeds=[0, 1, 2], results=ROOT / "docs/results")
+    usual = dict(out=Path("runs/miniature"), seeds=[20, 21, 22, 23, 24, 25], results=ROOT / "docs/results")
     usual |= dict(steps=0, sft_steps=0, limit=0)             # the presets', and all clips
     if args.small:
-        usual = dict(out=Path("runs/miniature-small"), seeds=[0], results=None, steps=3, sft_steps=60, limit=40)
+        small = Path("runs/miniature-small")
+        usual = dict(out=small, seeds=[0], results=args.out or small, steps=3, sft_steps=60, limit=40)
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -330,18 +370,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    check_budget(args)
+    kept = read_kept(args)
+    args.results.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failures = run_all(args)
-    results, curves = gather(args)
-    steps, sft_steps = (getattr(args, name) or module.PRESETS["tiny"]["steps"]
-                        for name, module in (("steps", pagrpo), ("sft_steps", sft)))
-    page = tables.page(ROWS, JUDGES, FAILED, results, curves, args.seeds, steps, sft_steps)
-    means = tables.means((*ROWS, *JUDGES, FAILED, SUFFICIENCY), results, curves)
-    print(page)
-    for folder in {args.out, args.results if args.results and not failures else args.out}:
-        write(args, folder, page, means)
-        print(f"Written: {folder}/miniature.md")
+    failures = run_all(args, kept)
+    write(kept, args)
     if failures:
         sys.exit("\n".join([f"{len(failures)} rows failed; the tables are without them. The same command tries them "
                             "again:", *failures]))

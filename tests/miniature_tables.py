@@ -1,91 +1,84 @@
-"""Statistics and tables of tests/miniature.py: from what each row scored on each clip to Markdown.
+"""Statistics, tables and the picture of tests/miniature.py: from what each row measured on each seed to Markdown.
 
-Every mean has two 95 % intervals. Over clips: the models are fixed, other clips could have been drawn; the unit is a
-clip's mean over the seeds, so that the same clip under three seeds is not counted as three. Over seeds: other weights
-and another order could have been drawn; Student's t of the seeds' means. A difference is taken clip by clip on the
-same seed.
+A mean over seeds has a 95 % interval by Student's t: base, clips, order and sampling could have been others. A
+difference is taken on the same seed. With one seed only, the interval is over clips.
 """
 import math
 import statistics
 from typing import NamedTuple
 
+import rewards
+
 # Student's t for 95 %, by degrees of freedom.
 T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 ANSWER = "answer, greedy"                                    # the paper's measure
+PRIMARY = ("perception, sampled", "answer, sampled")         # full less grpo, fixed before the seeds were run
 
 
 class Mean(NamedTuple):
-    """A mean in percent or points, with the half widths of its intervals."""
+    """A mean in percent or points, with the half width of its interval."""
     value: float
-    clips: float
-    seeds: float                                             # infinite with one seed
+    half: float
     by_seed: dict[str, float]
-    n: int                                                   # clips
-
-    def as_json(self) -> dict:
-        return self._asdict() | {"seeds": self.seeds if math.isfinite(self.seeds) else None}
+    n: float                                                 # clips of a seed, on average
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} ±{self.clips:.1f}" + (f" ±{self.seeds:.1f}" if math.isfinite(self.seeds) else "")
+        return f"{self.value:.1f} ±{self.half:.1f}"
 
 
-def mean(scores: dict[str, dict[str, float]]) -> Mean | None:
-    """seed → clip → score in [0, 1] as a mean in percent. A clip counts with the seeds that have it. None if empty."""
-    of_clip = {}
-    for of_seed in scores.values():
-        for clip, score in of_seed.items():
-            of_clip.setdefault(clip, []).append(100 * score)
-    if len(of_clip) < 2:
+def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
+    """A measure of a row over its seeds, or its difference to the row `minus` on the seeds that have both. None if there
+    is none."""
+    by_seed, counts = {}, []
+    for seed, found in results.get(name, {}).items():
+        mine, other = found.get(key), results.get(minus, {}).get(seed, {}).get(key)
+        if mine and (other or not minus):
+            by_seed[seed] = mine[0] - (other[0] if minus else 0)
+            counts.append(mine[1])
+    if not by_seed:
         return None
-    clips = [statistics.fmean(values) for values in of_clip.values()]
-    by_seed = {seed: 100 * statistics.fmean(of_seed.values()) for seed, of_seed in scores.items() if of_seed}
-    half = 1.96 * statistics.stdev(clips) / math.sqrt(len(clips))
-    return Mean(statistics.fmean(clips), half, over_seeds(list(by_seed.values())), by_seed, len(clips))
+    values, n = list(by_seed.values()), statistics.fmean(counts)
+    share = min(1.0, abs(values[0]) / 100)
+    half = 196 * math.sqrt(share * (1 - share) / n)          # of one seed, over its clips
+    if len(values) > 1:
+        half = T95.get(len(values) - 1, 2.262) * statistics.stdev(values) / math.sqrt(len(values))
+    return Mean(statistics.fmean(values), half, by_seed, n)
 
 
-def over_seeds(values: list[float]) -> float:
-    """Half width of the 95 % interval of a mean by Student's t; infinite for a single value."""
-    n = len(values)
-    return T95.get(n - 1, 2.262) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
-
-
-def scores(results: dict, name: str, key: str, minus: str = "") -> dict[str, dict[str, float]]:
-    """seed → clip → score of a row, or its difference to the row `minus`, where there are both."""
+def of_steps(steps: list[dict]) -> dict[str, list[float]]:
+    """What a row keeps of its metrics: percent over all steps, and of `zero_variance` over the last third."""
     found = {}
-    for seed, result in results.get(name, {}).items():
-        mine, other = result.get(key), results.get(minus, {}).get(seed, {}).get(key)
-        if mine and minus and other:
-            found[seed] = {clip: x - other[clip] for clip, x in mine.items() if clip in other}
-        elif mine and not minus:
-            found[seed] = mine
+    for key in ("zero_variance", "perception/zero_variance", "reasoning/zero_variance", "judge/agreement"):
+        values = [100 * row[key] for row in steps if key in row]
+        if values:
+            found[key] = [statistics.fmean(values), len(values)]
+        if values and key == "zero_variance":
+            last = values[-max(1, len(values) // 3):]
+            found["zero_variance, last third"] = [statistics.fmean(last), len(last)]
     return found
 
 
 def verdict(paper: float, here: Mean) -> str:
-    """Does a difference have the paper's sign? Resolved: 0 lies outside both intervals."""
-    same = (paper > 0) == (here.value > 0)
-    if abs(here.value) <= here.clips:
+    """Does a difference have the paper's sign? Resolved: 0 lies outside its interval."""
+    if len(here.by_seed) < 2 or abs(here.value) <= here.half:
         return "not resolved"
-    if abs(here.value) <= here.seeds:
-        return f"not resolved over seeds ({'the same' if same else 'the opposite'} sign for these models)"
-    return "agrees" if same else "disagrees: the opposite sign"
+    return "agrees" if (paper > 0) == (here.value > 0) else "disagrees: the opposite sign"
 
 
-def disagreements(rows, results: dict, references: list) -> list[str]:
-    """A sentence for each difference that does not agree with the paper's, and how many do."""
-    lines, agreeing, all_of_them = [], 0, 0
+def signs(rows, results: dict, references: list) -> list[str]:
+    """Each difference that is at least a point in the paper, and whether it has the same sign here."""
+    cells, said = [["difference in answers, greedy", "paper", "here", ""]], []
     for reference in references:
         for row in rows:
-            here = mean(scores(results, row.name, ANSWER, reference.name))
-            if None in (row.paper, reference.paper, here) or row.name == reference.name or row.paper == reference.paper:
+            here = mean(results, row.name, ANSWER, reference.name)
+            if None in (row.paper, reference.paper, here) or abs(row.paper - reference.paper) < 1:
                 continue
-            paper = row.paper - reference.paper
-            said, all_of_them = verdict(paper, here), all_of_them + 1
-            agreeing += said == "agrees"
-            if said != "agrees":
-                lines.append(f"- {row.title} less {reference.title}: paper {paper:+.1f}, here {here.value:+.1f} "
-                             f"{str(here).split(' ', 1)[1]}: {said}.")
-    return [f"Of {all_of_them} differences {agreeing} agree with the paper's sign. The others:", "", *lines]
+            if row in references and references.index(row) < references.index(reference):
+                continue                                     # stands above with the other sign
+            said.append(verdict(row.paper - reference.paper, here))
+            cells.append([f"{row.title} less {reference.title}", f"{row.paper - reference.paper:+.1f}",
+                          f"{here.value:+.1f} ±{here.half:.1f}", said[-1]])
+    return [f"Of {len(said)} differences {said.count('agrees')} agree with the paper's sign.", "", *table(cells)]
 
 
 def table(rows: list[list]) -> list[str]:
@@ -100,64 +93,36 @@ def table(rows: list[list]) -> list[str]:
     return [lines[0], rule, *lines[1:], ""]
 
 
+def columns(rows, results: dict, keys: dict[str, str], paper: bool = False) -> list[str]:
+    """A table with a row each and a column for each measure: heading → its key."""
+    cells = [["", *["paper"] * paper, *keys]]
+    for row in rows:
+        found = [mean(results, row.name, key) for key in keys.values()]
+        if any(found):
+            cells.append([row.title, *[row.paper] * paper, *found])
+    return table(cells)
+
+
 def ablations(rows, results: dict) -> list[str]:
     """The paper's Table 2."""
     full = rows[-1]
-    cells = [["", "paper", "− PA-GRPO", "answer", "by seed", "− PA-GRPO", "perception", "answer, sampled",
-              "perception, sampled"]]
+    cells = [["", "paper", "− PA-GRPO", "answer", "− PA-GRPO", "perception", "answer, sampled", "− PA-GRPO",
+              "perception, sampled", "− PA-GRPO", "seeds"]]
     for row in rows:
-        answer = mean(scores(results, row.name, ANSWER))
-        gap = mean(scores(results, row.name, ANSWER, "full")) if row is not full else None
-        others = [mean(scores(results, row.name, key)) for key in ("perception, greedy", "answer, sampled",
-                                                                    "perception, sampled")]
-        by_seed = " ".join(f"{x:.1f}" for x in answer.by_seed.values()) if answer else None
-        paper_gap = f"{row.paper - full.paper:+.1f}" if row.paper and row is not full else None
-        cells.append([row.title, row.paper, paper_gap, answer, by_seed, gap, *others])
+        line = [row.title, row.paper, f"{row.paper - full.paper:+.1f}" if row.paper and row is not full else None]
+        for key in (ANSWER, "perception, greedy", *PRIMARY[::-1]):
+            line.append(mean(results, row.name, key))
+            if key != "perception, greedy":
+                line.append(mean(results, row.name, key, full.name) if row is not full else None)
+        cells.append([*line, len(results.get(row.name, {}))])
     return table(cells)
 
 
-def judges(rows, results: dict, curves: dict) -> list[str]:
-    """The paper's Table 4, on one seed."""
-    cells = [["", "paper", "answer", "perception", "answer, sampled", "perception, sampled", "agreement in training"]]
-    for row in rows:
-        found = [mean(scores(results, row.name, f"{what}, {how}"))
-                 for how in ("greedy", "sampled") for what in ("answer", "perception")]
-        agreement = average(curves, row.name, "judge/agreement")
-        cells.append([row.title, row.paper, *found, agreement and f"{agreement.value:.1f}"])
-    return table(cells)
-
-
-def average(curves: dict, name: str, key: str, last: float = 1.0) -> Mean | None:
-    """A metric in percent: its mean over the last share of the steps of each seed, then over the seeds."""
-    by_seed = {}
-    for seed, steps in curves.get(name, {}).items():
-        values = [row[key] for row in steps[-max(1, round(last * len(steps))):] if key in row] if steps else []
-        if values:
-            by_seed[seed] = 100 * statistics.fmean(values)
-    if not by_seed:
-        return None
-    return Mean(statistics.fmean(by_seed.values()), 0.0, over_seeds([*by_seed.values()]), by_seed, 0)
-
-
-def collapse(rows, curves: dict) -> list[str]:
-    """The paper's Figure 6c."""
-    cells = [["percent of the groups", "no advantage at all", "in the last third", "none for perception",
-              "none for reasoning"]]
-    for row in rows:
-        found = [average(curves, row.name, "zero_variance"), average(curves, row.name, "zero_variance", 1 / 3),
-                 average(curves, row.name, "perception/zero_variance"),
-                 average(curves, row.name, "reasoning/zero_variance")]
-        shown = [x and f"{x.value:.1f}" + f" ±{x.seeds:.1f}" * math.isfinite(x.seeds) for x in found]
-        cells.append([row.title, *shown])
-    return table(cells)
-
-
-def mismatch(rows, results: dict) -> list[str]:
-    """The paper's Table 6."""
-    cells = [["", "answer is not what the reasoning ends on, greedy", "sampled", "clips"]]
-    for row in rows:
-        greedy, sampled = (mean(scores(results, row.name, f"mismatch, {how}")) for how in ("greedy", "sampled"))
-        cells.append([row.title, greedy, sampled, greedy and greedy.n])
+def primary(results: dict) -> list[str]:
+    cells = [["PA-GRPO less GRPO, points", "mean", "by seed"]]
+    for key in PRIMARY:
+        if here := mean(results, "full", key, "grpo"):
+            cells.append([key, here, " ".join(f"{x:+.1f}" for x in here.by_seed.values())])
     return table(cells)
 
 
@@ -170,8 +135,8 @@ def sufficiency(results: dict) -> list[str]:
                               ("video", 52.9, "sft: toy"),
                               ("video and its own observation", 54.9, "sft: toy-given"),
                               ("video and PA-GRPO's observation", 56.0, "full: toy-given")):
-        found = mean(scores(results, "sufficiency", key))
-        cells.append([title, paper, found, found and found.n])
+        found = mean(results, "sufficiency", key)
+        cells.append([title, paper, found, found and f"{found.n:.0f}"])
     return table(cells)
 
 
@@ -188,29 +153,77 @@ def fifths(steps: list[dict], key: str) -> list[float]:
     return found
 
 
-def failed(row, full, results: dict, curves: dict) -> list[str]:
+def failed(row, full, results: dict, seed: str, folder) -> list[str]:
     """A run that failed beside the one that did not: their curves and what to see in them."""
-    seed = next(iter(curves.get(row.name, {})), None)
-    bad, good = (curves.get(name, {}).get(seed, []) for name in (row.name, full.name))
-    if not (bad and good):
+    bad, good = (rewards.read_jsonl(folder / f"metrics-{name}.jsonl")[0] for name in (row.name, "default"))
+    if not (bad and good and seed in results.get(row.name, {})):
         return ["It has not been run.", ""]
     cells = [["mean in each fifth of the run", full.title, row.title]]
     for key in CURVES:
         cells.append([key, *(" ".join(f"{x:.3g}" for x in fifths(steps, key)) for steps in (good, bad))])
-    mine, usual, start = (mean({seed: results[name][seed][ANSWER]}) for name in (row.name, full.name, "sft"))
-    gap, told = mean(scores(results, row.name, ANSWER, full.name)), ""
-    if gap.value >= -gap.clips:
-        told = " So it has NOT failed: it is not below PA-GRPO."
-    elif mine.value + mine.clips < start.value:
-        told = " It has unlearned what SFT taught."
-    kl, usual_kl, accuracy = fifths(bad, "kl"), fifths(good, "kl"), fifths(bad, "reasoning/accuracy")
-    best = accuracy.index(max(accuracy)) + 1
-    return table(cells) + [
-        f"Held-out answers: {mine} percent; PA-GRPO {usual}; SFT, from which both start, {start}.{told}",
-        f"KL to the SFT model is {kl[0]:.2g} in the first fifth and {kl[-1]:.2g} in the last (PA-GRPO: "
-        f"{usual_kl[0]:.2g} and {usual_kl[-1]:.2g}).",
-        f"The accuracy of sampled answers is best in fifth {best} of {len(accuracy)}, {max(accuracy):.2f}, and ends at "
-        f"{accuracy[-1]:.2f}.", ""]
+    one = {name: {seed: results[name][seed]} for name in (row.name, full.name, "sft")}
+    mine, usual, start = (mean(one, name, ANSWER) for name in one)
+    told = " It has unlearned what SFT taught." if mine.value + mine.half < start.value else ""
+    held = f"Held-out answers: {mine} percent; PA-GRPO {usual}; SFT, from which both start, {start}.{told}"
+    return [*table(cells), held, ""]
+
+
+# ------------------------------------------------------------------------------------------------ separation
+
+GAINS = {"full": ("PA-GRPO", "#0072B2"), "joint": ("joint", "#009E73"), "grpo": ("GRPO", "#D55E00")}
+
+
+def separation(levels: dict[float, dict[str, str]], results: dict) -> list[str]:
+    """What RL brings over SFT at each level of slips, and the difference that separate advantages make."""
+    cells = [["slips in SFT's traces", "answer given perception, SFT", "perception, SFT",
+              *(f"{title}, {key.split(',')[0]}" for key in PRIMARY for title, _ in GAINS.values()),
+              *(f"PA-GRPO − GRPO, {key.split(',')[0]}" for key in PRIMARY), "seeds"]]
+    for level, names in levels.items():
+        start = names["sft"]
+        gains = [mean(results, names[name], key, start) for key in PRIMARY for name in GAINS]
+        differences = [mean(results, names["full"], key, names["grpo"]) for key in PRIMARY]
+        if any(gains):
+            cells.append([f"{100 * level:.0f} %", mean(results, start, "answer given perception, sampled"),
+                          mean(results, start, PRIMARY[0]), *gains, *differences, len(results[start])])
+    return table(cells)
+
+
+def picture(levels: dict[float, dict[str, str]], results: dict) -> str:
+    """Gains over SFT against the level, perception and answers side by side, with intervals, as SVG."""
+    gains = {}
+    for p, key in enumerate(PRIMARY):
+        for name in GAINS:
+            for level, names in levels.items():
+                if here := mean(results, names[name], key, names["sft"]):
+                    gains[p, name, level] = here
+    low, high, last = -10, 30, max(levels)
+
+    def place(p: int, level: float, points: float, shift: int = 0) -> tuple[float, float]:
+        height = (min(max(points, low), high) - low) / (high - low)
+        return 60 + 370 * p + 300 * level / last + shift, 250 - 190 * height
+    lines = []
+    for p, key in enumerate(PRIMARY):
+        (x, y), (right, _) = place(p, 0, 0), place(p, last, 0)
+        lines += [f'<text x="{x - 35}" y="45">{key.split(",")[0]}: points over SFT</text>',
+                  f'<path d="M{x - 15} {y}H{right + 15}" stroke="#8c959f"/>']
+        for points in range(low, high + 1, 10):
+            lines.append(f'<text x="{x - 22}" y="{place(p, 0, points)[1] + 5:.0f}" text-anchor="end">{points}</text>')
+        for level in levels:
+            lines.append(f'<text x="{place(p, level, 0)[0]:.0f}" y="275" text-anchor="middle">{100 * level:.0f} %</text>')
+        for shift, (name, (title, colour)) in zip((-4, 0, 4), GAINS.items()):
+            found = {level: gains[p, name, level] for level in levels if (p, name, level) in gains}
+            path = " ".join("{:.1f},{:.1f}".format(*place(p, level, x.value, shift)) for level, x in found.items())
+            lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+            for level, here in found.items():
+                x, top = place(p, level, here.value + here.half, shift)
+                _, bottom = place(p, level, here.value - here.half, shift)
+                lines.append(f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="{colour}" stroke-width="1.5"/>')
+    for i, (title, colour) in enumerate(GAINS.values()):
+        lines.append(f'<text x="{30 + 110 * i}" y="22" fill="{colour}" font-weight="bold">{title}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 310" font-family="system-ui,sans-serif" '
+            'font-size="15" fill="#1f2328"><title>Gains over SFT against the share of slips in its traces</title>'
+            '<rect width="760" height="310" rx="8" fill="#fff"/>\n' + "\n".join(lines) +
+            '\n<text x="395" y="300" text-anchor="middle">traces of SFT whose reasoning slips</text></svg>\n')
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -218,61 +231,60 @@ def failed(row, full, results: dict, curves: dict) -> list[str]:
 INTRODUCTION = """\
 # The paper in miniature
 
-`python tests/miniature.py` wrote this file. Seeds {seeds}; {sft_steps} steps of SFT and {steps} of RL for each row,
-all other settings those of the preset `tiny`; {clips} held-out clips. Percent of right answers, greedy, as in the
-paper; *sampled* is temperature 1. Perception is right if the observation suffices for the answer. A mean has two 95 %
-intervals: ± over clips (these models, other clips), then ± over seeds (other models; Student's t, so with three seeds
-it is wide). ±0.0 over clips beside 0 or 100 says only that all of these clips agree. *paper* is its mean of seven
-benchmarks with Qwen2.5-VL-7B: compare signs, not sizes. {rows} runs took {hours:.1f} hours in all.
+`python tests/miniature.py` wrote this file, and [miniature.json](miniature.json) with every finished row. Each seed has
+its own clips, base, traces and SFT model; settings are those of the preset `tiny`. Percent of held-out clips; greedy,
+as in the paper, or *sampled* at temperature 1. Perception is right if the observation suffices for the answer. ± is a
+95 % interval over seeds (Student's t), so that base and clips are in it. *paper* is its mean of seven benchmarks with
+Qwen2.5-VL-7B: compare signs, not sizes. {rows} rows took {hours:.1f} hours of processes, two at a time.
+
+## Primary outcome
+
+Fixed before these seeds were run: PA-GRPO less GRPO, sampled, in perception and in answers.
+"""
+ABOUT_SEPARATION = """\
+A share of the traces reasons from other letters than those it observed, to another answer. What SFT sees stays the
+same; it reasons less surely. Gains are points over SFT, sampled.
+
+![Gains over SFT against the share of slips](separation.svg)
 """
 ABOUT_JUDGES = """\
 A server on loopback judges in training: the exact verdict, turned round for that share of the claims, chosen by a
 hash of the claim. Evaluation is by the exact judge. *agreement* is measured over all verdicts in training, also those
-that no server is asked for (an empty observation, a bare answer). One seed: only intervals over clips."""
+that no server is asked for (an empty observation, a bare answer). One seed: intervals are over clips."""
 ABOUT_COLLAPSE = """\
 Share of the groups of responses of which no token gets an advantage, over all steps (`zero_variance` in
 metrics.jsonl). With one advantage per response that is a group whose rewards are all equal; with PA-GRPO, one whose
 perception rewards are all equal and whose reasoning rewards are, too. The last two columns count each segment's
-reward by itself, whether the row uses it or not: a group may be in either, in both or in neither. ± is over seeds."""
+reward by itself, whether the row uses it or not: a group may be in either, in both or in neither."""
 ABOUT_MISMATCH = """\
 Multiple choice only, and only where both name an option. The paper: Video-R1 21.5, VideoRFT 16.9, VideoP2R 7.5."""
 ABOUT_SUFFICIENCY = """\
 The SFT model answers from a text, without or with the video. The paper asks plain Qwen2.5-VL-7B; here it is the SFT
 model, which has learned to read an observation. Where an observation is given, a question counts if its run has one."""
+JUDGED = {"answer": ANSWER, "perception": "perception, greedy", "answer, sampled": "answer, sampled",
+          "perception, sampled": "perception, sampled", "agreement in training": "judge/agreement"}
+COLLAPSE = {"no advantage at all": "zero_variance", "in the last third": "zero_variance, last third",
+            "none for perception": "perception/zero_variance", "none for reasoning": "reasoning/zero_variance"}
+MISMATCH = {"answer is not what the reasoning ends on, greedy": "mismatch, greedy", "sampled": "mismatch, sampled"}
 
 
-def page(rows, judging, broken, results: dict, curves: dict, seeds: list[int], steps: int, sft_steps: int) -> str:
+def page(rows, judging, broken, levels: dict, results: dict, folder) -> str:
     """All tables as Markdown."""
-    full, first = rows[-1], str(seeds[0])
+    full, first = rows[-1], next(iter(results.get("sft", {})), "")
     ours = [row for row in rows if row.rl is not None]
+    exact = full._replace(title="exact judge", paper=None)
     one_seed = {name: {first: x[first]} for name, x in results.items() if first in x}
-    of_full = {name: {first: x[first]} for name, x in curves.items() if first in x}
-    processes = [x for by_seed in results.values() for x in by_seed.values() if "seconds" in x]
-    clips = [len(x.get(ANSWER, {})) for x in results.get("sft", {}).values()]
-    hours = sum(x["seconds"] for x in processes) / 3600
-    lines = [INTRODUCTION.format(seeds=" ".join(map(str, seeds)), steps=steps, sft_steps=sft_steps, hours=hours,
-                                 clips=max(clips, default=0), rows=len(processes))]
+    seconds = [found["seconds"] for x in results.values() for found in x.values()]
+    lines = [INTRODUCTION.format(rows=len(seconds), hours=sum(seconds) / 3600), *primary(results)]
+    lines += ["## When separate advantages pay", "", ABOUT_SEPARATION, *separation(levels, results)]
     lines += ["## Table 2: what each part brings", "", *ablations(rows, results)]
-    lines += ["### Where it differs from the paper", "", *disagreements(rows, results, [full, rows[1]]), ""]
+    lines += ["### Signs", "", *signs(rows, results, [full, rows[1]])]
     lines += [f"## Table 4: judges that err, seed {first}", "", ABOUT_JUDGES, ""]
-    lines += judges([*judging, full._replace(title="exact judge", paper=None)], one_seed, of_full)
-    lines += ["## Figure 6c: groups without an advantage", "", ABOUT_COLLAPSE, "", *collapse(ours, curves)]
-    lines += ["## Table 6: does the answer follow from the reasoning?", "", ABOUT_MISMATCH, ""]
-    lines += mismatch(rows, results)
+    lines += columns([*judging, exact], one_seed, JUDGED, paper=True)
+    lines += ["## Figure 6c: groups without an advantage, percent", "", ABOUT_COLLAPSE, "",
+              *columns(ours, results, COLLAPSE)]
+    lines += ["## Table 6: does the answer follow from the reasoning?", "", ABOUT_MISMATCH, "",
+              *columns(rows, results, MISMATCH)]
     lines += ["## Figure 4: is the observation enough?", "", ABOUT_SUFFICIENCY, "", *sufficiency(results)]
-    lines += [f"## A run that failed: {broken.title}, seed {first}", "", *failed(broken, full, results, curves)]
+    lines += [f"## A run that failed: {broken.title}, seed {first}", "", *failed(broken, full, results, first, folder)]
     return "\n".join(lines)
-
-
-def means(rows, results: dict, curves: dict) -> dict:
-    """The numbers of all tables, by row."""
-    found = {}
-    for row in rows:
-        keys = [key for key in next(iter(results.get(row.name, {}).values()), {}) if key != "seconds"]
-        numbers = {key: mean(scores(results, row.name, key)) for key in keys}
-        numbers[f"{ANSWER}, less PA-GRPO"] = mean(scores(results, row.name, ANSWER, "full"))
-        for key in ("zero_variance", "perception/zero_variance", "reasoning/zero_variance", "judge/agreement"):
-            numbers[key] = average(curves, row.name, key)
-        found[row.name] = {"title": row.title, "paper": row.paper, "flags of SFT": row.sft, "flags of RL": row.rl}
-        found[row.name] |= {key: x.as_json() for key, x in numbers.items() if x}
-    return found

@@ -13,7 +13,8 @@ import pagrpo
 import rewards
 import sft
 
-EVERY_ROW = (*miniature.ROWS, *miniature.JUDGES, miniature.FAILED)
+SLIPS = [miniature.at_level(name, 0.4) for name in miniature.COMPARED]
+EVERY_ROW = (*miniature.ROWS, *miniature.JUDGES, miniature.FAILED, *SLIPS)
 URL = "http://127.0.0.1:1/v1"
 
 
@@ -32,11 +33,13 @@ def parsed(command):
 @pytest.mark.parametrize("row", EVERY_ROW, ids=lambda row: row.name)
 def test_every_row_is_a_real_command_and_ends_where_its_evaluation_looks(row, args):
     home = args.out / "seed1"
-    ends = home / "base"
-    for command in miniature.training(row, 1, args, URL):
-        settings = parsed(command)
-        assert settings.seed == 1 and settings.model in ("", str(ends), str(home / "sft")), "where the last one ended"
-        ends = Path(settings.out) / ("sft" if command[0] == "sft.py" else pagrpo.STAGES[settings.advantage])
+    shared, *own = map(parsed, miniature.training(row, 1, args, URL))
+    assert Path(shared.out) == home and not shared.data, "makes clips, traces, base and SFT"
+    there, ends = {str(home / "base"), str(home / "sft")}, home / ("base" if row.sft is None else "sft")
+    for settings in own:
+        assert settings.seed == 1 and settings.model in there
+        ends = Path(settings.out) / (pagrpo.STAGES[settings.advantage] if hasattr(settings, "advantage") else "sft")
+        there = {str(ends)}
     _, *flags = miniature.evaluating(row, 1, args, args.out)
     assert evaluation.parse_args(flags).model == str(ends)
 
@@ -50,40 +53,63 @@ def test_a_row_differs_from_pa_grpo_in_what_its_name_says_only(name, differing, 
     assert {k for k in here if here[k] != full[k]} == differing | {"out"}
 
 
-def test_rows_wait_for_what_they_need_and_judges_have_one_seed(args):
+def test_each_row_is_run_once_and_judges_on_one_seed(args):
     plan = miniature.jobs(args)
-    order = [(row.name, seed) for row, seed, _ in plan]
-    assert len(set(order)) == 2 * len(miniature.ROWS) + len(miniature.JUDGES) + 3
-    for i, (_, seed, needed) in enumerate(plan):
-        assert {(name, seed) for name in needed} <= set(order[:i])
+    rows = len(miniature.ROWS) + 1 + len(miniature.LEVELS) * len(miniature.COMPARED)
+    assert len(plan) == len(set(plan)) == 2 * rows + len(miniature.JUDGES) + 1
+
+
+def test_a_share_of_the_traces_slips_and_what_they_see_stays(toy):
+    records = data.read_records(toy / "sft.json", traces=True)
+    wrong = {}
+    for share in (0.0, 0.4, 0.8, 1.0):
+        rows = [data.to_record(row, True) for row in miniature.with_slips(records, share, 0)]
+        assert [r.trace["observation"] for r in rows] == [r.trace["observation"] for r in records]
+        wrong[share] = {r.path for r, old in zip(rows, records) if data.answer_score(old, r.reference) < 1}
+        assert wrong[share] == {r.path for r, old in zip(rows, records) if r.trace["think"] != old.trace["think"]}
+    assert len(wrong[0.0]) == 0 < len(wrong[0.4]) < len(wrong[0.8]) < len(wrong[1.0]) == len(records)
+    assert wrong[0.4] <= wrong[0.8], "a larger share slips in the same traces"
 
 
 # ------------------------------------------------------------------------------------------------ statistics
 
-def test_the_two_intervals_of_a_mean_by_hand():
-    """Seeds of 50, 75 and 100 percent over four clips, whose means over the seeds are 1, 1, 2/3, 1/3."""
-    found = tables.mean({str(n): dict(zip("abcd", right))
-                         for n, right in enumerate(((1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1)))})
-    assert found.value == pytest.approx(75) and found.by_seed == {"0": 50, "1": 75, "2": 100}
-    # Over clips: deviations 1/4, 1/4, -1/12, -5/12 have squares that sum to 0.30556; std sqrt(0.30556 / 3) = 0.31914.
-    assert found.clips == pytest.approx(100 * 1.96 * 0.31914 / 2, abs=0.01)
-    # Over seeds: the standard deviation is 25, and t of two degrees of freedom is 4.303.
-    assert found.seeds == pytest.approx(4.303 * 25 / math.sqrt(3), abs=0.01)
+def test_the_interval_of_a_mean_by_hand():
+    """Three seeds have a standard deviation of 25, and t of two degrees of freedom is 4.303; one seed has 100 clips."""
+    results = {"row": {str(n): {tables.ANSWER: [value, 100]} for n, value in enumerate((50, 75, 100))}}
+    found = tables.mean(results, "row", tables.ANSWER)
+    assert found.value == 75 and found.half == pytest.approx(4.303 * 25 / math.sqrt(3), abs=0.01)
+    one = tables.mean({"row": {"0": results["row"]["0"]}}, "row", tables.ANSWER)
+    assert one.half == pytest.approx(196 * math.sqrt(0.25 / 100), abs=0.01)
 
 
-def test_a_difference_is_taken_clip_by_clip():
-    """Both rows are right on the same half of the clips: the difference is exactly 0, without a doubt."""
-    results = {name: {"0": {tables.ANSWER: dict(zip("abcd", (1, 1, 0, 0)))}} for name in ("one", "other")}
-    found = tables.mean(tables.scores(results, "one", tables.ANSWER, "other"))
-    assert found.value == found.clips == 0 and math.isinf(found.seeds)
+def test_a_difference_is_taken_on_the_same_seed():
+    """Seeds differ much, the two rows always by two points, one seed has one of them only: no doubt is left."""
+    one = {seed: {tables.ANSWER: [value, 512]} for seed, value in (("0", 50), ("1", 70), ("2", 90))}
+    other = {seed: {tables.ANSWER: [one[seed][tables.ANSWER][0] - 2, 512]} for seed in ("0", "1")}
+    found = tables.mean({"one": one, "other": other}, "one", tables.ANSWER, "other")
+    assert found.value == pytest.approx(2) and found.half == pytest.approx(0) and found.by_seed.keys() == {"0", "1"}
 
 
-@pytest.mark.parametrize("here, seeds, said", [
-    (-5.0, 3.0, "agrees"), (5.0, 3.0, "disagrees: the opposite sign"), (-1.0, 3.0, "not resolved"),
-    (-5.0, 9.0, "not resolved over seeds (the same sign for these models)"),
-    (5.0, math.inf, "not resolved over seeds (the opposite sign for these models)")])
-def test_a_sign_counts_only_outside_both_intervals(here, seeds, said):
-    assert tables.verdict(-2.3, tables.Mean(here, 2.0, seeds, {}, 100)) == said
+@pytest.mark.parametrize("here, half, seeds, said", [
+    (-5.0, 3.0, 3, "agrees"), (5.0, 3.0, 3, "disagrees: the opposite sign"), (-1.0, 3.0, 3, "not resolved"),
+    (-5.0, 3.0, 1, "not resolved")])
+def test_a_sign_counts_only_outside_its_interval_over_seeds(here, half, seeds, said):
+    assert tables.verdict(-2.3, tables.Mean(here, half, dict.fromkeys(range(seeds), 0), 100)) == said
+
+
+def test_a_finished_row_is_kept_and_rows_of_another_budget_are_refused(args, tmp_path, monkeypatch):
+    args.results, calls = tmp_path / "results", []
+    args.results.mkdir()
+    args.seeds = [1]
+    monkeypatch.setattr(miniature, "run_row", lambda row, seed, args: calls.append(row.name) or {"answer": [50, 2]})
+    monkeypatch.setattr(miniature, "run_sufficiency", lambda seed, args: 1 / 0)
+    for new in (len(miniature.jobs(args)) - 1, 0):           # the row that failed is tried again
+        failures = miniature.run_all(args, miniature.read_kept(args))
+        assert len(calls) == new and failures == ["sufficiency, seed 1: division by zero"]
+        calls.clear()
+    args.steps = 7
+    with pytest.raises(SystemExit, match="steps was 0, is now 7"):
+        miniature.read_kept(args)
 
 
 # ------------------------------------------------------------------------------------------------ the judge that errs

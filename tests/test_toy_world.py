@@ -61,12 +61,12 @@ def test_the_reference_follows_from_what_is_shown(every):
 
 
 @pytest.mark.parametrize("name, asked, shown, answer", [
-    ("next", "red O", "red O green X blue T", "B"),
-    ("next", "blue T", "red O green X blue T", None),        # nothing comes after it
-    ("next", "red O", "red O red O blue T", None),           # after which of them?
-    ("next", "red O", "red O yellow X blue T", None),        # no option
-    ("count", "red", "red O green X red T", "2"),
-    ("count", "blue", "red O green X red T", "0"),
+    ("next", "O", "red O green X blue T", "B"),
+    ("next", "O", "green X red O red X", None),              # no option has this colour
+    ("next", "T", "red O green X blue T", None),             # nothing comes after it
+    ("next", "O", "red O red O blue T", None),               # after which of them?
+    ("count", "O", "red O green X red O", "2"),
+    ("count", "T", "red O green X red O", "0"),
     ("read", "red", "red O green X blue T", "X T"),
     ("read", "red", "red O red X red T", None),              # nothing is left to read
     ("ends", "", "red O green X blue T", "a red O turns into a blue T"),
