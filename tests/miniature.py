@@ -76,13 +76,16 @@ JUDGES = (  # on the first seed only; the paper's: Llama-3.1 8B, 70B, 405B and C
 FAILED = Row("lr-x10", "learning rate ten times too high", None, "", f"--lr {10 * pagrpo.PRESETS['tiny']['lr']:g}")
 SUFFICIENCY = Row("sufficiency", "is the observation enough?", None, None, None)   # no training
 DECODING = {"greedy": [], "sampled": ["--temperature", "1", "--top-p", "1"]}   # eval.py's own is the paper's
-LEVELS = (0.2, 0.4, 0.6)                                     # of slips, on the first three seeds; 0 is the table above
+LEVELS = (0.15, 0.3, 0.45)                                   # of slips, on the first three seeds
 COMPARED = ("sft", "grpo", "joint", "full")
 
 
 def at_level(name: str, level: float) -> Row:
     """A row of the table above, with a share of slips in the traces of its SFT."""
     return NAMED[name]._replace(name=f"{name}-slips-{100 * level:.0f}", paper=None, slips=level) if level else NAMED[name]
+
+
+LADDER = {level: {name: at_level(name, level).name for name in COMPARED} for level in (0, *LEVELS)}
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -316,12 +319,11 @@ def write(kept: dict, args: argparse.Namespace) -> None:
         log = trained(row, args.seeds[0], args) / "metrics.jsonl"
         if log.is_file():
             shutil.copy(log, args.results / f"metrics-{name}.jsonl")
-    levels = {level: {name: at_level(name, level).name for name in COMPARED} for level in (0, *LEVELS)}
-    page = tables.page(ROWS, JUDGES, FAILED, levels, kept["rows"], args.results)
+    page = tables.page(ROWS, JUDGES, FAILED, LADDER, kept["rows"], args.results)
     old = args.results / "miniature.md"
     _, why, by_hand = (old.read_text() if old.is_file() else "").partition("\n## Why\n")
     data.write_atomically(old, page + why + by_hand)
-    data.write_atomically(args.results / "separation.svg", tables.picture(levels, kept["rows"]))
+    data.write_atomically(args.results / "separation.svg", tables.picture(LADDER, kept["rows"]))
     print(f"{page}\nWritten: {old}")
 
 

@@ -219,7 +219,7 @@ def picture(levels: dict[float, dict[str, str]], results: dict) -> str:
                 _, bottom = place(p, level, here.value - here.half, shift)
                 lines.append(f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="{colour}" stroke-width="1.5"/>')
     for i, (title, colour) in enumerate(GAINS.values()):
-        lines.append(f'<text x="{30 + 110 * i}" y="22" fill="{colour}" font-weight="bold">{title}</text>')
+        lines.append(f'<text x="{25 + 90 * i}" y="22" fill="{colour}" font-weight="bold">{title}</text>')
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 310" font-family="system-ui,sans-serif" '
             'font-size="15" fill="#1f2328"><title>Gains over SFT against the share of slips in its traces</title>'
             '<rect width="760" height="310" rx="8" fill="#fff"/>\n' + "\n".join(lines) +
@@ -242,8 +242,9 @@ Qwen2.5-VL-7B: compare signs, not sizes. {rows} rows took {hours:.1f} hours of p
 Fixed before these seeds were run: PA-GRPO less GRPO, sampled, in perception and in answers.
 """
 ABOUT_SEPARATION = """\
-A share of the traces reasons from other letters than those it observed, to another answer. What SFT sees stays the
-same; it reasons less surely. Gains are points over SFT, sampled.
+A share of SFT's traces slips: it reasons from other letters than those it observed, to another answer. So the SFT model
+reasons less surely from what it sees. Expected, from other seeds: the less surely it reasons, the more PA-GRPO gains in
+perception over GRPO, for which the answer is the only reward of seeing. Gains are points over SFT, sampled.
 
 ![Gains over SFT against the share of slips](separation.svg)
 """

@@ -13,7 +13,7 @@ import pagrpo
 import rewards
 import sft
 
-SLIPS = [miniature.at_level(name, 0.4) for name in miniature.COMPARED]
+SLIPS = [miniature.at_level(name, 0.3) for name in miniature.COMPARED]
 EVERY_ROW = (*miniature.ROWS, *miniature.JUDGES, miniature.FAILED, *SLIPS)
 URL = "http://127.0.0.1:1/v1"
 

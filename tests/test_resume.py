@@ -2,6 +2,7 @@
 overwritten, and changed code never goes unnoticed."""
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,8 +39,16 @@ def test_the_kl_reference_stays_the_sft_model_after_a_resume(toy, base, tmp_path
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_named(trained, toy, base):
-    with pytest.raises(SystemExit, match=r"--lr was 0.002, is now 0.1\n.*another --out"):
+    with pytest.raises(SystemExit, match=r"--lr was 0.001, is now 0.1\n.*another --out"):
         sft.main(sft_flags(trained, toy, base, steps=6, lr=0.1))
+
+
+def test_a_toy_world_of_another_seed_is_refused_before_its_clips_are_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "make_toy", lambda *args, **named: pytest.fail("written anew"))
+    settings = sft.Settings(out=str(tmp_path), stage="captions")
+    data.check_settings(tmp_path / "captions", settings)
+    with pytest.raises(SystemExit, match=r"--seed was 0, is now 1\n.*another --out"):
+        sft.make_toy_files(replace(settings, seed=1))
 
 
 def test_a_setting_that_is_new_counts_as_its_default_and_one_that_is_gone_for_nothing(tmp_path):
