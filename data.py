@@ -633,7 +633,7 @@ def question_uniforms(seed: int, stream: str, r: Record, group: int, tokens: int
 
 TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 28)      # settings
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels; two frames for each letter
-TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 2000, "heldout": 512}   # records
+TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 1600, "heldout": 512}   # records
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
 TOY_BEHIND = {"captions": (0.0, 0.3), "base": (0.0, 0.3), "sft": (0.0, 0.3),
               "rl": (0.8, 1.0), "heldout": (0.8, 1.0)}

@@ -25,9 +25,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-# Read when torch is loaded. OpenMP threads that spin while they wait make a step beside another
-# program four times as long; alone, waiting passively costs 4 %.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded. OpenMP threads that wait by spinning take the time of other programs, so
+# that a step beside one is 2 to 4 times as long. Those that sleep at once wake up late, after half of
+# a small operation. These spin for a moment.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
 # Shapes change from step to step.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch

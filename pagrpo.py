@@ -408,7 +408,7 @@ REAL = dict(data="data/videop2r/*RL*.json*", media="data/Video-R1-data", judge="
 PRESETS = {
     "tiny": sft.TINY | dict(
         questions=16, micro_batch=16, max_response=64, windows=(8, 16, 10, 48),
-        temperature=1.3, steps=120, lr=4e-4, warmup=15, transcript_every=40),
+        temperature=1.3, steps=100, lr=4e-4, warmup=15, transcript_every=40),
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),
 }
