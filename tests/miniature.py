@@ -352,21 +352,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the runs [runs/miniature; --small: runs/miniature-small]")
     add("--seeds", type=int, nargs="+", help="clips, weights, order and sampling [20 to 25; --small: 0]")
     add("--jobs", type=int, default=2, help="rows at a time, each with its share of the cores [2]")
-    add("--steps", type=int, help="steps of RL [the preset's; --small: 3]")
-    add("--sft-steps", type=int, help="steps of SFT [the preset's; --small: 60]")
-    add("--limit", type=int, help="held-out clips, evenly spread [all; --small: 40]")
     add("--results", type=Path, help="folder of finished rows and tables [docs/results; --small: --out]")
-    add("--small", action="store_true", help="a trial of all rows with a few steps")
+    add("--small", action="store_true", help="a trial of all rows: 3 steps of RL, 60 of SFT, 40 held-out clips")
     args = parser.parse_args(argv)
-    usual = dict(out=Path("runs/miniature"), seeds=[20, 21, 22, 23, 24, 25], results=ROOT / "docs/results")
-    usual |= dict(steps=0, sft_steps=0, limit=0)             # the presets', and all clips
-    if args.small:
-        small = Path("runs/miniature-small")
-        usual = dict(out=small, seeds=[0], results=args.out or small, steps=3, sft_steps=60, limit=40)
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out.resolve()
+    args.steps, args.sft_steps, args.limit = (3, 60, 40) if args.small else (0, 0, 0)        # 0: the presets', all clips
+    args.seeds = args.seeds or ([0] if args.small else [20, 21, 22, 23, 24, 25])
+    args.out = (args.out or Path("runs/miniature-small" if args.small else "runs/miniature")).resolve()
+    args.results = args.results or (args.out if args.small else ROOT / "docs/results")
     return args
 
 

@@ -38,23 +38,19 @@ def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
     if not by_seed:
         return None
     values, n = list(by_seed.values()), statistics.fmean(counts)
-    share = min(1.0, abs(values[0]) / 100)
-    half = 196 * math.sqrt(share * (1 - share) / n)          # of one seed, over its clips
+    half = 1.96 * math.sqrt(abs(values[0] * (100 - values[0])) / n)      # of one seed, over its clips
     if len(values) > 1:
         half = T95.get(len(values) - 1, 2.262) * statistics.stdev(values) / math.sqrt(len(values))
     return Mean(statistics.fmean(values), half, by_seed, n)
 
 
 def of_steps(steps: list[dict]) -> dict[str, list[float]]:
-    """What a row keeps of its metrics: percent over all steps, and of `zero_variance` over the last third."""
+    """What a row keeps of its metrics: percent over all steps."""
     found = {}
     for key in ("zero_variance", "perception/zero_variance", "reasoning/zero_variance", "judge/agreement"):
         values = [100 * row[key] for row in steps if key in row]
         if values:
             found[key] = [statistics.fmean(values), len(values)]
-        if values and key == "zero_variance":
-            last = values[-max(1, len(values) // 3):]
-            found["zero_variance, last third"] = [statistics.fmean(last), len(last)]
     return found
 
 
@@ -128,15 +124,14 @@ def primary(results: dict) -> list[str]:
 
 def sufficiency(results: dict) -> list[str]:
     """The paper's Figure 4."""
-    cells = [["what the SFT model is given", "paper", "answer", "clips"]]
+    cells = [["what the SFT model is given", "paper", "answer"]]
     for title, paper, key in (("question", 35.1, "sft: toy-blind"),
                               ("question and its own observation", 48.6, "sft: toy-blind-given"),
                               ("question and PA-GRPO's observation", 55.5, "full: toy-blind-given"),
                               ("video", 52.9, "sft: toy"),
                               ("video and its own observation", 54.9, "sft: toy-given"),
                               ("video and PA-GRPO's observation", 56.0, "full: toy-given")):
-        found = mean(results, "sufficiency", key)
-        cells.append([title, paper, found, found and f"{found.n:.0f}"])
+        cells.append([title, paper, mean(results, "sufficiency", key)])
     return table(cells)
 
 
@@ -264,8 +259,8 @@ The SFT model answers from a text, without or with the video. The paper asks pla
 model, which has learned to read an observation. Where an observation is given, a question counts if its run has one."""
 JUDGED = {"answer": ANSWER, "perception": "perception, greedy", "answer, sampled": "answer, sampled",
           "perception, sampled": "perception, sampled", "agreement in training": "judge/agreement"}
-COLLAPSE = {"no advantage at all": "zero_variance", "in the last third": "zero_variance, last third",
-            "none for perception": "perception/zero_variance", "none for reasoning": "reasoning/zero_variance"}
+COLLAPSE = {"no advantage at all": "zero_variance", "none for perception": "perception/zero_variance",
+            "none for reasoning": "reasoning/zero_variance"}
 MISMATCH = {"answer is not what the reasoning ends on, greedy": "mismatch, greedy", "sampled": "mismatch, sampled"}
 
 
