@@ -635,8 +635,8 @@ TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 2
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels; two frames for each letter
 TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 1600, "heldout": 512}   # records
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
-TOY_BEHIND = {"captions": (0.0, 0.3), "base": (0.0, 0.3), "sft": (0.0, 0.3),
-              "rl": (0.8, 1.0), "heldout": (0.8, 1.0)}
+TOY_BEHIND = {"rl": (0.8, 1.0), "heldout": (0.8, 1.0)}
+CLEAR = 0.0, 0.3
 # Pre-training is on captions, then on traces too. Most of its traces have no clip, but the observation
 # in the prompt: like Qwen, the base learns to reason from texts.
 CAPTION, WRONG_LETTERS = "What does the clip show?", 0.1     # share, in captions
@@ -840,7 +840,7 @@ def toy_clip(seed: int, split: str, number: int) -> bytes:
     noise, frames = np.random.default_rng(rng.getrandbits(64)), []
     for x in shown:
         for _ in range(2):
-            frame = draw(*x.split(), TOY_BEHIND[split], noise)
+            frame = draw(*x.split(), TOY_BEHIND.get(split, CLEAR), noise)
             frames.append(Image.fromarray(frame))
     frames[0].save(buffer := io.BytesIO(), "PNG", save_all=True, append_images=frames[1:],
                    duration=1000 // TOY_FPS, compress_level=1)

@@ -349,16 +349,17 @@ def pretrain(settings: TrainSettings, world: World) -> None:
             preset=settings.preset, out=str(out), seed=settings.seed, model=str(out / model),
             stage=stage, steps=steps, template="none", blind=0.0)))
         model = stage
-    world.on_rank0(lambda: make_toy_files(stages[0]))
+    world.on_rank0(lambda: make_toy_files(stages))
     for stage in stages:
         train(stage, world)
 
 
-def make_toy_files(settings: Settings) -> None:
+def make_toy_files(stages: list[Settings]) -> None:
     """Clips, traces and the random model that pre-training starts from. SystemExit, before any file
-    is written, if the folder holds another seed's."""
+    is written, if the folder holds another world or seed."""
+    for settings in stages:
+        data.check_settings(Path(settings.out) / settings.stage, settings)
     out, seed = Path(settings.out), settings.seed
-    data.check_settings(out / settings.stage, settings)
     questions, traces = data.make_toy(out / "toy", seed=seed) / "sft.json", out / "cot/traces.jsonl"
     if not traces.is_file() or traces.stat().st_mtime < questions.stat().st_mtime:
         data.cot(data.CotSettings(**data.TOY_INPUT, out=str(out / "cot"), data=str(questions),

@@ -45,10 +45,10 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(trained, toy, b
 
 def test_a_toy_world_of_another_seed_is_refused_before_its_clips_are_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "make_toy", lambda *args, **named: pytest.fail("written anew"))
-    settings = sft.Settings(out=str(tmp_path), stage="captions")
-    data.check_settings(tmp_path / "captions", settings)
+    settings = sft.Settings(out=str(tmp_path), stage="base")
+    data.check_settings(tmp_path / "base", settings)
     with pytest.raises(SystemExit, match=r"--seed was 0, is now 1\n.*another --out"):
-        sft.make_toy_files(replace(settings, seed=1))
+        sft.make_toy_files([replace(settings, seed=1, stage=stage) for stage in ("captions", "base")])
 
 
 def test_a_setting_that_is_new_counts_as_its_default_and_one_that_is_gone_for_nothing(tmp_path):
