@@ -641,15 +641,11 @@ CLEAR = 0.0, 0.3
 # in the prompt: like Qwen, the base learns to reason from texts.
 CAPTION, WRONG_LETTERS = "What does the clip show?", 0.1     # share, in captions
 CAPTIONS, TEXTS = {"captions": 1.0, "base": 0.15}, 0.92      # shares of a split, and of its traces
-TOY_MIX = []                                                 # half is multiple choice
-for other in PROBLEM_TYPES[1:]:
-    TOY_MIX += [PROBLEM_TYPES[0], other]
 COLOURS, LETTERS = ("red", "green", "blue", "yellow"), ("O", "X", "T")
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
 PRICES = {"O": 3, "X": 2, "T": 1}
 TOY_EVENTS = 3                                               # letters shown one after the other
-# name → problem type and text; {} is a letter or a colour. Of two that fit a question the
-# later one wins.
+# name → problem type and text; {} is a letter. Of two that fit a question the later one wins.
 TOY_QUESTIONS = {
     "next": ("multiple choice", "Which letter comes right after the {}?"),
     "count": ("numerical", "How many letters are {}?"),
@@ -662,7 +658,7 @@ TOY_QUESTIONS = {
 class Toy(NamedTuple):
     """A toy question, read back from its text."""
     name: str                                                # in TOY_QUESTIONS
-    asked: str                                               # "red" in "How many letters are red?"
+    asked: str                                               # "O" in "How many letters are O?"
     options: tuple[str, ...]                                 # without their letters
 
 
@@ -691,7 +687,7 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
     if toy.name == "count":
         return str(letters.count(toy.asked))
     if toy.name == "read":
-        return " ".join(x[-1] for x in shown if not x.startswith(toy.asked)) or None
+        return " ".join(x for x in letters if x != toy.asked) or None
     if toy.name == "ends":
         return f"a {shown[0]} turns into a {shown[-1]}"
     if toy.name == "total":
@@ -723,10 +719,9 @@ def toy_think(toy: Toy, shown: list[str]) -> str:
             count += x == toy.asked
             steps.append(f"{same(x, toy.asked)} {count}")
     elif toy.name == "read":
-        for x in shown:
-            colour, letter = x.split()
-            kept += f" {letter}" if colour != toy.asked else ""
-            steps.append(f"{letter} {same(colour, toy.asked)}{kept}")
+        for x in letters:
+            kept += f" {x}" if x != toy.asked else ""
+            steps.append(f"{same(x, toy.asked)}{kept}")
     elif toy.name == "ends":
         steps = [f"first {shown[0]}", f"last {shown[-1]}"]
     elif toy.name == "total":
@@ -802,15 +797,14 @@ def ink(letter: str, x: np.ndarray, y: np.ndarray, r: float, thick: float) -> np
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
     """A question about three letters, with its answer and a correct trace; and the letters shown."""
-    problem_type = TOY_MIX[number % len(TOY_MIX)]
+    problem_type = PROBLEM_TYPES[number % len(PROBLEM_TYPES)]
     texts = [text for kind, text in TOY_QUESTIONS.values() if kind == problem_type]
-    text = texts[number // len(TOY_MIX) % len(texts)]
+    text = texts[number // len(PROBLEM_TYPES) % len(texts)]
     everything = [f"{colour} {letter}" for colour in COLOURS for letter in LETTERS]
     answer = None
     while answer is None:                                    # some draws have no answer
         shown = [rng.choice(everything) for _ in range(TOY_EVENTS)]
-        colour, letter = rng.choice(shown).split()
-        asked, options = colour if problem_type == "OCR" else letter, []
+        asked, options = rng.choice(shown)[-1], []
         if problem_type == "multiple choice":                # an option for each letter
             place = rng.randrange(TOY_EVENTS - 1)
             asked, right = shown[place][-1], shown[place + 1]

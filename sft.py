@@ -106,7 +106,7 @@ PRESETS = {
     "3b": REAL | dict(model=QWEN.format("3B")),
     "7b": REAL | dict(model=QWEN.format("7B")),
 }
-PRETRAINING = {"captions": 300, "base": 1000}                # of the toy model: stage → steps
+PRETRAINING = {"captions": 450, "base": 700}                 # of the toy model: stage → steps
 
 
 # ------------------------------------------------------------------------------------------ SFT

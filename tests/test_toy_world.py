@@ -67,8 +67,8 @@ def test_the_reference_follows_from_what_is_shown(every):
     ("next", "O", "red O red O blue T", None),               # after which of them?
     ("count", "O", "red O green X red O", "2"),
     ("count", "T", "red O green X red O", "0"),
-    ("read", "red", "red O green X blue T", "X T"),
-    ("read", "red", "red O red X red T", None),              # nothing is left to read
+    ("read", "O", "red O green X blue T", "X T"),
+    ("read", "O", "red O green O red O", None),              # nothing is left to read
     ("ends", "", "red O green X blue T", "a red O turns into a blue T"),
     ("total", "", "red O green X blue T", "6"),
     ("total", "", "red O green X", None),                    # not the whole clip
