@@ -635,7 +635,7 @@ TOY_INPUT = dict(prompt="short", frames=6, min_pixels=28 * 28, max_pixels=28 * 2
 TOY_SIZE, TOY_FPS = 56, 2                                    # pixels; two frames for each letter
 TOY_SPLITS = {"captions": 1200, "base": 4000, "sft": 1000, "rl": 1600, "heldout": 512}   # records
 # How bright the letter behind is, next to the one in front. Clips for pre-training and SFT are clear.
-TOY_BEHIND = {"rl": (0.8, 1.0), "heldout": (0.8, 1.0)}
+TOY_BEHIND = {"rl": (0.6, 1.0), "heldout": (0.6, 1.0)}
 CLEAR = 0.0, 0.3
 # Pre-training is on captions, then on traces too. Most of its traces have no clip, but the observation
 # in the prompt: like Qwen, the base learns to reason from texts.
