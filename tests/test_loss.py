@@ -101,11 +101,11 @@ class TestLoss:
 
 def test_from_texts_to_rewards_through_the_judge():
     """Wrong perception and wrong reasoning are told apart; a missing or empty observation earns nothing."""
-    record = data.Record("q", "How many letters are red?", (), "numerical", "2", "", "video")
+    record = data.Record("q", "How many letters are X?", (), "numerical", "2", "", "video")
     example = data.Example(record, None, None, 0, None, None, 0.0)
-    good = "<observation> 1 red X, 2 red O, 3 blue T </observation>\n<think> a </think>\n<answer> 2 </answer>"
+    good = "<observation> 1 red X, 2 red X, 3 blue T </observation>\n<think> a </think>\n<answer> 2 </answer>"
     group = []
-    for text in (good, good.replace("> 2 <", "> 3 <"), good.replace("2 red O", "2 green O"),
+    for text in (good, good.replace("> 2 <", "> 3 <"), good.replace("2 red X", "2 red O"),
                  "<think> a </think><answer> 2 </answer>", "<observation> </observation>"):
         segments = [0] * 12 + [1] * 18 if "</observation>" in text else [2] * 30
         group.append(Response(example, [8] * 30, segments, torch.zeros(30), True, text, parse(text)))

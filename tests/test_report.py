@@ -151,7 +151,8 @@ def test_the_scores_after_an_update_are_those_of_the_updated_model(toy, run, tin
     record = next(r for r in data.read_records(toy / "rl.json") if r.problem_id == row["problem_id"])
     example = data.build_example(record, toy, vocabulary, policy.config, tiny_settings)
     ids = [vocabulary.bytes.index(text.encode()) for text in row["response_tokens"]]
-    logprobs, _ = policy.logprobs(data.collate([example]), torch.tensor([[ids]]), torch.tensor([[len(ids)]]))
+    temperature = pagrpo.PRESETS["tiny"]["temperature"]
+    logprobs, _ = policy.logprobs(data.collate([example]), torch.tensor([[ids]]), torch.tensor([[len(ids)]]), temperature)
     assert logprobs.flatten().tolist() == pytest.approx(row["logprobs_after"], abs=1e-4)
     assert row["logprobs"] != pytest.approx(row["logprobs_after"], abs=1e-4)
 

@@ -60,7 +60,7 @@ def test_placeholders_and_padding_are_never_sampled_and_never_scored(model, prom
 
 
 def test_a_response_ends_with_any_of_several_stop_tokens_or_at_the_limit_and_nothing_follows(model, prompts):
-    stops, uniforms = list(range(8, 60)), torch.rand(1, 32, 20, generator=torch.Generator().manual_seed(1))
+    stops, uniforms = list(range(8, 40)), torch.rand(1, 32, 20, generator=torch.Generator().manual_seed(1))
     out = model.generate(prompts, uniforms, stops)
     lengths, places = out.lengths[..., None], torch.arange(20)
     stopped = torch.isin(out.tokens, torch.tensor(stops))
