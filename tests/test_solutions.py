@@ -82,8 +82,8 @@ def test_without_the_stop_token_in_its_mask_sft_does_not_teach_to_stop(solved, t
 
 def test_the_gameable_judge_takes_what_is_relevant_for_what_suffices(solved):
     modules = solved("gameable-judge")
-    claim = modules.rewards.Claim("How many letters are red?", (), "numerical", "1", "1 red O, 2 blue X, 3 blue T")
-    claims = [claim, claim._replace(observation="1 red O, 2 red X, 3 red T")]            # the truth, and a lie
+    claim = modules.rewards.Claim("How many letters are X?", (), "numerical", "1", "1 red O, 2 blue X, 3 blue T")
+    claims = [claim, claim._replace(observation="1 red X, 2 blue X, 3 red X")]            # the truth, and a lie
     for name, expected in ("rule", [True, False]), ("relevance", [False, True]):
         judge = modules.data.make_judge(modules.data.JudgeSettings(judge=name))
         assert [v.sufficient for v in judge(claims)] == expected
