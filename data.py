@@ -852,7 +852,7 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
             if not row.get("blind"):
                 drawn.append(number)
         text = json.dumps(rows, indent=1)
-        if file.is_file() and file.read_text() == text:
+        if drawn and file.is_file() and file.read_text() == text:
             first = clips / f"{drawn[0]:05d}.apng"
             if first.is_file() and first.read_bytes() == toy_clip(seed, split, drawn[0]):
                 continue

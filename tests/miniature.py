@@ -82,7 +82,8 @@ COMPARED = ("sft", "grpo", "joint", "full")
 
 def at_level(name: str, level: float) -> Row:
     """A row of the table above, with a share of slips in the traces of its SFT."""
-    return NAMED[name]._replace(name=f"{name}-slips-{100 * level:.0f}", paper=None, slips=level) if level else NAMED[name]
+    row = NAMED[name]
+    return row._replace(name=f"{name}-slips-{100 * level:.0f}", paper=None, slips=level) if level else row
 
 
 LADDER = {level: {name: at_level(name, level).name for name in COMPARED} for level in (0, *LEVELS)}
@@ -342,7 +343,8 @@ def read_kept(args: argparse.Namespace) -> dict:
     before = kept.get("settings", now)
     changed = [f"  {name} was {before.get(name)!r}, is now {x!r}" for name, x in now.items() if before.get(name) != x]
     if changed:
-        raise SystemExit("\n".join([f"{args.results} holds rows of another budget:", *changed, "Use another --results."]))
+        lines = [f"{args.results} holds rows of another budget:", *changed, "Use another --results."]
+        raise SystemExit("\n".join(lines))
     return {"settings": now, "rows": kept.get("rows", {})}
 
 
@@ -355,7 +357,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--results", type=Path, help="folder of finished rows and tables [docs/results; --small: --out]")
     add("--small", action="store_true", help="a trial of all rows: 3 steps of RL, 60 of SFT, 40 held-out clips")
     args = parser.parse_args(argv)
-    args.steps, args.sft_steps, args.limit = (3, 60, 40) if args.small else (0, 0, 0)        # 0: the presets', all clips
+    args.steps, args.sft_steps, args.limit = (3, 60, 40) if args.small else (0, 0, 0)        # 0: the presets', all
     args.seeds = args.seeds or ([0] if args.small else [20, 21, 22, 23, 24, 25])
     args.out = (args.out or Path("runs/miniature-small" if args.small else "runs/miniature")).resolve()
     args.results = args.results or (args.out if args.small else ROOT / "docs/results")

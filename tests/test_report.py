@@ -152,7 +152,8 @@ def test_the_scores_after_an_update_are_those_of_the_updated_model(toy, run, tin
     example = data.build_example(record, toy, vocabulary, policy.config, tiny_settings)
     ids = [vocabulary.bytes.index(text.encode()) for text in row["response_tokens"]]
     temperature = pagrpo.PRESETS["tiny"]["temperature"]
-    logprobs, _ = policy.logprobs(data.collate([example]), torch.tensor([[ids]]), torch.tensor([[len(ids)]]), temperature)
+    tokens, lengths = torch.tensor([[ids]]), torch.tensor([[len(ids)]])
+    logprobs, _ = policy.logprobs(data.collate([example]), tokens, lengths, temperature)
     assert logprobs.flatten().tolist() == pytest.approx(row["logprobs_after"], abs=1e-4)
     assert row["logprobs"] != pytest.approx(row["logprobs_after"], abs=1e-4)
 
