@@ -343,8 +343,8 @@ def read_kept(args: argparse.Namespace) -> dict:
     before = kept.get("settings", now)
     changed = [f"  {name} was {before.get(name)!r}, is now {x!r}" for name, x in now.items() if before.get(name) != x]
     if changed:
-        lines = [f"{args.results} holds rows of another budget:", *changed, "Use another --results."]
-        raise SystemExit("\n".join(lines))
+        raise SystemExit("\n".join([f"{args.results} holds rows of another budget:", *changed,
+                                    "Use another --results."]))
     return {"settings": now, "rows": kept.get("rows", {})}
 
 

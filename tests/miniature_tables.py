@@ -204,8 +204,8 @@ def picture(levels: dict[float, dict[str, str]], results: dict) -> str:
         for points in range(low, high + 1, 10):
             lines.append(f'<text x="{x - 22}" y="{place(p, 0, points)[1] + 5:.0f}" text-anchor="end">{points}</text>')
         for level in levels:
-            x, _ = place(p, level, 0)
-            lines.append(f'<text x="{x:.0f}" y="275" text-anchor="middle">{100 * level:.0f} %</text>')
+            lines.append(f'<text x="{place(p, level, 0)[0]:.0f}" y="275" text-anchor="middle">'
+                         f'{100 * level:.0f} %</text>')
         for shift, (name, (title, colour)) in zip((-4, 0, 4), GAINS.items()):
             found = {level: gains[p, name, level] for level in levels if (p, name, level) in gains}
             path = " ".join("{:.1f},{:.1f}".format(*place(p, level, x.value, shift)) for level, x in found.items())
