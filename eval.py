@@ -821,6 +821,7 @@ def find_settings(stage: Path, args: Namespace) -> EvalSettings:
     saved, given = data.read_json(stage / "settings.json"), vars(args)
     inputs = {*data.default_settings(data.InputSettings), "max_response", "seed"}
     values = dict(pagrpo.PRESETS[args.preset or saved.get("preset") or "7b"])
+    values.pop("temperature", None)                          # RL's own
     values |= {name: saved[name] for name in inputs if name in saved}
     if args.bench == "toy":
         values["batch"] = 128

@@ -1,5 +1,5 @@
-"""Promise: what the documents say is so. Their commands can be given, their links lead somewhere, and the
-miniature's page is made of its rows."""
+"""Promise: what the documents say is so. Their commands can be given, their links lead somewhere, the README's
+figures are those of the demo, and the miniature's page is made of its rows."""
 import json
 import re
 import shlex
@@ -65,6 +65,15 @@ def test_the_tests_that_are_named_exist():
 def test_every_link_to_a_file_leads_somewhere(document):
     for link in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
         assert link.startswith("https://") or link.startswith("http://") or (document.parent / link).exists(), link
+
+
+def test_the_figures_of_the_readme_are_those_of_the_demo():
+    results = json.loads((ROOT / "docs/results/demo.json").read_text())
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for title, name in ("base", "base"), ("SFT", "SFT"), ("PA-GRPO", "pagrpo"):
+        cells = [f"{results[f'{name}, {how}'][what]['value']:.1f}"
+                 for how in ("greedy", "sampled") for what in ("perception", "answer")]
+        assert f"| {' | '.join([title, *cells])} |" in lines
 
 
 def test_the_page_of_the_miniature_is_made_of_its_rows():

@@ -210,6 +210,12 @@ def test_the_model_itself_can_be_the_judge(toy, started, tmp_path, capsys):
     assert all("answering blind" in r["judge"] for r in rows.values() if r["observation"])
 
 
+def test_an_evaluation_does_not_sample_at_the_temperature_of_rl(tmp_path):
+    for flags, wanted in ([], 0.01), (["--temperature", "1"], 1.0):
+        args = evaluation.parse_args(["--bench", "toy", "--preset", "tiny", *flags])
+        assert evaluation.find_settings(tmp_path, args).temperature == wanted
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (["--temperature", "nan"], "--temperature must be at least 0"), (["--limit", "-1"], "--limit must be at least 0"),
     (["--video", "x.mp4"], "not allowed with argument")])
