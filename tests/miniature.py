@@ -77,7 +77,7 @@ FAILED = Row("lr-x10", "learning rate ten times too high", None, "", f"--lr {10 
 SUFFICIENCY = Row("sufficiency", "is the observation enough?", None, None, None)   # no training
 DECODING = {"greedy": [], "sampled": ["--temperature", "1", "--top-p", "1"]}   # eval.py's own is the paper's
 LEVELS = (0.15, 0.3, 0.45)                                   # of slips, on the first three seeds
-COMPARED = ("sft", "grpo", "joint", "full")
+COMPARED = ("sft", "full", "grpo", "joint")
 
 
 def at_level(name: str, level: float) -> Row:
@@ -274,10 +274,10 @@ def run_sufficiency(seed: int, args: argparse.Namespace) -> dict:
 
 def jobs(args: argparse.Namespace) -> list[tuple[Row, int]]:
     """(row, seed) in order: the primary outcome first. SUFFICIENCY is no row, but has its place."""
-    plan = [(NAMED[name], seed) for name in ("sft", "full", "grpo", "joint") for seed in args.seeds]
+    plan = [(NAMED[name], seed) for name in COMPARED for seed in args.seeds] + [(FAILED, args.seeds[0])]
     plan += [(at_level(name, level), seed) for name in COMPARED for level in LEVELS for seed in args.seeds[:3]]
     plan += [(row, seed) for row in (*ROWS, SUFFICIENCY) for seed in args.seeds if (row, seed) not in plan]
-    return plan + [(row, args.seeds[0]) for row in (*JUDGES, FAILED)]
+    return plan + [(row, args.seeds[0]) for row in JUDGES]
 
 
 def run_all(args: argparse.Namespace, kept: dict) -> list[str]:
