@@ -67,6 +67,22 @@ def test_weight_decay_spares_norms_and_biases(traces):
     assert spared["weight_decay"] == 0.0 and spared["params"] == [p for p in model.parameters() if p.dim() == 1]
 
 
+def test_training_takes_one_thread_and_gives_the_others_back(monkeypatch):
+    """So SFT gives the same weights on any number of threads."""
+    def read(*_):
+        seen.append(torch.get_num_threads())
+        raise SystemExit("no traces")
+    seen = []
+    monkeypatch.setattr(sft, "read_traces", read)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(SystemExit):
+            sft.train(Settings(), ALONE)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)                             # as all tests have it
+
+
 def test_a_short_run_learns_logs_and_reports_held_out_loss(toy, base, tmp_path, capsys):
     sft.main(sft_flags(tmp_path, toy, base, steps=12, batch=16))
     said, rows = capsys.readouterr().out, logged(tmp_path / "sft")
