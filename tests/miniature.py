@@ -214,6 +214,7 @@ def train(row: Row, seed: int, args: argparse.Namespace) -> None:
         for command in training(row, seed, args, server.url if server else ""):
             if str(home / "traces.jsonl") in command:
                 records = data.read_records(args.out / f"seed{seed}" / "cot/traces.jsonl", traces=True)
+                home.mkdir(exist_ok=True)
                 data.write_rows(home / "traces.jsonl", with_slips(records, row.slips, seed))
             with nullcontext() if str(own) in command else LOCKS[seed]:      # one row makes what others share
                 call(command, own / "log.txt", args)

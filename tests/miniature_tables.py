@@ -30,7 +30,7 @@ def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
     """A measure of a row over its seeds, or its difference to the row `minus` on the seeds that have both. None if
     there is none."""
     by_seed, counts = {}, []
-    for seed, found in results.get(name, {}).items():
+    for seed, found in sorted(results.get(name, {}).items()):
         mine, other = found.get(key), results.get(minus, {}).get(seed, {}).get(key)
         if mine and (other or not minus):
             by_seed[seed] = mine[0] - (other[0] if minus else 0)
@@ -267,7 +267,7 @@ MISMATCH = {"answer is not what the reasoning ends on, greedy": "mismatch, greed
 
 def page(rows, judging, broken, levels: dict, results: dict, folder) -> str:
     """All tables as Markdown."""
-    full, first = rows[-1], next(iter(results.get("sft", {})), "")
+    full, first = rows[-1], min(results.get("sft", [""]))
     ours = [row for row in rows if row.rl is not None]
     exact = full._replace(title="exact judge", paper=None)
     one_seed = {name: {first: x[first]} for name, x in results.items() if first in x}

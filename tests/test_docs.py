@@ -76,6 +76,15 @@ def test_the_figures_of_the_readme_are_those_of_the_demo():
         assert f"| {' | '.join([title, *cells])} |" in lines
 
 
+def test_the_gains_in_the_readme_are_those_of_the_miniature():
+    results = json.loads((ROOT / "docs/results/miniature.json").read_text())["rows"]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for title, name in ("SFT", "sft"), ("GRPO", "grpo"), ("joint", "joint"), ("PA-GRPO", "full"):
+        cells = [tables.mean(results, name, key, "" if name == "sft" else "sft") for key in tables.PRIMARY]
+        sign = "" if name == "sft" else "+"
+        assert f"| {' | '.join([title, *(f'{sign}{cell}' for cell in cells)])} |" in lines
+
+
 def test_the_page_of_the_miniature_is_made_of_its_rows():
     """The tables, and the picture that stands in README and course; what is written by hand is below "## Why"."""
     folder = ROOT / "docs/results"
