@@ -925,7 +925,7 @@ def evaluate_all(args: Namespace) -> None:
         if summary["scored"]:
             scored.append(summary)
     if len(names) > 1 and scored:
-        args.world.print0("", *paper_table(stage.name, scored), sep="\n")
+        args.world.print0("\n".join(["", *paper_table(stage.name, scored)]))
     if lacking:
         raise ValueError("\n".join(lacking))
 

@@ -417,9 +417,9 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def print0(self, *words, sep: str = " ") -> None:
+    def print0(self, text: str) -> None:
         if self.first:
-            print(*words, sep=sep, flush=True)
+            print(text, flush=True)
 
     def share(self, count: int, size: int) -> list[range]:
         """This rank's part of each batch of `size` out of `count` indices."""
