@@ -1082,7 +1082,7 @@ def build_model(
             model = shard(Qwen2_5_VL(config).to(dtype), world.mesh(), offload)
         model.to_empty(device="cpu" if offload else world.device)
         tensors = load_weights(folder, model, dtype) if world.first else {}
-        world.barrier()                                      # a large model takes minutes to read
+        world.gather(None)               # ranks wait: a large model takes minutes to read
         how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, tensors, options=how)
         model.set_reshard_after_forward(frozen, recurse=False)

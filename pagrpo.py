@@ -310,7 +310,7 @@ def micro_batches(groups: list[list[Response]], vocabulary: Vocabulary, settings
     """
     blank, size = data.blank_example(vocabulary), settings.micro_batch
     nothing = Response(blank, [], [], torch.zeros(0), True, "", None)
-    for i in range(0, world.all_reduce_max(len(groups)), size):
+    for i in range(0, max(world.gather(len(groups))), size):
         part = groups[i:i + size]
         rows = list(range(i, i + len(part)))
         if not part:
@@ -477,7 +477,7 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
         world.print0("The media of none of this step's questions can be read; nothing was learned.")
     means = mean_over_ranks(spread, world, deviation=True) | mean_over_ranks(shares, world)
     largest = max(values["logprob_gap"], default=0.0)
-    return {**means, "logprob_gap_max": world.all_reduce_max(largest),
+    return {**means, "logprob_gap_max": max(world.gather(largest)),
             "loss": sums["loss"] / max(1, sums["responses"]),
             "grad_norm": statistics.fmean(values["grad_norm"]),
             "questions": sums["questions"], "skipped": settings.questions - sums["questions"],

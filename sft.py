@@ -204,7 +204,7 @@ def micro_batches(examples: Sequence[Example], size: int, vocabulary: Vocabulary
                   ) -> Iterator[tuple[list[Example], float]]:
     """Yields (examples, weight), as often on every rank, as FSDP needs: at the end a blank
     example of weight 0."""
-    for i in range(world.all_reduce_max(-(-len(examples) // size))):
+    for i in range(max(world.gather(-(-len(examples) // size)))):
         part = examples[i * size:(i + 1) * size]
         if part:
             yield list(part), 1.0
@@ -440,11 +440,6 @@ class World:
                 total[name] += part[name]
         return total
 
-    def all_reduce_max(self, value: float) -> float:
-        return max(self.gather(value))
-
-    def barrier(self) -> None:
-        self.gather(None)
 
     def on_rank0(self, work: Callable):
         """Runs `work` on rank 0 while the others wait. All ranks return its result, or raise its
@@ -617,7 +612,7 @@ class Run:
         self.skipped = (self.skipped + 1) * metrics["skipped_updates"]
         if self.world.device.type == "cuda":                 # what decides when a GPU is full
             peak = torch.cuda.max_memory_reserved() / 2 ** 30
-            metrics["reserved_memory_gb"] = self.world.all_reduce_max(peak)
+            metrics["reserved_memory_gb"] = max(self.world.gather(peak))
         row = {name: rounded(x) for name, x in metrics.items() if math.isfinite(x)}
         if self.world.first:
             self.append("metrics.jsonl", row)
@@ -636,7 +631,7 @@ class Run:
                     ) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal,
         or if `lost` says on all ranks why it cannot go on."""
-        stop = bool(lost) or self.world.all_reduce_max(self.stop_asked)
+        stop = bool(lost) or max(self.world.gather(self.stop_asked))
         due = stop or done == self.steps or done % self.settings.save_every == 0
         if due and done > self.step:
             weights, moments = get_model_state_dict(model, options=ON_RANK0), {}
@@ -679,7 +674,7 @@ class Run:
             for key, x in load_file(file).items():
                 name, kind = key.split(" ")
                 moments[name][kind] = x
-        self.world.barrier()
+        self.world.gather(None)                              # rank 0 has read them
         groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
         how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
         whole = {"state": moments, "param_groups": groups}
