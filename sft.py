@@ -204,10 +204,10 @@ def micro_batches(examples: Sequence[Example], size: int, vocabulary: Vocabulary
                   ) -> Iterator[tuple[list[Example], float]]:
     """Yields (examples, weight), as often on every rank, as FSDP needs: at the end a blank
     example of weight 0."""
-    for i in range(max(world.gather(-(-len(examples) // size)))):
-        part = examples[i * size:(i + 1) * size]
+    for i in range(0, max(world.gather(len(examples))), size):
+        part = examples[i:i + size]
         if part:
-            yield list(part), 1.0
+            yield part, 1.0
         else:
             yield [data.blank_example(vocabulary)], 0.0
 
