@@ -280,7 +280,7 @@ def number(text: str) -> Fraction | None:
     sign, digits, exponent, divisor, magnitude = match.groups()
     value = Fraction(digits.replace(",", "").rstrip(".") + (exponent or "")) / int(divisor or 1)
     value *= 10 ** sum(POWERS[x] for x in re.findall("|".join(POWERS), magnitude.lower()))
-    return -value if sign in ("-", "−") and sign else value
+    return -value if sign in ("-", "−") else value
 
 
 def numerical(answer: str, reference: str) -> float:
