@@ -99,7 +99,7 @@ PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels a side, fr
 MIN_FRAMES = 4
 READ_ON = 2000                                               # frames of a clip that is not seeked in
 HANG = 60                                                    # seconds without a frame
-MAX_UNREADABLE = 0.2                                         # share of media above which a run stops
+
 
 
 class MediaError(Exception):
@@ -510,7 +510,7 @@ class Examples:
     config: Config
     settings: InputSettings
     log: Path | None = None
-    max_unreadable: float = MAX_UNREADABLE
+    max_unreadable: float = 0.2                              # share of media above which a run stops
     teaching: bool = True                                    # leave out what `why_invalid` names
     asked: set[int] = field(default_factory=set)
     skipped: dict[int, str] = field(default_factory=dict)    # index → reason
