@@ -570,7 +570,7 @@ class Journal:
     def add(self, row: dict) -> None:
         self.rows[row["key"]] = row
         if self.file:
-            with self.file.open("a", encoding="utf-8") as out:
+            with self.file.open("a") as out:
                 out.write(json.dumps(row) + "\n")
 
 
