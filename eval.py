@@ -349,10 +349,6 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2 ** n)
 
 
-def differ(x: dict, y: dict, *names: str) -> bool:
-    return any(x[name] != y[name] for name in names)
-
-
 def compare(first: str, second: str) -> str:
     """Two evaluations, question by question. Raises ValueError if they share no question, or a text
     differs."""
@@ -364,13 +360,15 @@ def compare(first: str, second: str) -> str:
         raise ValueError(f"{first} ({len(a)} responses) and {second} ({len(b)}) have no question in "
                          "common")
     wins = losses = unlike = 0
+    text = itemgetter("question", "options", "reference")
+    inputs = itemgetter("prompt", "frames", "pixels")
     for x, y in pairs:
-        if differ(x, y, "question", "options", "reference"):
+        if text(x) != text(y):
             raise ValueError(f"{x['id']} has another text in {second}")
         gain = y["score"] - x["score"]
         wins += gain > 1e-9
         losses += gain < -1e-9
-        unlike += differ(x, y, "prompt", "frames", "pixels")
+        unlike += inputs(x) != inputs(y)
     table = [["", "answer right", "perception and answer right", "perception only", "answer only",
               "neither"]]
     for name, rows in zip((f"A  {first}", f"B  {second}"), zip(*pairs)):
