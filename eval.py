@@ -257,9 +257,7 @@ def mean(rows: list[dict], parts: Sequence[tuple] = ALL,
     level, chance = level / total, chance / total
     variance = sum(x * x for x in clips.values()) / total ** 2
     independent = level * (1 - level) / variance if variance > 1e-18 else len(clips)
-    low, high = pagrpo.wilson(level, independent)
-    return {"value": 100 * level, "low": 100 * low, "high": 100 * high, "chance": 100 * chance,
-            "n": n}
+    return pagrpo.wilson(level, independent) | {"chance": 100 * chance, "n": n}
 
 
 def mismatch(rows: list[dict]) -> dict:

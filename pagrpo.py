@@ -647,25 +647,24 @@ def evaluate(policy: Qwen2_5_VL, held: Examples, judge: Judge, settings: Setting
     for i, name in enumerate(columns):
         known = [row[i] for row in rows if not math.isnan(row[i])]
         level = sum(known) / max(1, len(known))
-        low, high = wilson(level, len(known))
-        result[name] = {"value": 100 * level, "low": 100 * low, "high": 100 * high,
-                        "n": len(known)}
+        result[name] = wilson(level, len(known)) | {"n": len(known)}
     pairs = Counter((row[0] > 1 - 1e-9, row[-2]) for row in rows)      # perception, answer
     both, seen = pairs[True, True], pairs[True, False]
     result["answer"]["crossed"] = [[both, seen], [pairs[False, True], pairs[False, False]]]
     return result
 
 
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a proportion of n answers (Wilson 1927): unlike share ± 2 s it stays in
-    [0, 1] and is right near its ends."""
+def wilson(share: float, n: float) -> dict[str, float]:
+    """A proportion of n answers and its 95 % interval (Wilson 1927), in percent: unlike
+    share ± 2 s it stays in [0, 100] and is right near its ends."""
     z, n = 1.96, max(1, n)
     centre = share + z * z / (2 * n)
     variance = share * (1 - share) / n
     half = z * math.sqrt(variance + z * z / (4 * n * n))
     low, high = centre - half, centre + half
     scale = 1 + z * z / n
-    return max(0.0, low / scale), min(1.0, high / scale)
+    low, high = max(0.0, low / scale), min(1.0, high / scale)
+    return {"value": 100 * share, "low": 100 * low, "high": 100 * high}
 
 
 def heldout_metrics(policy: Qwen2_5_VL, held: Examples, judge: Judge, settings: Settings,
