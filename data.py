@@ -123,15 +123,16 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     return h, w
 
 
-def frame_indices(total: int, fps: float, settings: InputSettings) -> list[int]:
+def frame_indices(total: int, fps: float, settings: InputSettings) -> tuple[list[int], float]:
     """An even number of frames, evenly spread from the first to the last, as qwen_vl_utils takes
-    them."""
+    them; and seconds per temporal patch."""
     if not (total and 0 < fps < 500):                        # 600: an AVI whose header has no rate
         raise MediaError(f"it holds {total} frames at {fps} a second")
     wanted = int(total / fps * settings.fps) if settings.fps else settings.frames
     wanted = min(max(wanted, MIN_FRAMES), settings.frames, total)
     count = max(TEMPORAL_PATCH, wanted // TEMPORAL_PATCH * TEMPORAL_PATCH)
-    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+    indices = np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return indices, TEMPORAL_PATCH * total / (fps * count)
 
 
 def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[np.ndarray, float]:
@@ -174,11 +175,11 @@ def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.nd
     files = [file for file in path.iterdir() if file.suffix.lower() in kinds]
     files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
     fps = rate or settings.fps or 2.0
-    indices = frame_indices(len(files), fps, settings)
+    indices, seconds = frame_indices(len(files), fps, settings)
     frames = [read_image(files[i])[0] for i in indices]
     if len({frame.shape for frame in frames}) > 1:
         raise MediaError("its pictures differ in size")
-    return np.stack(frames), TEMPORAL_PATCH * len(files) / (fps * len(indices))
+    return np.stack(frames), seconds
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -913,12 +914,11 @@ def decode(path: Path, settings: InputSettings, beat: Callable) -> tuple[np.ndar
     if re.match(rb"(?s)GIF8|.PNG|RIFF....WEBP", head):
         return read_animation(path, settings, beat)
     reader, fps, total, exact = open_video(path)
-    indices, frames = frame_indices(total, fps, settings), {}
+    (indices, seconds), frames = frame_indices(total, fps, settings), {}
     if exact and total > READ_ON:
         frames = seek(reader, indices, beat)
     if not frames:
         frames = read_on(reader, indices, total, beat)
-    seconds = TEMPORAL_PATCH * total / (fps * len(indices))
     return np.stack([frames[i] for i in indices]), seconds
 
 
@@ -929,12 +929,12 @@ def read_animation(path: Path, settings: InputSettings, beat: Callable) -> tuple
             raise MediaError("a picture, not a video")
         image.load()                                         # a WebP tells its duration then
         fps = 1000 / (image.info.get("duration") or 100)     # browsers, too, show 0 as 100 ms
-        indices, frames = frame_indices(image.n_frames, fps, settings), []
+        (indices, seconds), frames = frame_indices(image.n_frames, fps, settings), []
         for i in indices:
             image.seek(i)
             frames.append(to_rgb(image))
             beat()
-        return np.stack(frames), TEMPORAL_PATCH * image.n_frames / (fps * len(indices))
+        return np.stack(frames), seconds
 
 
 def open_video(path: Path) -> tuple:
