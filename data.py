@@ -1338,7 +1338,7 @@ def check_settings(folder: Path, settings: InputSettings) -> None:
                          "--out.")
     if saved != now:                                         # a finished run may be read-only
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=2) + "\n")
+        write_json(file, now)
 
 
 def read_json(file: Path) -> dict:
@@ -1354,6 +1354,10 @@ def write_atomically(file: Path, text: str) -> None:
     aside = file.with_name(file.name + ".writing")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)
+
+
+def write_json(file: Path, value) -> None:
+    write_atomically(file, json.dumps(value, indent=2) + "\n")
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:

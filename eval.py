@@ -521,7 +521,7 @@ def run_bench(questions: list[Question], notes: list[str], args: Namespace) -> d
     summary = summarise(args.bench, rows) | {"model": str(args.model)}
     if args.world.first:
         data.write_rows(folder / "responses.jsonl", rows)
-        data.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        data.write_json(folder / "summary.json", summary)
     print0(f"\n{summary_text(summary)}\nResponses and numbers: {folder}")
     return summary
 

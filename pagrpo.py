@@ -28,7 +28,6 @@ informative, and its gradient is not 0: watch the rewards.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -699,8 +698,7 @@ def compare_models(settings: Settings, run: sft.Run, toy: bool, world: World) ->
             found = evaluate(policy, held, judge, settings, temperature, world)
             results[f"{name}, {how}"] = found
     if world.first:
-        text = json.dumps(results, indent=1) + "\n"
-        data.write_atomically(run.folder / "results.json", text)
+        data.write_json(run.folder / "results.json", results)
     return results_table(results)
 
 

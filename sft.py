@@ -652,7 +652,7 @@ class Run:
             flat = {f"{name} {kind}": x for name, kinds in moments.items()
                     for kind, x in kinds.items()}
             write_tensors(flat, folder, "optimizer")
-            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            data.write_json(folder / "state.json", state)
         target = self.folder / f"step-{done:06d}"
         save_model(weights, target, self.source, write_extra)
         saved = [path for path in sorted(self.folder.glob(CHECKPOINTS)) if path <= target]
