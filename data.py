@@ -1318,16 +1318,13 @@ def flag_options(f: Field, presets: dict[str, dict]) -> dict:
     return options | {"type": type(f.default), "choices": f.metadata["choices"]}
 
 
-def default_settings(settings) -> dict:
-    return {f.name: f.default for f in fields(settings)}
-
 
 def check_settings(folder: Path, settings: InputSettings) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder holds work with other
     settings. One that is missing there counts as its default."""
     file, now = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    saved = read_json(file)
-    before, changed = json.loads(json.dumps(default_settings(settings))) | saved, ""
+    saved, defaults = read_json(file), {f.name: f.default for f in fields(settings)}
+    before, changed = json.loads(json.dumps(defaults)) | saved, ""
     for f in fields(settings) if saved else ():
         old, new = before[f.name], now[f.name]
         moved = is_http(str(old)) and is_http(str(new))      # a judge at another address

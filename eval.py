@@ -815,7 +815,7 @@ def find_model(name: str | None) -> Path:
 def find_settings(stage: Path, args: Namespace) -> EvalSettings:
     """A preset, over it the inputs of a stage's run, over them the protocol, then the flags."""
     saved, given = data.read_json(stage / "settings.json"), vars(args)
-    inputs = {*data.default_settings(data.InputSettings), "max_response", "seed"}
+    inputs = {*data.InputSettings.__dataclass_fields__, "max_response", "seed"}
     values = dict(pagrpo.PRESETS[args.preset or saved.get("preset") or "7b"])
     values.pop("temperature", None)                          # RL's own
     values |= {name: saved[name] for name in inputs if name in saved}
@@ -823,7 +823,7 @@ def find_settings(stage: Path, args: Namespace) -> EvalSettings:
         values["batch"] = 128
     elif args.bench:
         values |= PROTOCOL
-    for name in data.default_settings(EvalSettings):
+    for name in EvalSettings.__dataclass_fields__:
         if given.get(name) is not None:
             values[name] = given[name]
     return EvalSettings(**values)
