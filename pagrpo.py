@@ -367,6 +367,9 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float,
 
 # ------------------------------------------------------------------------------------- settings
 
+STAGES = {"pa": "pagrpo", "gdpo": "gdpo", "grpo": "grpo", "joint": "joint"}      # folders in --out
+
+
 @dataclass(frozen=True)
 class Settings(sft.TrainSettings, data.JudgeSettings):
     """PA-GRPO."""
@@ -382,7 +385,7 @@ class Settings(sft.TrainSettings, data.JudgeSettings):
                               minimum=0.01)
     advantage: str = flag("pa", "pa: each segment its own; grpo: A_R on all tokens; joint: that of "
                           "R_P + R_R; gdpo: A_P + A_R (GDPO without normalization over the batch)",
-                          choices=["pa", "gdpo", "grpo", "joint"])
+                          choices=list(STAGES))
     token_mean: str = flag("response", "the mean over the tokens of a response, or the sum of those "
                            "of its segments (the KL term then counts once per segment)",
                            choices=["response", "segment"])
@@ -411,7 +414,6 @@ PRESETS = {
     "3b": REAL | dict(model="runs/3b/sft"),
     "7b": REAL | dict(model="runs/7b/sft"),
 }
-STAGES = {"pa": "pagrpo", "gdpo": "gdpo", "grpo": "grpo", "joint": "joint"}      # folders in --out
 
 
 # ================================ a first reader may stop here ================================
