@@ -86,7 +86,7 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
                             settings, world)
 
             metrics |= step_metrics(groups, parts, totals, values, settings, world)
-            if heldout.records and settings.eval_every and run.evaluation_due(step + 1):
+            if settings.eval_every and run.evaluation_due(step + 1):
                 metrics |= heldout_metrics(policy, heldout, judge, settings, world)
             show(step, policy, groups, verdicts, parts, ref_logprobs, vocabulary, run)
             metrics |= {"step": step + 1, "lr": lr}
