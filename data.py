@@ -97,6 +97,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of the official p
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2                      # pixels a side, frames, patches a side
 MIN_FRAMES = 4
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 READ_ON = 2000                                               # frames of a clip that is not seeked in
 HANG = 60                                                    # seconds without a frame
 
@@ -171,8 +172,7 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
 
 def read_folder(path: Path, settings: InputSettings, rate: float) -> tuple[np.ndarray, float]:
     """`read_video` of a folder of pictures."""
-    kinds = (".jpg", ".jpeg", ".png", ".webp")
-    files = [file for file in path.iterdir() if file.suffix.lower() in kinds]
+    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
     files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
     fps = rate or settings.fps or 2.0
     indices, seconds = frame_indices(len(files), fps, settings)

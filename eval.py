@@ -834,9 +834,8 @@ def answer_one(args: Namespace) -> None:
     MediaError."""
     clip = Path(args.video).resolve()
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
-    picture = clip.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
-    record = data.Record("", args.question, tuple(args.options), kind, "", clip.name,
-                         "image" if picture else "video")
+    medium = "image" if clip.suffix.lower() in data.PICTURES else "video"
+    record = data.Record("", args.question, tuple(args.options), kind, "", clip.name, medium)
     s, (vocabulary, model, _) = args.settings, load_once(args.model)
     example = data.build_example(record, clip.parent, vocabulary, model.config, s)
     steps, rows, columns = example.grid
