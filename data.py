@@ -33,9 +33,8 @@ from queue import Empty, SimpleQueue
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, gathered, init_weights,
-                   load_model, mrope_positions, newest_checkpoint, read_config, save_model,
-                   write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, init_weights, load_model,
+                   mrope_positions, newest_checkpoint, read_config, save_model, write_config)
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -1083,29 +1082,6 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
 def claim_about(r: Record, observation: str) -> Claim:
     return Claim(r.question, r.options, r.problem_type, r.reference, observation, r.data_type)
 
-
-def blind_answers(model: Qwen2_5_VL, vocabulary: Vocabulary, settings: InputSettings, tokens: int,
-                  device, claims: Sequence[Claim]) -> list[Verdict]:
-    """Judges by answering: the model reads question and observation, without the media, and writes
-    think and answer. The observation suffices if the answer's score reaches THRESHOLD: weak
-    reasoning counts against it."""
-    examples, verdicts = [], []
-    for c in claims:
-        r = Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type,
-                   blind=True, given=c.observation)
-        examples.append(build_example(r, Path(), vocabulary, model.config, settings))
-    with gathered(model):                                    # all ranks, also one without claims
-        if not claims:
-            return []
-        greedy = torch.zeros(len(claims), 1, tokens), vocabulary.stop_ids, 0.0
-        out = model.generate(collate(examples).to(device), *greedy)
-    tokens, lengths = out.tokens[:, 0].tolist(), out.lengths[:, 0].tolist()
-    for example, ids, n in zip(examples, tokens, lengths):
-        text = vocabulary.decode(ids[:n])
-        score = answer_score(example.record, parse(text).contents["answer"])
-        explanation = f"answering blind: {' '.join(text.split())} (score {score:.2f})"
-        verdicts.append(Verdict(score >= THRESHOLD, explanation))
-    return verdicts
 
 
 def load_local(folder: str | Path) -> tuple[Vocabulary, Qwen2_5_VL, torch.device]:

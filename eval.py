@@ -424,10 +424,10 @@ def no_verdicts(claims: list[rewards.Claim]) -> list[None]:
 
 def choose_judge(folder: Path, args: Namespace) -> rewards.Judge:
     """What gives verdicts on observations. `reference` is the model itself."""
-    s, (vocabulary, model, device) = args.settings, load_once(args.model)
+    s, (vocabulary, model, _) = args.settings, load_once(args.model)
     if not args.judge:
         return no_verdicts
-    answer_blind = partial(data.blind_answers, model, vocabulary, s, s.max_response, device)
+    answer_blind = partial(pagrpo.blind_answers, model, vocabulary, s)
     return data.make_judge(s, folder / "judge", answer_blind, args.world.rank)
 
 

@@ -60,7 +60,8 @@ def train(policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, optimizer: torch.opt
     with run.guard():
         for step, examples in run.batches(questions):
             # 1. rollout
-            groups = rollout(policy, examples, vocabulary, settings, f"step {step}")
+            with timed("sampling"):
+                groups = rollout(policy, examples, vocabulary, settings, f"step {step}")
 
             # 2. rewards. A judge behind http answers in a thread while the reference is scored:
             # "judging" is the wait that is left.
@@ -108,7 +109,6 @@ class Response:
     parsed: rewards.Parsed
 
 
-@timed("sampling")
 def rollout(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabulary,
             settings: Settings, stream: str, group: int = 0, temperature: float | None = None,
             top_p: float = 1.0) -> list[list[Response]]:
@@ -443,9 +443,26 @@ def load_judge(settings: Settings, run: sft.Run, vocabulary: Vocabulary, world: 
     if settings.kl_beta or settings.judge == "reference":
         reference = model.build_model(settings.model, vocabulary, world, frozen=True,
                                       offload=settings.offload_reference)
-    answer_blind = partial(data.blind_answers, reference, vocabulary, settings,
-                           settings.max_response, world.device)
+    answer_blind = partial(blind_answers, reference, vocabulary, settings)
     return reference, data.make_judge(settings, run.folder / "judge", answer_blind, world.rank)
+
+
+def blind_answers(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Settings,
+                  claims: Sequence[Claim]) -> list[Verdict]:
+    """Judges by answering: the model reads question and observation, without the media, and writes
+    think and answer. The observation suffices if the answer's score reaches THRESHOLD: weak
+    reasoning counts against it."""
+    examples, verdicts = [], []
+    for c in claims:
+        r = data.Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type,
+                        blind=True, given=c.observation)
+        examples.append(data.build_example(r, Path(), vocabulary, reference.config, settings))
+    for (response,) in rollout(reference, examples, vocabulary, settings, "judge", 1, 0.0):
+        answer, text = response.parsed.contents["answer"], " ".join(response.text.split())
+        score = data.answer_score(response.example.record, answer)
+        explanation = f"answering blind: {text} (score {score:.2f})"
+        verdicts.append(Verdict(score >= data.THRESHOLD, explanation))
+    return verdicts
 
 
 # -------------------------------------------------------------------------------------- metrics

@@ -262,7 +262,7 @@ def whole_step(b: Bench) -> None:
 
     def judge(claims: list) -> None:
         claims = [claim._replace(question=question, observation=observation) for claim in claims]
-        data.blind_answers(reference, vocabulary, settings, t, b.device, claims)
+        pagrpo.blind_answers(reference, vocabulary, settings, claims)
     run = partial(whole_steps.step, policy, reference, optimizer, asked, vocabulary, settings, b.world, judge)
     run()                                                    # warms up; moments are made
     with Peaks() as peaks:

@@ -48,8 +48,7 @@ def counted(s, toy, base, config) -> dict[str, int]:
         groups = measure("sampling", pagrpo.rollout, policy, asked, vocabulary, s, "step 0")
         text = "red " * (s.max_response - 1)                 # as long as an observation may be
         claims = [data.claim_about(r.example.record, text) for group in groups for r in group]
-        measure("judging", data.blind_answers, reference, vocabulary, s, s.max_response, "cpu",
-                claims)
+        measure("judging", pagrpo.blind_answers, reference, vocabulary, s, claims)
         ref_logprobs = pagrpo.score(reference, groups, vocabulary, s, world)
         advantages = torch.ones(len(groups), s.group_size, 2)
         measure("training", pagrpo.update, policy, optimizer, 1e-6, groups, advantages, ref_logprobs,

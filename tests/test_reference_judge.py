@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import data
-from model import read_config
+import pagrpo
+from model import Sampled, read_config
 from rewards import Claim, judge_claims
 
 
@@ -16,20 +17,24 @@ def claim(observation, reference="2", problem_type="numerical"):
 
 
 @pytest.fixture
-def judge_of(base, vocabulary, tiny_settings):
+def judge_of(base, vocabulary):
     """A judge whose reference finishes with `answer(prompt text)`, and the prompts it was given."""
+    settings = pagrpo.Settings(**data.TOY_INPUT, max_response=24)
+
     def make(answer):
         seen = []
 
-        def generate(prompts, uniforms, stop_ids, temperature):
+        def generate(prompts, uniforms, stop_ids, temperature, top_p):
             assert temperature == 0 and prompts.pixels is None and uniforms.shape == (len(prompts.ids), 1, 24)
             texts = [vocabulary.decode(ids[:n]) for ids, n in zip(prompts.ids.tolist(), prompts.lengths)]
             seen.extend(texts)
             replies = [vocabulary.encode(f"<think> so </think>\n<answer> {answer(text)} </answer>") for text in texts]
-            tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, replies)), batch_first=True)
-            return SimpleNamespace(tokens=tokens[:, None], lengths=torch.tensor([[len(reply)] for reply in replies]))
-        model = SimpleNamespace(config=read_config(base), generate=generate, sharded=False)
-        decide = partial(data.blind_answers, model, vocabulary, tiny_settings, 24, "cpu")
+            tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, replies)), batch_first=True)[:, None]
+            lengths = torch.tensor([[len(reply)] for reply in replies])
+            return Sampled(tokens, lengths, torch.zeros(tokens.shape), lengths > 0)
+        model = SimpleNamespace(config=read_config(base), generate=generate, sharded=False,
+                                parameters=lambda: iter([torch.zeros(1)]))
+        decide = partial(pagrpo.blind_answers, model, vocabulary, settings)
         return lambda claims: [verdict.sufficient for verdict in judge_claims(decide, False, claims)], seen
     return make
 
