@@ -33,8 +33,8 @@ from queue import Empty, SimpleQueue
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 # Before torch, which reads what model.py sets.
-from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, compute_dtype, init_weights, load_model,
-                   mrope_positions, newest_checkpoint, read_config, save_model, write_config)
+from model import (CONFIGS, Config, Prompts, Qwen2_5_VL, init_weights, mrope_positions, save_model,
+                   write_config)
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -1083,13 +1083,6 @@ def claim_about(r: Record, observation: str) -> Claim:
     return Claim(r.question, r.options, r.problem_type, r.reference, observation, r.data_type)
 
 
-
-def load_local(folder: str | Path) -> tuple[Vocabulary, Qwen2_5_VL, torch.device]:
-    """Vocabulary, model and device of the newest checkpoint in a folder."""
-    path, device = newest_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
-    vocabulary, device = Vocabulary(path), torch.device(device)
-    model = load_model(path, compute_dtype(device, read_config(path)), device)
-    return vocabulary, vocabulary.mask_special_tokens(model), device
 
 
 def picture(frame: np.ndarray) -> str:

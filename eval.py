@@ -36,7 +36,7 @@ import pagrpo
 import rewards
 import sft
 from data import flag
-from model import newest_checkpoint
+from model import Qwen2_5_VL, compute_dtype, load_model, newest_checkpoint, read_config
 
 
 # ---------------------------------------------------------------------------- 1. reading answers
@@ -385,7 +385,12 @@ def compare(first: str, second: str) -> str:
 
 # ------------------------------------------------------------------------------------ 5. running
 
-load_once = lru_cache(maxsize=2)(data.load_local)            # several benchmarks, one model
+@lru_cache(maxsize=2)                                        # several benchmarks, one model
+def load_once(path: Path, device) -> tuple[data.Vocabulary, Qwen2_5_VL]:
+    """Vocabulary and model of a checkpoint."""
+    vocabulary = data.Vocabulary(path)
+    model = load_model(path, compute_dtype(device, read_config(path)), device)
+    return vocabulary, vocabulary.mask_special_tokens(model)
 
 
 def prompt_hash(r: data.Record, settings: pagrpo.Settings) -> str:
@@ -422,13 +427,13 @@ def no_verdicts(claims: list[rewards.Claim]) -> list[None]:
     return [None] * len(claims)
 
 
-def choose_judge(folder: Path, args: Namespace) -> rewards.Judge:
+def choose_judge(model: Qwen2_5_VL, vocabulary: data.Vocabulary, folder: Path, args: Namespace
+                 ) -> rewards.Judge:
     """What gives verdicts on observations. `reference` is the model itself."""
-    s, (vocabulary, model, _) = args.settings, load_once(args.model)
     if not args.judge:
         return no_verdicts
-    answer_blind = partial(pagrpo.blind_answers, model, vocabulary, s)
-    return data.make_judge(s, folder / "judge", answer_blind, args.world.rank)
+    answer_blind = partial(pagrpo.blind_answers, model, vocabulary, args.settings)
+    return data.make_judge(args.settings, folder / "judge", answer_blind, args.world.rank)
 
 
 def row_keys(questions: list[Question], args: Namespace) -> list[str]:
@@ -462,8 +467,8 @@ def answer_share(todo: list[tuple], journal: rewards.Journal, folder: Path, args
     """Rows of this rank's share of the (key, question) pairs. One whose medium is missing is not
     kept in the journal: it is asked for again. ValueError if too many verdicts are unknown."""
     s, world, rows = args.settings, args.world, []
-    vocabulary, model, _ = load_once(args.model)
-    judge = choose_judge(folder, args)
+    vocabulary, model = load_once(args.model, world.device)
+    judge = choose_judge(model, vocabulary, folder, args)
     records = [question.record for _, question in todo]
     examples = data.Examples(records, args.data, vocabulary, model.config, s, max_unreadable=1,
                              teaching=False)
@@ -836,7 +841,7 @@ def answer_one(args: Namespace) -> None:
     kind = args.problem_type or ("multiple choice" if args.options else "free-form")
     medium = "image" if clip.suffix.lower() in data.PICTURES else "video"
     record = data.Record("", args.question, tuple(args.options), kind, "", clip.name, medium)
-    s, (vocabulary, model, _) = args.settings, load_once(args.model)
+    s, (vocabulary, model) = args.settings, load_once(args.model, args.world.device)
     example = data.build_example(record, clip.parent, vocabulary, model.config, s)
     steps, rows, columns = example.grid
     print(f"{clip.name}: {steps} grid steps of {example.seconds:.2f} s, {columns * 14}×{rows * 14} "

@@ -146,7 +146,7 @@ def test_the_rows_are_those_that_viewers_of_rollouts_read(shown):
 
 def test_the_scores_after_an_update_are_those_of_the_updated_model(toy, run, tiny_settings):
     """The last checkpoint gives the last group the log-probabilities that were recorded after the last update."""
-    vocabulary, policy, _ = data.load_local(newest_checkpoint(run))
+    vocabulary, policy = evaluation.load_once(newest_checkpoint(run), torch.device("cpu"))
     row = next(row for row in rollouts(run)[-4:] if "\ufffd" not in "".join(row["response_tokens"]))
     record = next(r for r in data.read_records(toy / "rl.json") if r.problem_id == row["problem_id"])
     example = data.build_example(record, toy, vocabulary, policy.config, tiny_settings)
