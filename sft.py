@@ -463,14 +463,14 @@ class World:
         grid = self.size // self.shards, self.shards
         return init_device_mesh(self.device.type, grid, mesh_dim_names=("replicas", "shards"))
 
-    def shutdown(self, code: int = 0) -> None:
+    def shutdown(self) -> None:
         """Ends the program. Several ranks skip Python's own shutdown, in which threads of gloo
         may abort."""
-        if dist.is_initialized() and code == 0:
+        if dist.is_initialized():
             dist.destroy_process_group()                     # when all ranks are here
         if self.size > 1:
             sys.stdout.flush()
-            os._exit(code)
+            os._exit(0)
 
 
 def keep_freed_memory() -> None:
@@ -780,8 +780,6 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
            about: str) -> None:
     """What `python sft.py` and `python pagrpo.py` do. An error ends in one line for each rank."""
     settings = parse_flags(settings_class, presets, argv, about)
-    rank, size = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    world = World(rank, size, torch.device("cpu"))
     try:
         world = start_world()
         others = ", ".join(name for name in presets if name != settings.preset)
@@ -790,10 +788,11 @@ def launch(train: Callable, settings_class, presets: dict[str, dict], argv: Sequ
         world.shutdown()
     except BaseException as error:
         message = explain(error)
-        if size == 1:
+        if environment("WORLD_SIZE", 1) == 1:
             sys.exit(message)
-        print(f"Rank {rank}: {message}", file=sys.stderr, flush=True)
-        world.shutdown(1)
+        print(f"Rank {environment('RANK', 0)}: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)                                          # without waiting for the others
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -359,6 +359,9 @@ def run(args) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         gc.collect()
         torch.cuda.empty_cache()
-    bench.world.shutdown(1 if failed else 0)
+    if failed and bench.world.size > 1:
+        sys.stdout.flush()
+        os._exit(1)
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")
+    bench.world.shutdown()
