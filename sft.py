@@ -717,10 +717,10 @@ def report(folder: Path) -> str:
         return f"No report: {error}"
 
 
-def write_report(folder: str | Path, other: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, *others: str | Path) -> Path:
     """Writes report.html into a run's folder: assets/report.html with the run's files, and another
     run's curves laid over its own. ValueError if there is no run."""
-    runs = [collect(Path(run)) for run in (folder, other) if run]
+    runs = [collect(Path(run)) for run in (folder, *others)]
     strict = json.loads(json.dumps(runs), parse_constant=str)   # JSON knows no inf: --clip-norm inf
     text = json.dumps(strict).replace("<", "\\u003c")        # no response closes its script element
     page = Path(__file__).with_name("assets") / "report.html"
