@@ -464,9 +464,8 @@ def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings
     ids += [start, *v.encode("assistant\n")]
     if r.given is not None:
         ids += v.encode(f"<observation> {r.given} </observation>\n")
-    ids = torch.tensor(ids)
-    grids, times = ([], []) if grid is None else ([grid], [seconds])
-    positions, following = mrope_positions(ids, grids, times, config)
+    ids, grids = torch.tensor(ids), [grid] if grid else []
+    positions, following = mrope_positions(ids, grids, [seconds] * len(grids), config)
     return Example(r, ids, positions, following, pixels, grid, seconds)
 
 
