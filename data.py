@@ -255,22 +255,27 @@ class Record:
 def read_records(file: str | Path, traces: bool = False) -> list[Record]:
     """Reads a JSON list or JSON lines. `traces`: each record must have one. Raises ValueError,
     naming the record."""
-    where, records = f"{file}", []
+    records = []
     try:
-        text = Path(file).read_text("utf-8-sig").strip()
-        if text[:1] != "[":                                  # splitlines would also cut at U+2028
-            rows = [line for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
-        for i, row in enumerate(rows, start=1):
-            where = f"{file}, record {i}"
-            row = row if text[:1] == "[" else json.loads(row)
+        for row in json_rows(Path(file)):
             records.append(to_record(row, traces))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+        where = f"{file}, record {len(records) + 1}"
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
     if not records:
         raise ValueError(f"{file}: holds no records")
     return records
+
+
+def json_rows(file: Path) -> Iterator:
+    """The rows of a JSON list, or of JSON lines."""
+    text = file.read_text("utf-8-sig").strip()
+    if text[:1] == "[":
+        yield from json.loads(text)
+        return
+    for line in text.split("\n"):                            # splitlines would also cut at U+2028
+        if line.strip():
+            yield json.loads(line)
 
 
 def to_record(row: dict, traces: bool) -> Record:

@@ -735,10 +735,7 @@ def read_annotations(file: Path) -> list[dict]:
         if file.suffix == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(file).to_pylist()
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return list(json.loads(text))
+        return list(data.json_rows(file))
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
