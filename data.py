@@ -1097,8 +1097,8 @@ def picture(frame: np.ndarray) -> str:
 
 def teacher_chat(r: Record, s: CotSettings) -> list[dict]:
     """The conversation that asks for a trace: frames, then the instruction. Raises MediaError."""
-    content = []
-    frames, _, most = read_media(r, Path(s.media), s)
+    content, root = [], Path(s.media or Path(s.data).parent)
+    frames, _, most = read_media(r, root, s)
     for frame in resize(frames, min(s.min_pixels, most), most):
         content.append({"type": "image_url", "image_url": {"url": picture(frame)}})
     content.append({"type": "text", "text": instruction(r, s)})
@@ -1187,7 +1187,6 @@ def cot(s: CotSettings) -> Path:
     dropped.jsonl (with reasons) come at the end. Started again, it does what is missing.
     """
     folder = Path(s.out)
-    s = replace(s, media=s.media or str(Path(s.data).parent))
     with lock_folder(folder):
         judge = make_judge(s, folder / "3-judged", title="3 observation sufficiency")
         records = {}                                         # equal ones are one
