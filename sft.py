@@ -326,10 +326,9 @@ def find_files(settings: TrainSettings, world: World, toy_records: str) -> Train
                        heldout=str(out / "toy/heldout.json"),
                        model=settings.model or str(out / "base"))
     files = [settings.data] if Path(settings.data).is_file() else glob.glob(settings.data)
-    there = {"model": Path(settings.model).is_dir(), "data": len(files) == 1,
-             "media": Path(settings.media).is_dir()}
-    missing = [f"--{name} {getattr(settings, name)!r}" for name in there
-               if not (there[name] and getattr(settings, name))]
+    there = {"model": os.path.isdir(settings.model), "data": len(files) == 1,
+             "media": os.path.isdir(settings.media)}      # Path("") would be this folder
+    missing = [f"--{name} {getattr(settings, name)!r}" for name in there if not there[name]]
     if missing:
         size = settings.preset.upper()
         raise SystemExit(f"""\
