@@ -1060,8 +1060,7 @@ def ask_server(s: JudgeSettings, name: str, **body) -> Callable[[list[dict]], Re
     key = os.environ.get(f"{name.upper()}_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):            # it fits no header; do not show it
         raise ValueError(f"{name.upper()}_API_KEY holds characters that no key can have")
-    url, model = getattr(s, name), getattr(s, f"{name}_model")
-    body = {"model": model} | body
+    url, body["model"] = getattr(s, name), getattr(s, f"{name}_model")
     return rewards.ChatClient(url, key, s.timeout, s.retries, body).ask
 
 
