@@ -11,7 +11,6 @@ The seven are run as Video-R1 ran them (PROTOCOL), the others as the model was t
 MODEL/eval/BENCH holds responses.jsonl and summary.json. The same command resumes, on any number of
 ranks. More: docs/evaluation.md.
 """
-import ast
 import json
 import math
 import re
@@ -577,9 +576,7 @@ def vsibench(row, part, number, find):
 
 def videommmu(row, part, number, find):
     """Multiple choice where there are options: `question_type` is missing or null in places."""
-    options = row["options"] or ()
-    if isinstance(options, str):
-        options = ast.literal_eval(options)
+    options = data.read_options(row["options"], "free-form", "")
     path = find(f"*/{row['id']}.mp4")                        # "*" stays if the video is not there
     row["id"] = f"{part}/{row['id']}"
     if part == "Adaptation":
