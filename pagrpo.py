@@ -540,9 +540,7 @@ def check_verdicts(verdicts: list[Verdict], claims: list[Claim], settings: Setti
     sums = world.all_reduce_sum({"judge/claims": asked, "judge/unknown": len(errors)})
     unknown, asked, lost = sums["judge/unknown"], sums["judge/claims"], ""
     if unknown > settings.max_unknown * asked:
-        reason = "see the other ranks"
-        if errors:
-            (reason, _), = Counter(errors).most_common(1)
+        reason = statistics.mode(errors) if errors else "see the other ranks"
         lost = (f"{unknown} of {asked} verdicts stayed unknown, more than --max-unknown "
                 f"{settings.max_unknown:g} allows. Most often: {reason:.200}. ")
     return mean_over_ranks(values, world) | sums, lost
