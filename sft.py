@@ -684,8 +684,11 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
     """A hash of each project file that a run imports."""
     script = Path(sys.modules[type(settings).__module__].__file__)
     names = {"model.py", "rewards.py", "data.py", "sft.py", script.name}
-    texts = {name: script.with_name(name).read_bytes() for name in sorted(names)}
-    return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
+    hashes = {}
+    for name in sorted(names):
+        text = script.with_name(name).read_bytes()
+        hashes[name] = hashlib.sha256(text).hexdigest()[:16]
+    return hashes
 
 
 def made_by() -> dict[str, str]:
