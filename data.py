@@ -1239,11 +1239,6 @@ def verify(r: Record, draft: dict) -> dict:
     return row | dict(output=text, reward=score, select=not reason, reason=reason, error=error)
 
 
-def weights_of(folder: Path) -> list:
-    """What tells one checkpoint from another: size and time of its weight files."""
-    stats = [file.stat() for file in sorted(folder.glob("*.safetensors"))]
-    return [str(folder.resolve()), *((stat.st_size, int(stat.st_mtime)) for stat in stats)]
-
 
 def funnel(rows: Iterable[dict]) -> list[str]:
     """How many records passed each step, and what is unfinished."""

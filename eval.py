@@ -384,7 +384,7 @@ def compare(first: str, second: str) -> str:
 
 # ------------------------------------------------------------------------------------ 5. running
 
-@lru_cache(maxsize=2)                                        # several benchmarks, one model
+@lru_cache                                                   # several benchmarks, one model
 def load_once(path: Path, device) -> tuple[data.Vocabulary, Qwen2_5_VL]:
     """Vocabulary and model of a checkpoint."""
     vocabulary = data.Vocabulary(path)
@@ -437,9 +437,12 @@ def choose_judge(model: Qwen2_5_VL, vocabulary: data.Vocabulary, folder: Path, a
 
 def row_keys(questions: list[Question], args: Namespace) -> list[str]:
     """For each question a hash of all that decides its row."""
-    s, keys = args.settings, []
+    s, keys, weights = args.settings, [], [str(args.model.resolve())]
+    for file in sorted(args.model.glob("*.safetensors")):
+        stat = file.stat()
+        weights.append([stat.st_size, int(stat.st_mtime)])
     address = args.judge and data.is_http(args.judge)        # it may change
-    decisive = [data.weights_of(args.model), "http" if address else args.judge]
+    decisive = [weights, "http" if address else args.judge]
     for name in (*INPUTS, "min_pixels", "image_max_pixels", "judge_model", "refuse_leaks"):
         decisive.append(getattr(s, name))
     for r, *_ in questions:
