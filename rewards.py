@@ -136,7 +136,7 @@ def matches_template(text: str, tags: Sequence[str]) -> bool:
     found, texts = pieces[1::2], pieces[::2]
     wanted = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
     filled = [bool(text.strip()) for text in texts]
-    return found == wanted and filled == [i % 2 == 1 for i in range(len(texts))]
+    return found == wanted and filled == [False, True] * len(tags) + [False]
 
 
 def segment_ids(token_bytes: Sequence[bytes]) -> list[int]:
