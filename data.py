@@ -231,8 +231,8 @@ def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int
 
 # ---------------------------------------------------------------------------------------- records
 
-TRACE_TAGS = [tag for tag in TAGS if tag != "answer"]         # what SFT trains apart from the answer
-TRACE_FIELDS = {tag: "process" if tag == "think" else tag for tag in TRACE_TAGS}   # in record files
+# What SFT trains apart from the answer: tag → name in record files.
+TRACE_FIELDS = {tag: "process" if tag == "think" else tag for tag in TAGS if tag != "answer"}
 
 
 @dataclass(frozen=True)
@@ -497,7 +497,7 @@ def why_invalid(r: Record) -> str:
         # It is compared as text, which "12:30" or "3:2" can pass. \frac{1}{2} is answered with 0.5.
         if not re.fullmatch(r"[\d:]*(?: ?[aApP][mM])?", r.reference):
             return f"solution: {r.reference!r:.60} is no number"
-    whole = len(r.trace) == len(TRACE_TAGS) and r.given is None
+    whole = len(r.trace) == len(TRACE_FIELDS) and r.given is None
     return "trace: it breaks the template" if whole and not all(parse(trace_text(r, "p2r")).formats) else ""
 
 
@@ -1234,7 +1234,7 @@ def verify(r: Record, draft: dict) -> dict:
         reason = "template broken"
     elif score < THRESHOLD:
         reason = "answer wrong"
-    trace = {tag: contents.get(tag) or "" for tag in TRACE_TAGS}
+    trace = {tag: contents[tag] or "" for tag in TRACE_FIELDS}
     row = to_row(replace(r, trace=trace))
     return row | dict(output=text, reward=score, select=not reason, reason=reason, error=error)
 

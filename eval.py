@@ -46,7 +46,7 @@ def answer_text(response: str, finished: bool = True) -> str | None:
     _, begun, answer = response.rpartition("<answer>")
     if begun:
         return answer.partition("</answer>")[0]
-    others = "|".join(tag for tag in rewards.TAGS if tag != "answer")
+    others = "|".join(data.TRACE_FIELDS)
     rest = re.split(f"</(?:{others})>", response)[-1]
     left_open = re.search(f"<(?:{others})>", rest)
     return rest if finished and not left_open else None
