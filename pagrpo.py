@@ -580,9 +580,8 @@ def show(step: int, policy: Qwen2_5_VL, groups: list[list[Response]], verdicts: 
     received = token_advantages(credit[s.advantage][rows], segments.cpu())       # (B, G, T)
     zeros = torch.zeros_like(received)                       # no value network, perhaps no reference
     columns = {"logprobs_after": after, "weights": weights, "token_rewards": received,
-               "ref_logprobs": zeros, "values": zeros}
-    if ref_logprobs[0] is not None:
-        columns["ref_logprobs"] = ref_logprobs[0]
+               "ref_logprobs": zeros if ref_logprobs[0] is None else ref_logprobs[0],
+               "values": zeros}
     for g, response in enumerate(groups[b]):
         verdict, n = verdicts[b * s.group_size + g], len(response.tokens)
         row = asdict(response.example.record) | {
