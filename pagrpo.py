@@ -158,7 +158,7 @@ def reward_tensor(groups: Sequence[Sequence[Response]], verdicts: Sequence[Verdi
                   settings: Settings) -> Tensor:
     """R_acc, R_form and R_len of every segment (eq. 3–5), (B, G, K, 3). NaN: the judge's verdict is
     unknown."""
-    responses, parts = [response for group in groups for response in group], []
+    responses, parts = sum(groups, []), []
     for response, verdict in zip(responses, verdicts, strict=True):
         parts.append(rewards.reward_parts(response, verdict, settings.windows))
     size = len(groups[0]) if groups else settings.group_size
@@ -471,7 +471,7 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
                  values: dict[str, list[float]], settings: Settings, world: World) -> dict:
     """The metrics of a step, over all ranks. Every part of every reward is logged with its standard
     deviation."""
-    responses = [response for group in groups for response in group]
+    responses = sum(groups, [])
     lengths = torch.tensor([rewards.segment_lengths(r.segments) for r in responses])
     lengths = lengths.view(-1, len(SEGMENTS)).float()
     truncated = [float(not response.finished) for response in responses]
