@@ -590,7 +590,7 @@ def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]
     found = [i for i, r in enumerate(records) if r.blind or r.path in there]
     if len(found) < len(records):
         print(f"{len(found):,} of {len(records):,} records have their media under {root}")
-    if records and not found:
+    if not found:
         raise SystemExit(f"{root} holds none of the media. The release's come with\n    hf download "
                          "Video-R1/Video-R1-data --repo-type dataset --local-dir "
                          "data/Video-R1-data   # 310 GB, a part is fine; unzip in place")
