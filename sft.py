@@ -433,10 +433,9 @@ class World:
         return values
 
     def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
-        total = dict.fromkeys(values, 0)
+        total = Counter()
         for part in self.gather(values):
-            for name in total:                               # ranks may hold them in another order
-                total[name] += part[name]
+            total.update(part)
         return total
 
 
