@@ -507,7 +507,7 @@ def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: boo
     """Means over the values of all ranks, with `deviation` their standard deviations too. A name
     without any value is absent: 0 would draw a line that means nothing."""
     pooled, found = defaultdict(list), {}
-    for part in world.gather(dict(values)):
+    for part in world.gather(values):
         for name, x in part.items():
             pooled[name] += x
     for name, x in pooled.items():
