@@ -1289,7 +1289,7 @@ def check_settings(folder: Path, settings: InputSettings) -> None:
     """Writes settings.json. SystemExit, with the difference, if the folder holds work with other
     settings. One that is missing there counts as its default."""
     file, now = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    saved, defaults = read_json(file), {f.name: f.default for f in fields(settings)}
+    saved, defaults = read_json(file), asdict(type(settings)())
     before, changed = json.loads(json.dumps(defaults)) | saved, ""
     for f in fields(settings) if saved else ():
         old, new = before[f.name], now[f.name]
