@@ -20,6 +20,7 @@ import os
 import re
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
@@ -346,7 +347,7 @@ def rouge(answer: str, reference: str) -> float:
     scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
     counted = [(Counter(said), Counter(wanted))]
     if len(wanted) > 1:
-        counted.append((Counter(zip(said, said[1:])), Counter(zip(wanted, wanted[1:]))))
+        counted.append((Counter(pairwise(said)), Counter(pairwise(wanted))))
     for a, b in counted:
         scores.append(2 * (a & b).total() / (a.total() + b.total()))
     return sum(scores) / len(scores)
