@@ -279,7 +279,7 @@ def number(text: str) -> Fraction | None:
     if not match:
         return None
     sign, digits, exponent, divisor, magnitude = match.groups()
-    value = Fraction(digits.replace(",", "").rstrip(".") + (exponent or "")) / int(divisor or 1)
+    value = Fraction(digits.replace(",", "") + (exponent or "")) / int(divisor or 1)
     value *= 10 ** sum(POWERS[x] for x in re.findall("|".join(POWERS), magnitude.lower()))
     return -value if sign in ("-", "−") else value
 
