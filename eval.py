@@ -11,7 +11,6 @@ The seven are run as Video-R1 ran them (PROTOCOL), the others as the model was t
 MODEL/eval/BENCH holds responses.jsonl and summary.json. The same command resumes, on any number of
 ranks. More: docs/evaluation.md.
 """
-import json
 import math
 import re
 import sys
