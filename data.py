@@ -1211,7 +1211,7 @@ def cot(s: CotSettings) -> Path:
         # Step 3, observation sufficiency: the judge reads nothing else.
         left = [(r, row) for r, row in zip(records.values(), rows) if row["select"]]
         claims = [claim_about(r, row["observation"]) for r, row in left]
-        for (_, row), verdict in zip(left, judge(claims), strict=True):
+        for (_, row), verdict in zip(left, judge(claims)):
             if not verdict.sufficient:
                 reason = "not judged" if verdict.error else "observation insufficient"
                 row |= dict(select=False, reason=reason, error=verdict.error)

@@ -526,7 +526,7 @@ def check_verdicts(verdicts: list[Verdict], claims: list[Claim], settings: Setti
     if settings.judge != "rule" and data.is_toy(claims):
         exact = data.rule_judge(claims)
     errors, asked = [], 0
-    for claim, verdict, rule in zip(claims, verdicts, exact, strict=True):
+    for claim, verdict, rule in zip(claims, verdicts, exact):
         if not claim.observation:
             continue
         asked += 1
@@ -633,7 +633,7 @@ def answer(policy: Qwen2_5_VL, examples: Sequence[Example], vocabulary: Vocabula
     groups = rollout(policy, examples, vocabulary, settings, "evaluation", 1, temperature, top_p)
     responses = [response for (response,) in groups]
     verdicts = judge([claim_of(response) for response in responses])
-    return list(zip(responses, verdicts, strict=True))
+    return list(zip(responses, verdicts))
 
 
 @torch.no_grad()
