@@ -734,8 +734,7 @@ def run_stage(settings: Settings, world: World) -> None:
     if settings.eval_every and not settings.heldout:
         raise SystemExit("--eval-every needs --heldout, a record file that is not trained on")
     folder = Path(settings.out) / STAGES[settings.advantage]
-    source = Path(settings.model)
-    run = sft.Run(folder, settings, settings.questions, source, world)
+    run = sft.Run(folder, settings, settings.questions, Path(settings.model), world)
     results = world.on_rank0(lambda: data.read_json(run.folder / "results.json"))
     if run.finished and results:
         world.print0(f"{run.folder} is finished:\n{results_table(results)}")
