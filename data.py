@@ -1266,7 +1266,7 @@ def add_flags(parser: argparse.ArgumentParser, cls, presets: dict[str, dict] = {
     for part in cls.__mro__[:-1]:
         own = [left.pop(name) for name in part.__annotations__ if name in left]
         group = parser
-        if own and not names:
+        if not names:
             group = parser.add_argument_group(part.__doc__.split(".")[0])
         for f in own:
             group.add_argument("--" + f.name.replace("_", "-"), **flag_options(f, presets))
