@@ -425,14 +425,6 @@ def no_verdicts(claims: list[rewards.Claim]) -> list[None]:
     return [None] * len(claims)
 
 
-def choose_judge(model: Qwen2_5_VL, vocabulary: data.Vocabulary, folder: Path, args: Namespace
-                 ) -> rewards.Judge:
-    """What gives verdicts on observations. `reference` is the model itself."""
-    if not args.judge:
-        return no_verdicts
-    answer_blind = partial(pagrpo.blind_answers, model, vocabulary, args.settings)
-    return data.make_judge(args.settings, folder / "judge", answer_blind, args.world.rank)
-
 
 def row_keys(questions: list[Question], args: Namespace) -> list[str]:
     """For each question a hash of all that decides its row."""
@@ -469,7 +461,10 @@ def answer_share(todo: list[tuple], journal: rewards.Journal, folder: Path, args
     kept in the journal: it is asked for again. ValueError if too many verdicts are unknown."""
     s, world, rows = args.settings, args.world, []
     vocabulary, model = load_once(args.model, world.device)
-    judge = choose_judge(model, vocabulary, folder, args)
+    judge = no_verdicts
+    if args.judge:                                           # `reference` is the model itself
+        answer_blind = partial(pagrpo.blind_answers, model, vocabulary, s)
+        judge = data.make_judge(s, folder / "judge", answer_blind, world.rank)
     records = [question.record for _, question in todo]
     examples = data.Examples(records, args.data, vocabulary, model.config, s, max_unreadable=1,
                              teaching=False)
