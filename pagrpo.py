@@ -454,8 +454,9 @@ def blind_answers(reference: Qwen2_5_VL, vocabulary: Vocabulary, settings: Setti
     reasoning counts against it."""
     examples, verdicts = [], []
     for c in claims:
-        r = data.Record("", c.question, c.options, c.problem_type, c.reference, "", c.data_type,
-                        blind=True, given=c.observation)
+        r = data.Record(
+            "", c.question, c.options, c.problem_type, c.reference, "", c.data_type,
+            blind=True, given=c.observation)
         examples.append(data.build_example(r, Path(), vocabulary, reference.config, settings))
     for (response,) in rollout(reference, examples, vocabulary, settings, "judge", 1, 0.0):
         answer, text = response.parsed.contents["answer"], " ".join(response.text.split())
