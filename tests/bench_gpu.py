@@ -360,8 +360,7 @@ def run(args) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     if failed and bench.world.size > 1:
-        sys.stdout.flush()
-        os._exit(1)
+        os._exit(1)                                          # rows are flushed as they are printed
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")
     bench.world.shutdown()
