@@ -20,7 +20,6 @@ class Mean(NamedTuple):
     value: float
     half: float
     by_seed: dict[str, float]
-    n: float                                                 # clips of a seed, on average
 
     def __str__(self) -> str:
         return f"{self.value:.1f} ±{self.half:.1f}"
@@ -29,19 +28,19 @@ class Mean(NamedTuple):
 def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
     """A measure of a row over its seeds, or its difference to the row `minus` on the seeds that have both. None if
     there is none."""
-    by_seed, counts = {}, []
+    by_seed, n = {}, 0
     for seed, found in sorted(results.get(name, {}).items()):
         mine, other = found.get(key), results.get(minus, {}).get(seed, {}).get(key)
         if mine and (other or not minus):
             by_seed[seed] = mine[0] - (other[0] if minus else 0)
-            counts.append(mine[1])
+            n = mine[1]
     if not by_seed:
         return None
-    values, n = list(by_seed.values()), statistics.fmean(counts)
+    values = list(by_seed.values())
     half = 1.96 * math.sqrt(abs(values[0] * (100 - values[0])) / n)      # of one seed, over its clips
     if len(values) > 1:
         half = T95.get(len(values) - 1, 2.262) * statistics.stdev(values) / math.sqrt(len(values))
-    return Mean(statistics.fmean(values), half, by_seed, n)
+    return Mean(statistics.fmean(values), half, by_seed)
 
 
 def of_steps(steps: list[dict]) -> dict[str, list[float]]:

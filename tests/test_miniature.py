@@ -94,7 +94,7 @@ def test_a_difference_is_taken_on_the_same_seed():
     (-5.0, 3.0, 3, "agrees"), (5.0, 3.0, 3, "disagrees: the opposite sign"), (-1.0, 3.0, 3, "not resolved"),
     (-5.0, 3.0, 1, "not resolved")])
 def test_a_sign_counts_only_outside_its_interval_over_seeds(here, half, seeds, said):
-    assert tables.verdict(-2.3, tables.Mean(here, half, dict.fromkeys(range(seeds), 0), 100)) == said
+    assert tables.verdict(-2.3, tables.Mean(here, half, dict.fromkeys(range(seeds), 0))) == said
 
 
 def test_a_finished_row_is_kept_and_rows_of_another_budget_are_refused(args, tmp_path, monkeypatch):
