@@ -643,7 +643,7 @@ TOY_BEHIND = {"rl": (0.6, 1.0), "heldout": (0.6, 1.0)}
 CLEAR = 0.0, 0.3
 # Pre-training is on captions, then on traces too. Most of its traces have no clip, but the observation
 # in the prompt: like Qwen, the base learns to reason from texts.
-CAPTION, WRONG_LETTERS = "What does the clip show?", 0.1     # share, in captions
+CAPTION, WRONG_LETTERS = "What does the clip show?", 0.1     # share: the base stays unsure
 CAPTIONS, TEXTS = {"captions": 1.0, "base": 0.15}, 0.92      # shares of a split, and of its traces
 COLOURS, LETTERS = ("red", "green", "blue", "yellow"), ("O", "X", "T")
 PAINT = {"red": (215, 50, 45), "green": (50, 170, 70), "blue": (55, 85, 220), "yellow": (220, 190, 40)}
@@ -800,7 +800,8 @@ def ink(letter: str, x: np.ndarray, y: np.ndarray, r: float, thick: float) -> np
 
 
 def toy_record(rng: random.Random, number: int, split: str) -> tuple[dict, list[str]]:
-    """A question about three letters, with its answer and a correct trace; and the letters shown."""
+    """A question about three letters with answer and correct trace, or a caption; and the letters
+    shown."""
     problem_type = PROBLEM_TYPES[number % len(PROBLEM_TYPES)]
     texts = [text for kind, text in TOY_QUESTIONS.values() if kind == problem_type]
     text = texts[number // len(PROBLEM_TYPES) % len(texts)]
@@ -1071,7 +1072,7 @@ def make_judge(s: JudgeSettings, place: Path | None = None, reference: Judge | N
     decide = JUDGES.get(s.judge, reference)
     if decide is None and not is_http(s.judge):
         raise SystemExit(f"--judge {s.judge} needs a model: choose an http address")
-    if s.judge_model and s.judge == "reference":             # it was a folder in earlier versions
+    if s.judge_model and s.judge == "reference":
         raise SystemExit("--judge-model names a server's model: give the server with --judge")
     if is_http(s.judge):
         ask = ask_server(s, "judge", max_tokens=s.judge_tokens, temperature=0)

@@ -479,7 +479,7 @@ def judge_by_server(ask: Callable[[list[dict]], Reply], same: list, journal: "Jo
     def work(c: Claim) -> dict:
         verdict = read_verdict(ask(judge_chat(c)))
         return {"verdict": verdict, "error": verdict.error}
-    items = {key_of("verdict", same, c): c for c in claims}  # other rows than an earlier version's
+    items = {key_of("verdict", same, c): c for c in claims}  # a row for each verdict asked for
     rows = journal.complete(items, work, **how)
     return [Verdict(*rows[key]["verdict"]) for key in items]
 

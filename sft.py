@@ -252,8 +252,9 @@ def read_traces(settings: Settings, world: World) -> tuple[Settings, list[Record
 
 @contextmanager
 def one_thread():
-    """A context, or a decorator, in which operations take one thread. On a CPU, short traces are too
-    little work for several: to wake them takes longer than they save."""
+    """A context, or a decorator, in which operations on a CPU take one thread: the toy world's traces
+    are too little work for several, which take longer to wake up than they save. So the weights do
+    not depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -352,8 +353,8 @@ def with_media(settings: TrainSettings, folder: Path, world: World, traces: bool
 
 
 def pretrain(settings: TrainSettings, world: World) -> None:
-    """The files of the toy world, and its base model: pre-trained on captions, then on texts, as
-    Qwen is."""
+    """The files of the toy world, and its base model: pre-trained on captions, then mostly on
+    texts."""
     out, model, stages = Path(settings.out), "random", []
     for stage, steps in PRETRAINING.items():
         files = dict(data=str(out / f"toy/{stage}.json"), media=str(out / "toy"))
@@ -368,7 +369,7 @@ def pretrain(settings: TrainSettings, world: World) -> None:
 
 def make_toy_files(stages: list[Settings]) -> None:
     """Clips, traces and the random model that pre-training starts from. SystemExit, before any file
-    is written, if the folder holds another world or seed."""
+    is written, if the folder's stages had other settings, such as another seed."""
     for settings in stages:
         data.check_settings(Path(settings.out) / settings.stage, settings)
     out, seed = Path(settings.out), settings.seed

@@ -1,11 +1,11 @@
-"""The paper in miniature: its ablations and analyses on the toy world, and what separate advantages bring, the less
-surely a model reasons.
+"""The paper in miniature: its ablations and analyses on the toy world, and what separate advantages bring when a model
+reasons less surely.
 
     python tests/miniature.py                    what is not finished, then docs/results/miniature.md, on two cores
     python tests/miniature.py --small            a few steps and clips, to try it
 
 A row is a run of sft.py or pagrpo.py with the flags that stand in its table, evaluated by eval.py. Each seed has its
-own clips, traces, base and SFT model, which its rows share. Nothing is tuned: every other setting is the preset's.
+own clips, traces, base and SFT model, which its rows share. No row is tuned: every other setting is the preset's.
 Finished rows are kept in miniature.json; the same command goes on from there, on any day. A row that fails is named
 and the others go on. The section "## Why" of an existing miniature.md is written by hand and is kept.
 """
@@ -73,7 +73,7 @@ JUDGES = (  # on the first seed only; the paper's: Llama-3.1 8B, 70B, 405B and C
     Row("judge-9",      "judge that errs in 9 %",                58.0, "", "", 0.09),
     Row("judge-5",      "judge that errs in 5 %",                58.7, "", "", 0.05),
 )
-FAILED = Row("lr-x10", "learning rate ten times too high", None, "", f"--lr {10 * pagrpo.PRESETS['tiny']['lr']:g}")
+FAILED = Row("lr-x10", "ten times the learning rate", None, "", f"--lr {10 * pagrpo.PRESETS['tiny']['lr']:g}")
 SUFFICIENCY = Row("sufficiency", "is the observation enough?", None, None, None)   # no training
 DECODING = {"greedy": [], "sampled": ["--temperature", "1", "--top-p", "1"]}   # eval.py's own is the paper's
 LEVELS = (0.15, 0.3, 0.45)                                   # of slips, on the first three seeds
@@ -92,7 +92,7 @@ LADDER = {level: {name: at_level(name, level).name for name in COMPARED} for lev
 # ------------------------------------------------------------------------------------------------ commands
 
 def home_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of the SFT model that a row starts from, and rows of one kind share."""
+    """The folder with the SFT model that a row starts from; rows with equal slips share it."""
     return args.out / f"seed{seed}" / (f"slips-{100 * row.slips:.0f}" if row.slips else "")
 
 
@@ -101,8 +101,8 @@ def folder_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
 
 
 def training(row: Row, seed: int, args: argparse.Namespace, url: str = "") -> list[list[str]]:
-    """The commands that train a row: none, SFT, RL, or both. The first makes what the rows of a seed share; where it is
-    there already, it ends at once."""
+    """The commands that train a row. The first makes what the rows of a seed share, and ends at once where it is there;
+    then the row's own SFT, its RL, both or neither."""
     first, home, own = args.out / f"seed{seed}", home_of(row, seed, args), folder_of(row, seed, args)
     world = ["--preset", "tiny", "--media", str(first / "toy"), "--seed", str(seed)]
     sft_steps, steps = (["--steps", str(n)] if n else [] for n in (args.sft_steps, args.steps))
@@ -173,7 +173,7 @@ def erring_judge(share: float):
 
 def with_slips(records: list[data.Record], share: float, seed: int) -> list[dict]:
     """Traces of which a share reasons from other letters than those observed, to another answer. What is seen stays
-    right, so that an SFT model sees as well as without slips and reasons less surely."""
+    right: the SFT model sees nearly as well as without slips, and reasons less surely."""
     rows = []
     for r in records:
         rng, toy = random.Random(f"slip/{seed}/{r.problem_id}"), data.read_toy(r)
@@ -274,7 +274,7 @@ def run_sufficiency(seed: int, args: argparse.Namespace) -> dict:
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[Row, int]]:
-    """(row, seed) in order: the primary outcome first. SUFFICIENCY is no row, but has its place."""
+    """(row, seed) in order: the primary outcome first. SUFFICIENCY trains nothing, but has its place."""
     plan = [(NAMED[name], seed) for name in COMPARED for seed in args.seeds] + [(FAILED, args.seeds[0])]
     plan += [(at_level(name, level), seed) for name in COMPARED for level in LEVELS for seed in args.seeds[:3]]
     plan += [(row, seed) for row in (*ROWS, SUFFICIENCY) for seed in args.seeds if (row, seed) not in plan]
@@ -330,7 +330,7 @@ def write(kept: dict, args: argparse.Namespace) -> None:
 
 
 def budget(args: argparse.Namespace) -> dict:
-    """All that decides the numbers, apart from the seeds."""
+    """The settings that decide the numbers; not the seeds, the toy world's constants, the code."""
     found = {"steps": args.steps, "sft-steps": args.sft_steps, "limit": args.limit, "pre-training": sft.PRETRAINING}
     for module, name in ((sft, "SFT"), (pagrpo, "RL")):
         preset = asdict(sft.parse_flags(module.Settings, module.PRESETS, ["--preset", "tiny"], ""))

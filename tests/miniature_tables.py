@@ -237,9 +237,11 @@ Qwen2.5-VL-7B: compare signs, not sizes. {rows} rows took {hours:.1f} hours of p
 Fixed before these seeds were run: PA-GRPO less GRPO, sampled, in perception and in answers.
 """
 ABOUT_SEPARATION = """\
-A share of SFT's traces slips: it reasons from other letters than those it observed, to another answer. So the SFT model
-reasons less surely from what it sees. Expected, from other seeds: the less surely it reasons, the more PA-GRPO gains in
-perception over GRPO, for which the answer is the only reward of seeing. Gains are points over SFT, sampled.
+In a share of SFT's traces the reasoning *slips*: think and answer follow from other letters than those in the observation,
+which stays right. The question is whether PA-GRPO's lead over GRPO in perception grows with that share. Expected, after
+trials on two other seeds: yes, since GRPO rewards seeing through the answer only, and with slips an answer says less about
+what was seen. A lead that does not grow would refute it. Gains are points over SFT, sampled; 0 % is over all seeds, the
+other levels over the first three.
 
 ![Gains over SFT against the share of slips](separation.svg)
 """
