@@ -190,7 +190,7 @@ def picture(levels: dict[float, dict[str, str]], results: dict) -> str:
             for level, names in levels.items():
                 if here := mean(results, names[name], key, names["sft"]):
                     gains[p, name, level] = here
-    low, high, last = -10, 30, max(levels)
+    low, high, last = -10, 50, max(levels)
 
     def place(p: int, level: float, points: float, shift: int = 0) -> tuple[float, float]:
         height = (min(max(points, low), high) - low) / (high - low)
