@@ -29,7 +29,7 @@ from typing import Callable, NamedTuple
 # step beside one is 2 to 4 times as long. Those that sleep at once wake up late: a step of small
 # operations is half as long again. These spin for a moment, then sleep.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Shapes change from step to step.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
