@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 # Read when torch is loaded. OpenMP threads that wait by spinning take the time of other programs: a
-# step beside one is 2 to 4 times as long. Those that sleep at once wake up late: a step of small
-# operations is half as long again. These spin for a moment, then sleep.
+# step beside one is 3 times as long. Those that sleep at once wake up late: a step is 1.4 times as
+# long. These spin for a moment, then sleep.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Shapes change from step to step.
