@@ -237,10 +237,10 @@ Qwen2.5-VL-7B: compare signs, not sizes. {rows} rows took {hours:.1f} hours of p
 Fixed before these seeds were run: PA-GRPO less GRPO, sampled, in perception and in answers.
 """
 ABOUT_SEPARATION = """\
-In a share of SFT's traces the reasoning *slips*: think and answer follow from other letters than those in the observation,
-which stays right. The question is whether PA-GRPO's lead over GRPO in perception grows with that share. Expected, after
-trials on two other seeds: yes, since GRPO rewards seeing through the answer only, and with slips an answer says less about
-what was seen. A lead that does not grow would refute it. Gains are points over SFT, sampled; 0 % is over all seeds, the
+In a share of SFT's traces the reasoning *slips*: think and answer follow from other letters than those in the
+observation, which stays right. The question is whether PA-GRPO's lead over GRPO in perception grows with that share.
+Expected, after trials on two other seeds: yes, since GRPO rewards seeing through the answer only, and with slips an
+answer says less about what was seen. A lead that does not grow would refute it. Gains are points over SFT, sampled; 0 % is over all seeds, the
 other levels over the first three.
 
 ![Gains over SFT against the share of slips](separation.svg)
