@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import threading
 from bisect import bisect_right
@@ -28,6 +29,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -778,16 +781,16 @@ def draw(colour: str, letter: str, behind: tuple[float, float], rng: np.random.G
          ) -> np.ndarray:
     """One frame (56, 56, 3) uint8: a letter near the middle, of varying size and brightness, with
     noise. Behind it is another one, whose brightness is between the two numbers of `behind`."""
-    frame = np.full((TOY_SIZE, TOY_SIZE, 3), rng.uniform(20, 50))
+    frame = np.full((3, TOY_SIZE, TOY_SIZE), rng.uniform(20, 50))
     other = rng.choice(COLOURS), rng.choice(LETTERS), rng.uniform(*behind)
     for paint, shape, strength in (other, (colour, letter, 1)):
         y, x = GRID - rng.uniform(-2, 2, (2, 1, 1))
         inside = ink(shape, x, y, rng.uniform(17, 20), rng.uniform(3.5, 4.5))
-        colour_of = np.array(PAINT[paint]) * rng.uniform(0.75, 1.1)
-        frame[inside] += strength * (colour_of - frame[inside])
+        colour_of = np.reshape(PAINT[paint], (3, 1, 1)) * rng.uniform(0.75, 1.1)
+        frame += strength * inside * (colour_of - frame)
     noise = rng.integers(-1, 2, (TOY_SIZE // 2, TOY_SIZE // 2)) * 16
     noise = noise.repeat(2, 0).repeat(2, 1)                  # coarse: small files
-    return (frame + noise[..., None]).clip(0, 255).astype(np.uint8)
+    return (frame + noise).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def ink(letter: str, x: np.ndarray, y: np.ndarray, r: float, thick: float) -> np.ndarray:
@@ -846,6 +849,17 @@ def toy_clip(seed: int, split: str, number: int) -> bytes:
     return buffer.getvalue()
 
 
+def write_clip(folder: Path, seed: int, split: str, number: int) -> None:
+    (folder / f"{number:05d}.apng").write_bytes(toy_clip(seed, split, number))
+
+
+def two_processes():
+    """A pool, of one thread where forking is not safe. Ctrl-C is left to the process that has it."""
+    if sys.platform != "linux":
+        return ThreadPool(1)
+    return get_context("fork").Pool(2, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int = 0) -> Path:
     """Writes clips and `<split>.json`, unless they are there as the code would write them now."""
     for split, count in splits.items():
@@ -863,8 +877,10 @@ def make_toy(folder: str | Path, splits: dict[str, int] = TOY_SPLITS, seed: int 
                 continue
         file.unlink(missing_ok=True)                         # written again when its clips are there
         clips.mkdir(parents=True, exist_ok=True)
-        for number in tqdm(drawn, f"toy clips, {split}", unit="clip"):
-            (clips / f"{number:05d}.apng").write_bytes(toy_clip(seed, split, number))
+        write = partial(write_clip, clips, seed, split)
+        with two_processes() as pool:
+            written = pool.imap_unordered(write, drawn, 16)
+            list(tqdm(written, f"toy clips, {split}", len(drawn), unit="clip"))
         write_atomically(file, text)
     return Path(folder)
 

@@ -157,8 +157,9 @@ def test_what_it_teaches_is_the_answer_or_the_trace_as_the_record_has_it():
 
 def test_a_written_clip_is_read_back_exactly(tmp_path, monkeypatch):
     drawn, draw = [], data.draw
-    monkeypatch.setattr(data, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     record, = data.read_records(data.make_toy(tmp_path, {"rl": 1}) / "rl.json")
+    monkeypatch.setattr(data, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    data.toy_clip(0, "rl", 0)
     seen, seconds = data.read_video(tmp_path / record.path, data.InputSettings(frames=6, fps=data.TOY_FPS))
     assert np.array_equal(seen, drawn) and seconds == pytest.approx(2 / data.TOY_FPS)
 
