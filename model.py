@@ -41,8 +41,7 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
-major, minor = torch.__version__.split(".")[:2]
-if (int(major), int(minor)) < (2, 11):
+if torch.__version__ < "2.11.dev0":                          # versions, not texts, are compared
     sys.exit(f"torch 2.11 or later is needed, this is {torch.__version__}: "
              "pip install -r requirements.txt")
 from torch.nn.attention.varlen import varlen_attn
@@ -144,8 +143,7 @@ def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angles (…, E/2)"""
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
-    factors = torch.cat([cos, cos], -1)
-    return factors, torch.cat([-sin, sin], -1)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -696,11 +694,10 @@ class Qwen2_5_VL(nn.Module):
         x = self.embed(prompts)
         used = prompts.lengths.int()
         places = torch.arange(x.shape[1], device=x.device)
-        padding = places >= used[:, None]                    # (B, P)
+        padding = places >= used[:, None, None, None]        # (B, 1, 1, P)
         mask = None
         if padding.any():
             mask = torch.where(padding, -torch.inf, 0.0).to(x.dtype)
-            mask = mask[:, None, None]
         prompt_kv = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -744,16 +741,15 @@ class Qwen2_5_VL(nn.Module):
         lengths = torch.zeros_like(active, dtype=torch.long)
         tokens, logprobs = [], []
         for t in range(limit):
+            if t % check_every == 0 and not active.any():
+                break
+            if t:
+                logits = step(tokens[-1], t - 1)
             token, logprob = sample_token(logits, uniforms[:, t], temperature, top_p)
             tokens.append(token * active)
             logprobs.append(logprob * active)
             lengths += active
             active = active & ~torch.isin(token, stops)
-            if t + 1 == limit:
-                break
-            if (t + 1) % check_every == 0 and not active.any():
-                break
-            logits = step(tokens[t], t)
         longest = int(lengths.max())
         tokens = torch.stack(tokens[:longest], 1).view(b, g, -1)
         logprobs = torch.stack(logprobs[:longest], 1).view(b, g, -1)
@@ -811,8 +807,7 @@ class Qwen2_5_VL(nn.Module):
         several, chunks = len(hidden) > size, []
         for h, t in zip(hidden.split(size), targets.split(size)):
             chunks.append(run_block(self.score, several, h, t, temperature))
-        logprobs, entropies = map(torch.cat, zip(*chunks))
-        return logprobs, entropies
+        return tuple(map(torch.cat, zip(*chunks)))
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.logits(hidden)
