@@ -428,7 +428,7 @@ def no_verdicts(claims: list[rewards.Claim]) -> list[None]:
 
 def row_keys(questions: list[Question], args: Namespace) -> list[str]:
     """For each question a hash of all that decides its row."""
-    s, keys, weights = args.settings, [], [str(args.model.resolve())]
+    s, weights = args.settings, [str(args.model.resolve())]
     for file in sorted(args.model.glob("*.safetensors")):
         stat = file.stat()
         weights.append([stat.st_size, int(stat.st_mtime)])
@@ -436,9 +436,8 @@ def row_keys(questions: list[Question], args: Namespace) -> list[str]:
     decisive = [weights, "http" if address else args.judge]
     for name in (*INPUTS, "min_pixels", "image_max_pixels", "judge_model", "refuse_leaks"):
         decisive.append(getattr(s, name))
-    for r, *_ in questions:
-        keys.append(rewards.key_of(decisive, repr(r), prompt_hash(r, s)))
-    return keys
+    records = [question.record for question in questions]
+    return [rewards.key_of(decisive, repr(r), prompt_hash(r, s)) for r in records]
 
 
 def answer_bench(questions: list[Question], folder: Path, args: Namespace) -> list[dict]:

@@ -338,8 +338,7 @@ def update(policy: Qwen2_5_VL, optimizer: torch.optim.Optimizer, lr: float,
            vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, list[float]]:
     """One or more optimizer steps on a step's responses. advantages (B, G, K). Returns what is
     worth logging, a value a token or an update."""
-    sums = world.all_reduce_sum({"responses": len(groups) * settings.group_size})
-    responses = max(1, sums["responses"])
+    responses = world.sum(len(groups) * settings.group_size)
     blank = torch.zeros(1, settings.group_size, len(SEGMENTS))          # of the blank question
     advantages = torch.cat([advantages, blank]).to(world.device)
     old_logprobs, values = [], defaultdict(list)
@@ -475,8 +474,7 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
     responses = sum(groups, [])
     lengths = torch.tensor([rewards.segment_lengths(r.segments) for r in responses])
     lengths = lengths.view(-1, len(SEGMENTS)).float()
-    truncated = [float(not response.finished) for response in responses]
-    spread, shares = {}, {"truncated": truncated}
+    spread, shares = {}, {"truncated": [not response.finished for response in responses]}
     for k, segment in enumerate(SEGMENTS):
         of_segment = parts[..., k, :].unbind(-1)             # 3 × (B, G)
         columns = dict(zip(rewards.REWARD_PARTS, of_segment))
@@ -484,23 +482,22 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
         for name, x in columns.items():
             spread[f"{segment.name}/{name}"] = x[~x.isnan()].tolist()  # an unknown verdict is no 0
         alike = (normalize(totals[..., k]) == 0).all(1)
-        shares[f"{segment.name}/zero_variance"] = alike.float().tolist()
+        shares[f"{segment.name}/zero_variance"] = alike.tolist()
     advantages = group_advantages(totals, settings.advantage)          # (B, G, K)
     alike = (advantages == 0).flatten(1).all(1)
-    shares["zero_variance"] = alike.float().tolist()
+    shares["zero_variance"] = alike.tolist()
     for name in values.keys() - {"loss", "grad_norm"}:
         shares[name] = values[name]
-    sums = world.all_reduce_sum({"questions": len(groups), "responses": len(responses),
-                                 "loss": sum(values["loss"]), "tokens": int(lengths.sum())})
-    if not sums["questions"]:
+    questions, count = world.sum(len(groups)), world.sum(len(responses))
+    if not questions:
         world.print0("The media of none of this step's questions can be read; nothing was learned.")
     means = mean_over_ranks(spread, world, deviation=True) | mean_over_ranks(shares, world)
     largest = max(values["logprob_gap"], default=0.0)
     return {**means, "logprob_gap_max": max(world.gather(largest)),
-            "loss": sums["loss"] / max(1, sums["responses"]),
+            "loss": world.sum(sum(values["loss"])) / max(1, count),
             "grad_norm": statistics.fmean(values["grad_norm"]),
-            "questions": sums["questions"], "skipped": settings.questions - sums["questions"],
-            "tokens": sums["tokens"]}
+            "questions": questions, "skipped": settings.questions - questions,
+            "tokens": world.sum(int(lengths.sum()))}
 
 
 def mean_over_ranks(values: dict[str, list[float]], world: World, deviation: bool = False
@@ -533,18 +530,18 @@ def check_verdicts(verdicts: list[Verdict], claims: list[Claim], settings: Setti
         asked += 1
         if verdict.sufficient is None:
             errors.append(verdict.error)
-        values["judge/leak"].append(float(verdict.leak))
+        values["judge/leak"].append(verdict.leak)
         if verdict is not rule and verdict.sufficient is not None:
-            values["judge/agreement"].append(float(verdict.sufficient == rule.sufficient))
-            accepted = float(verdict.sufficient > rule.sufficient)     # and too little is said
+            values["judge/agreement"].append(verdict.sufficient == rule.sufficient)
+            accepted = verdict.sufficient > rule.sufficient            # and too little is said
             values["judge/false_positive"].append(accepted)
-    sums = world.all_reduce_sum({"judge/claims": asked, "judge/unknown": len(errors)})
-    unknown, asked, lost = sums["judge/unknown"], sums["judge/claims"], ""
+    asked, unknown, lost = world.sum(asked), world.sum(len(errors)), ""
     if unknown > settings.max_unknown * asked:
         reason = statistics.mode(errors) if errors else "see the other ranks"
         lost = (f"{unknown} of {asked} verdicts stayed unknown, more than --max-unknown "
                 f"{settings.max_unknown:g} allows. Most often: {reason:.200}. ")
-    return mean_over_ranks(values, world) | sums, lost
+    counts = {"judge/claims": asked, "judge/unknown": unknown}
+    return mean_over_ranks(values, world) | counts, lost
 
 
 def in_short(metrics: dict) -> str:

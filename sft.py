@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from importlib.metadata import version
@@ -151,36 +151,35 @@ def one_step(model: Qwen2_5_VL, batch: list[Example], optimizer: Optimizer, lr: 
              vocabulary: Vocabulary, settings: Settings, world: World) -> dict[str, float]:
     """Loss, gradients and update for one batch. Micro-batches and ranks share one denominator:
     all response tokens."""
-    mine, total = 0, 0.0
+    mine = total = 0
     if batch:
         _, lengths = trace_tokens(batch, vocabulary, settings.template)
         mine = int(lengths.sum())
-    counts = world.all_reduce_sum({"tokens": mine, "records": len(batch)})
-    tokens = int(counts["tokens"])
+    tokens = world.sum(mine)
     for part, weight in micro_batches(batch, settings.micro_batch, vocabulary, world):
         loss, _ = sft_loss(model, part, vocabulary, settings.template, world.device)
-        share = weight * world.size / max(1, tokens)         # FSDP averages over ranks: undo that
+        share = weight * world.size / tokens                 # FSDP averages over ranks: undo that
         (loss * share).backward()
         total += weight * float(loss.detach())
     norm = optimizer_step(model, optimizer, lr, settings.clip_norm)
-    loss = world.all_reduce_sum({"loss": total})["loss"] / tokens if tokens else math.nan
+    loss = world.sum(total) / tokens if tokens else math.nan
     return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens,
-            "skipped": settings.batch - int(counts["records"])}
+            "skipped": settings.batch - world.sum(len(batch))}
 
 
 @torch.no_grad()
 def heldout_loss(model: Qwen2_5_VL, examples: Examples, settings: Settings, world: World) -> float:
     """Mean cross-entropy of a response token over the held-out records; NaN if there are none."""
-    loss, count = 0.0, 0
+    loss = count = 0
     for batch in examples.prefetch(world.share(len(examples), settings.batch)):
         parts = micro_batches(batch, settings.micro_batch, examples.vocabulary, world)
         for part, weight in parts:
             summed, tokens = sft_loss(model, part, examples.vocabulary, settings.template,
                                       world.device)
             loss += weight * float(summed)
-            count += int(weight) * tokens
-    sums = world.all_reduce_sum({"loss": loss, "tokens": count})
-    return sums["loss"] / sums["tokens"] if sums["tokens"] else math.nan
+            count += weight * tokens
+    loss, count = world.sum(loss), world.sum(count)
+    return loss / count if count else math.nan
 
 
 def make_optimizer(model: Qwen2_5_VL, settings: TrainSettings) -> AdamW:
@@ -226,7 +225,7 @@ def optimizer_step(model: Qwen2_5_VL, optimizer: Optimizer, lr: float, clip_norm
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
@@ -386,8 +385,8 @@ def find_start(settings: TrainSettings, world: World) -> TrainSettings:
     world SFT is run if it is missing. SystemExit if files are missing or the run in --model is
     not finished."""
     if not (settings.data or settings.model):
-        same = {f.name: getattr(settings, f.name) for f in fields(InputSettings)}
-        same |= dict(preset=settings.preset, out=settings.out, seed=settings.seed)
+        names = *InputSettings.__dataclass_fields__, "preset", "out", "seed"
+        same = {name: getattr(settings, name) for name in names}
         model = train(Settings(**PRESETS[settings.preset] | same), world)
         settings = replace(settings, model=str(model))
     settings = find_files(settings, world, "toy/rl.json")
@@ -423,9 +422,8 @@ class World:
 
     def share(self, count: int, size: int) -> list[range]:
         """This rank's part of each batch of `size` out of `count` indices."""
-        whole = range(count)
-        batches = [whole[i:i + size] for i in range(0, count, size)]
-        return [batch[self.rank::self.size] for batch in batches]
+        starts = range(0, count, size)
+        return [range(i + self.rank, min(i + size, count), self.size) for i in starts]
 
     def gather(self, value) -> list:
         values = [value] * self.size
@@ -433,12 +431,8 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def all_reduce_sum(self, values: dict[str, float]) -> dict[str, float]:
-        total = Counter()
-        for part in self.gather(values):
-            total.update(part)
-        return total
-
+    def sum(self, value: float) -> float:
+        return sum(self.gather(value))
 
     def on_rank0(self, work: Callable):
         """Runs `work` on rank 0 while the others wait. All ranks return its result, or raise its
@@ -566,8 +560,8 @@ class Run:
         return self.bar
 
     def evaluation_due(self, done: int) -> bool:
-        every = self.settings.eval_every
-        return done == self.steps or bool(every) and done % every == 0
+        every = self.settings.eval_every or self.steps       # 0: only at the end
+        return done == self.steps or done % every == 0
 
     @contextmanager
     def guard(self):
@@ -630,7 +624,7 @@ class Run:
                     ) -> None:
         """After `done` steps: saves if that is due, and stops the run (SystemExit) after a signal,
         or if `lost` says on all ranks why it cannot go on."""
-        stop = bool(lost) or max(self.world.gather(self.stop_asked))
+        stop = lost or max(self.world.gather(self.stop_asked))
         due = stop or done == self.steps or done % self.settings.save_every == 0
         if due and done > self.step:
             weights, moments = get_model_state_dict(model, options=ON_RANK0), {}
@@ -645,7 +639,7 @@ class Run:
     def write(self, done: int, weights: dict[str, Tensor], moments: dict[str, dict]) -> Path:
         """On rank 0: writes a checkpoint, then removes all but the newest ones."""
         state = {"step": done, "steps": self.steps, "source": str(self.source), "code": self.code,
-                 "settings": asdict(self.settings), "made_by": made_by()}
+                 "made_by": made_by()}
 
         def write_extra(folder: Path) -> None:
             flat = {f"{name} {kind}": x for name, kinds in moments.items()
@@ -663,9 +657,8 @@ class Run:
 
     def restore(self, model: Qwen2_5_VL, optimizer: Optimizer) -> None:
         """Loads the moments of the last checkpoint, from which the model was built."""
-        files = set()
-        if self.last_checkpoint:
-            files = set(tensor_files(self.last_checkpoint, "optimizer").values())
+        folder = self.last_checkpoint or self.folder         # without a checkpoint there are none
+        files = set(tensor_files(folder, "optimizer").values())
         if not files:                                        # no update so far
             return
         moments = {name: {} for name, _ in model.named_parameters()}
@@ -683,9 +676,8 @@ class Run:
 def code_hashes(settings: TrainSettings) -> dict[str, str]:
     """A hash of each project file that a run imports."""
     script = Path(sys.modules[type(settings).__module__].__file__)
-    names = {"model.py", "rewards.py", "data.py", "sft.py", script.name}
     hashes = {}
-    for name in sorted(names):
+    for name in ("model.py", "rewards.py", "data.py", "sft.py", script.name):
         text = script.with_name(name).read_bytes()
         hashes[name] = hashlib.sha256(text).hexdigest()[:16]
     return hashes
@@ -694,8 +686,8 @@ def code_hashes(settings: TrainSettings) -> dict[str, str]:
 def made_by() -> dict[str, str]:
     """The command, and the versions it runs on."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
-    return {"command": shlex.join(launcher + sys.argv), "python": sys.version.split()[0],
+    launcher = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
+    return {"command": f"{launcher} {shlex.join(sys.argv)}", "python": sys.version.split()[0],
             "torch": torch.__version__, "transformers": version("transformers")}
 
 
