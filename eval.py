@@ -895,9 +895,10 @@ def evaluate_all(args: Namespace) -> None:
     """Finds model and benchmarks, and runs them. Raises ValueError if one cannot be run."""
     args.model = find_model(args.model)
     stage = args.model.parent if args.model.name.startswith("step-") else args.model
-    args.judge = args.judge or ("rule" if args.bench == "toy" else "none")
-    if args.judge == "none" or args.blind or args.given:     # what was not seen is not judged
+    if args.blind or args.given:                             # what was not seen is not judged
         args.judge = None
+    elif args.bench == "toy":
+        args.judge = args.judge or "rule"
     args.settings, args.out = find_settings(stage, args), Path(args.out or stage / "eval")
     args.world.print0(f"Model {args.model}")
     if args.video:

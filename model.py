@@ -803,7 +803,7 @@ class Qwen2_5_VL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """log p(target) and entropy, in chunks recomputed in backward.
         hidden (N, D), targets (N,) → (N,), (N,)"""
-        size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size)
+        size = LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size
         several, chunks = len(hidden) > size, []
         for h, t in zip(hidden.split(size), targets.split(size)):
             chunks.append(run_block(self.score, several, h, t, temperature))
@@ -1166,7 +1166,7 @@ def read_config(folder: str | Path) -> Config:
         raise ValueError(f"{path}: {error}; is this a Qwen2.5-VL checkpoint?") from None
 
 
-def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str = "float32") -> None:
+def write_config(config: Config, folder: Path, stop_ids: list[int]) -> None:
     """Writes config.json in the official flat layout, so that transformers builds the same network
     from it."""
     flat = asdict(config)
@@ -1176,7 +1176,7 @@ def write_config(config: Config, folder: Path, stop_ids: list[int], dtype: str =
     flat |= {
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "torch_dtype": dtype,
+        "torch_dtype": "float32",
         "hidden_act": "silu",
         "eos_token_id": stop_ids[0],
         "max_position_embeddings": 128000,

@@ -488,13 +488,13 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
     shares["zero_variance"] = alike.tolist()
     for name in values.keys() - {"loss", "grad_norm"}:
         shares[name] = values[name]
-    questions, count = world.sum(len(groups)), world.sum(len(responses))
+    questions = world.sum(len(groups))
     if not questions:
         world.print0("The media of none of this step's questions can be read; nothing was learned.")
     means = mean_over_ranks(spread, world, deviation=True) | mean_over_ranks(shares, world)
     largest = max(values["logprob_gap"], default=0.0)
     return {**means, "logprob_gap_max": max(world.gather(largest)),
-            "loss": world.sum(sum(values["loss"])) / max(1, count),
+            "loss": world.sum(sum(values["loss"])) / max(1, questions * settings.group_size),
             "grad_norm": statistics.fmean(values["grad_norm"]),
             "questions": questions, "skipped": settings.questions - questions,
             "tokens": world.sum(int(lengths.sum()))}
@@ -528,10 +528,10 @@ def check_verdicts(verdicts: list[Verdict], claims: list[Claim], settings: Setti
         if not claim.observation:
             continue
         asked += 1
+        values["judge/leak"].append(verdict.leak)
         if verdict.sufficient is None:
             errors.append(verdict.error)
-        values["judge/leak"].append(verdict.leak)
-        if verdict is not rule and verdict.sufficient is not None:
+        elif verdict is not rule:
             values["judge/agreement"].append(verdict.sufficient == rule.sufficient)
             accepted = verdict.sufficient > rule.sufficient            # and too little is said
             values["judge/false_positive"].append(accepted)

@@ -195,7 +195,7 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     """Linear warm-up, then a cosine to zero. step counts from 0."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, steps - settings.warmup)
+    done = (step - settings.warmup) / (steps - settings.warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -184,7 +184,7 @@ def test_a_large_model_is_written_in_shards(tmp_path):
 
 def test_numbers_keep_their_type_on_disk_and_take_the_wanted_one_in_memory(tmp_path):
     tensors = {name: x.bfloat16() for name, x in random_model(TIED, seed=0).state_dict().items()}
-    save_model(tensors, tmp_path / "a", write_extra=lambda f: write_config(TIED, f, [3], dtype="bfloat16"))
+    save_model(tensors, tmp_path / "a", write_extra=lambda f: write_config(TIED, f, [3]))
     assert equal(load_file(tmp_path / "a" / SINGLE), tensors)
     assert equal(load_model(tmp_path / "a", torch.bfloat16).state_dict(), tensors)
     assert holds(tmp_path / "a", {name: x.float() for name, x in tensors.items()})
