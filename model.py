@@ -143,7 +143,8 @@ def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angles (…, E/2)"""
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    factors = torch.cat([cos, cos], -1)
+    return factors, torch.cat([-sin, sin], -1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -492,9 +492,10 @@ def step_metrics(groups: list[list[Response]], parts: Tensor, totals: Tensor,
     if not questions:
         world.print0("The media of none of this step's questions can be read; nothing was learned.")
     means = mean_over_ranks(spread, world, deviation=True) | mean_over_ranks(shares, world)
+    loss = world.sum(sum(values["loss"]))
     largest = max(values["logprob_gap"], default=0.0)
     return {**means, "logprob_gap_max": max(world.gather(largest)),
-            "loss": world.sum(sum(values["loss"])) / max(1, questions * settings.group_size),
+            "loss": loss / max(1, questions * settings.group_size),
             "grad_norm": statistics.fmean(values["grad_norm"]),
             "questions": questions, "skipped": settings.questions - questions,
             "tokens": world.sum(int(lengths.sum()))}
