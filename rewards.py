@@ -27,7 +27,6 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 from tqdm import tqdm
 
-PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 LENGTH_REWARD = 0.2
 
 
@@ -120,10 +119,10 @@ def extract_tag(tag: str, text: str) -> str | None:
     """The content of the one pair <tag>…</tag> in text, without the white space around it; None if
     the pair is missing, repeated (two answers are no answer), left open or closed before it is
     opened."""
-    if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
+    pieces = re.split(f"(</?{tag}>)", text)                  # tags have odd indices
+    if pieces[1::2] != [f"<{tag}>", f"</{tag}>"]:
         return None
-    inside = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
-    return inside and inside[1].strip()
+    return pieces[2].strip()
 
 
 def matches_template(text: str, tags: Sequence[str]) -> bool:
@@ -243,7 +242,7 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     """The letter that an answer names: "B", "b", "(b)", "B.", "B. a cat" and "a cat" all give "B".
     None if it names no option, or a text that several options share, or puts one letter before
     another's text."""
-    texts = option_texts(options) or {chr(65 + i): "" for i in range(26)}   # all in the question
+    texts = option_texts(options or [""] * 26)               # none: they are in the question
     said = normalize_text(answer)
     if said.upper() in texts:                                # a letter alone, whatever options say
         return said.upper()
@@ -307,13 +306,12 @@ def regression(answer: str, reference: str) -> float:
 
 def edit_distance(a: Sequence[str], b: Sequence[str], replacing: int = 1) -> int:
     """The lowest cost of turning words a into words b; inserting or deleting a word costs 1."""
-    row = list(range(len(b) + 1))
+    row = range(len(b) + 1)                                  # costs of the first 0, 1, … words of b
     for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            replaced = diagonal + replacing * (x != y)
-            diagonal = row[j]
-            row[j] = min(row[j] + 1, row[j - 1] + 1, replaced)
+        above, row = row, [i]
+        for j, y in enumerate(b):
+            replaced = above[j] + replacing * (x != y)
+            row.append(min(above[j + 1] + 1, row[j] + 1, replaced))
     return row[-1]
 
 
@@ -332,8 +330,6 @@ def words(text: str, part: str = r"\w") -> list[str]:
 def ocr(answer: str, reference: str) -> float:
     """1 − word error rate, at least 0."""
     said, written = words(answer, r"\S"), words(reference, r"\S")
-    if not written:
-        return float(not said)
     return max(0.0, 1 - edit_distance(said, written) / len(written))
 
 
@@ -341,7 +337,7 @@ def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words. ROUGE-2 is left out for a
     reference of one word: it has no pair of words, and a perfect answer would score 2/3."""
     said, wanted = words(answer.casefold()), words(reference.casefold())
-    if not said or not wanted:
+    if not wanted:                                           # it is all punctuation
         return 0.0
     both = len(said) + len(wanted)                           # ROUGE-L: 2 · common subsequence / both
     scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
@@ -353,14 +349,15 @@ def rouge(answer: str, reference: str) -> float:
     return sum(scores) / len(scores)
 
 
-METRICS = {"numerical": numerical, "regression": regression, "OCR": ocr, "free-form": rouge}
+METRICS = {"numerical": numerical, "OCR": ocr, "free-form": rouge, "regression": regression}
+PROBLEM_TYPES = ("multiple choice", *METRICS)
 
 
 def task_metric(problem_type: str, answer: str | None, reference: str, options: Sequence[str] = ()
                 ) -> float:
-    """Accuracy of an answer in [0, 1] under its problem type; no answer scores 0. KeyError for an
-    unknown type."""
-    if answer is None or not answer.strip():
+    """Accuracy of an answer in [0, 1] under its problem type; none, or an empty one, scores 0.
+    KeyError for an unknown type."""
+    if not answer:
         return 0.0
     if problem_type == "multiple choice":
         letter = choice(answer, options)
@@ -519,7 +516,7 @@ def read_jsonl(file: Path) -> tuple[list[dict], int]:
     left out. Raises ValueError for any other broken line."""
     raw, rows = file.read_bytes() if file.is_file() else b"", []
     end = raw.rfind(b"\n") + 1
-    for number, line in enumerate(raw[:end].split(b"\n")[:-1], start=1):
+    for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
