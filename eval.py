@@ -417,7 +417,7 @@ def row_of(question: Question, response: pagrpo.Response, verdict: rewards.Verdi
 
 def read_rows(folder: str | Path) -> dict[str, dict]:
     """id → row of an evaluation."""
-    rows, _ = rewards.read_jsonl(Path(folder) / "responses.jsonl")
+    rows = rewards.read_jsonl(Path(folder) / "responses.jsonl")
     return {row["id"]: row for row in rows}
 
 

@@ -511,18 +511,17 @@ def leaks(claim: Claim) -> bool:
 
 # ------------------------------------------------------------------------------ files and servers
 
-def read_jsonl(file: Path) -> tuple[list[dict], int]:
-    """The rows of a file of JSON lines, and the bytes they take. A last line cut short by a kill is
-    left out. Raises ValueError for any other broken line."""
+def read_jsonl(file: Path) -> list[dict]:
+    """The rows of a file of JSON lines. A last line cut short by a kill is left out. Raises
+    ValueError for any other broken line."""
     raw, rows = file.read_bytes() if file.is_file() else b"", []
-    end = raw.rfind(b"\n") + 1
     for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
             raise ValueError(f"{file}, line {number}: not JSON; remove the line to go on without it"
                              ) from None
-    return rows, end
+    return rows
 
 
 class Journal:
@@ -538,10 +537,9 @@ class Journal:
         if place:
             self.file = place.with_name(f"{place.name}.{rank}.jsonl")
             for file in sorted(place.parent.glob(f"{place.name}.*.jsonl")):
-                rows, end = read_jsonl(file)
-                self.rows |= {row["key"]: row for row in rows}
-                if file == self.file:
-                    os.truncate(file, end)                   # a line that a kill cut short
+                self.rows |= {row["key"]: row for row in read_jsonl(file)}
+            if self.file.is_file():                          # a line that a kill cut short goes
+                os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
 
     def complete(self, items: dict[str, Any], work: Callable[[Any], dict], threads: int = 1,
                  title: str = "", max_failed: float = 1.0) -> dict[str, dict]:

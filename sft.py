@@ -570,7 +570,7 @@ class Run:
         with data.lock_folder(self.folder) if self.world.first else nullcontext():
             for name in ("metrics.jsonl", "rollouts.jsonl") if self.world.first else ():
                 if (self.folder / name).is_file():           # its last line may be cut by a kill
-                    rows, _ = read_jsonl(self.folder / name)
+                    rows = read_jsonl(self.folder / name)
                     kept = [row for row in rows if row["step"] <= self.step]
                     data.write_rows(self.folder / name, kept)
             numbers = signal.SIGINT, signal.SIGTERM
@@ -726,15 +726,15 @@ def write_report(folder: str | Path, *others: str | Path) -> Path:
 def collect(folder: Path) -> dict:
     """The files of a run, empty where there is none, and small frames of the recorded clips."""
     settings, clips = data.read_json(folder / "settings.json"), {}
-    rows = {name: read_jsonl(folder / f"{name}.jsonl")[0] for name in ("metrics", "rollouts")}
+    rows = {name: read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "rollouts")}
     if not (settings and rows["metrics"]):
         raise ValueError(f"{folder} holds no run with a finished step: give the folder of a stage, "
                          "such as runs/tiny/pagrpo")
     for row in rows["rollouts"]:
         if row["path"] not in clips:
             clips[row["path"]] = small_frames(row, settings)
-    dropped = Counter(row["reason"] for row in read_jsonl(folder.parent / "cot/dropped.jsonl")[0])
-    kept, _ = read_jsonl(folder.parent / "cot/traces.jsonl")
+    dropped = Counter(row["reason"] for row in read_jsonl(folder.parent / "cot/dropped.jsonl"))
+    kept = read_jsonl(folder.parent / "cot/traces.jsonl")
     newest = max(folder.glob(CHECKPOINTS), default=folder)
     return {"name": folder.as_posix(), "settings": settings, "clips": clips, **rows,
             "segments": [segment.name for segment in SEGMENTS], "dropped": dropped,

@@ -253,7 +253,7 @@ def run_row(row: Row, seed: int, args: argparse.Namespace) -> dict:
         for name, value in measures.items():
             results[f"{name}, {how}"] = measured(folder / how / "toy", value)
     if row.rl is not None:
-        results |= tables.of_steps(rewards.read_jsonl(trained(row, seed, args) / "metrics.jsonl")[0])
+        results |= tables.of_steps(rewards.read_jsonl(trained(row, seed, args) / "metrics.jsonl"))
     return results
 
 

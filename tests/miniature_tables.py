@@ -149,7 +149,7 @@ def fifths(steps: list[dict], key: str) -> list[float]:
 
 def failed(row, full, results: dict, seed: str, folder) -> list[str]:
     """A run that failed beside the one that did not: their curves and what to see in them."""
-    bad, good = (rewards.read_jsonl(folder / f"metrics-{name}.jsonl")[0] for name in (row.name, "default"))
+    bad, good = (rewards.read_jsonl(folder / f"metrics-{name}.jsonl") for name in (row.name, "default"))
     if not (bad and good and seed in results.get(row.name, {})):
         return ["It has not been run.", ""]
     cells = [["mean in each fifth of the run", full.title, row.title]]

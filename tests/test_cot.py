@@ -14,14 +14,9 @@ import pytest
 import data
 import sft
 from data import CotSettings, cot, read_records
-from rewards import parse, read_jsonl
+from rewards import parse, read_jsonl as lines
 from serving import Fault, completion, serving, text_of
 from toy_runs import command, flags
-
-
-def lines(file):
-    rows, _ = read_jsonl(file)
-    return rows
 
 
 def settings(toy, out, **changes):
