@@ -197,8 +197,10 @@ def read_image(path: Path) -> np.ndarray:
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """(height, width, 3) uint8. What is transparent becomes white, as in the official utility."""
-    if image.mode[0] in "IF":
-        image = to_8_bits(image)
+    if image.mode in ("I", "F"):
+        raise MediaError("grey values of 32 bits, whose range is not known")
+    if image.mode.startswith("I;16"):                        # Pillow would cut off above 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -1015,18 +1017,6 @@ def read_on(reader, indices: list[int], total: int, beat: Callable) -> dict[int,
     if count != total:
         raise ValueError(f"{count} of {total} frames can be decoded")
     return frames
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits, or floats, which Pillow would cut off at 255. The largest value
-    tells their range."""
-    grey = np.nan_to_num(np.asarray(image).astype(float))
-    largest = 65535 if image.mode.startswith("I;16") else grey.max()
-    top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
-    if "transparency" in image.info:
-        grey[grey == image.info["transparency"]] = top       # white
-    scaled = 255 * grey.clip(0, top) / top
-    return Image.fromarray(scaled.astype(np.uint8))
 
 
 # ----------------------------------------------------------------------------- judges and teachers
