@@ -166,8 +166,7 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
         return result
     if isinstance(result, (MediaError, ImportError)):
         raise result
-    said = str(result).strip() or "it ends early"
-    reason = said.splitlines()[-1].split("ERROR ")[-1]       # without a place in decord's source
+    reason = str(result).split("ERROR ")[-1]                 # without a place in decord's source
     raise MediaError(f"cannot be decoded: {reason:.200}. If a player shows it, convert it to MP4 "
                      "(H.264)")
 
@@ -188,10 +187,10 @@ def read_image(path: Path) -> np.ndarray:
     """(1, height, width, 3) uint8, turned as its EXIF data say. Raises MediaError."""
     try:
         with Image.open(path) as image:
-            with suppress(Exception):                        # damaged EXIF data can cause any
+            with suppress(Exception):                        # damaged EXIF data do not matter
                 image = ImageOps.exif_transpose(image)
             return to_rgb(image)[None]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:                               # a damaged file can cause any
         raise MediaError(f"cannot be decoded: {error}") from None
 
 
@@ -209,11 +208,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def resize(frames: np.ndarray, min_pixels: int, max_pixels: int) -> np.ndarray:
     h, w = smart_resize(*frames.shape[1:3], min_pixels, max_pixels)
-    resized = []
-    for frame in frames:
-        image = Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC)
-        resized.append(np.asarray(image))
-    return np.stack(resized)
+    images = map(Image.fromarray, frames)
+    return np.stack([image.resize((w, h), Image.BICUBIC) for image in images])
 
 
 def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int
@@ -223,7 +219,7 @@ def patchify(frames: np.ndarray, min_pixels: int, max_pixels: int
     will be merged are neighbours."""
     frames = resize(frames, min_pixels, max_pixels)
     h, w = frames.shape[1:3]
-    x = (torch.from_numpy(frames.copy()).float() / 255 - MEAN) / STD   # (N, h, w, 3)
+    x = (torch.from_numpy(frames).float() / 255 - MEAN) / STD          # (N, h, w, 3)
     if len(x) % TEMPORAL_PATCH:
         x = torch.cat([x, x[-1:]])                           # an image fills its patch twice
     t, rows, columns = len(x) // TEMPORAL_PATCH, h // PATCH, w // PATCH
@@ -450,8 +446,8 @@ class Example(NamedTuple):
 def media_patches(medium: Record, root: Path, settings: InputSettings
                   ) -> tuple[Tensor, tuple[int, int, int], float]:
     frames, seconds, max_pixels = read_media(medium, root, settings)
-    patches, grid = patchify(frames, min(settings.min_pixels, max_pixels), max_pixels)
-    return patches, grid, seconds
+    min_pixels = min(settings.min_pixels, max_pixels)
+    return *patchify(frames, min_pixels, max_pixels), seconds
 
 
 def build_example(r: Record, root: Path, v: Vocabulary, config: Config, settings: InputSettings
