@@ -260,7 +260,7 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
     try:
         for row in json_rows(Path(file)):
             records.append(to_record(row, traces))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+    except Exception as error:                               # a row of another form can cause any
         where = f"{file}, record {len(records) + 1}"
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
     if not records:
@@ -292,6 +292,11 @@ def to_record(row: dict, traces: bool) -> Record:
         reference = extract_tag("answer", reference)
     if type(solution) not in (str, int, float) or solution != solution or not reference:   # NaN
         raise ValueError(f"solution is not one answer, a text or a number: {solution!r:.80}")
+    options = read_options(row.get("options"))
+    if row["problem_type"] == "multiple choice":
+        if len(options) == 1:
+            raise ValueError("a multiple choice has one option")
+        rewards.check_letters(options, reference)
     for name in ("problem", "path", *(TRACE_FIELDS.values() if traces else ())):
         if not row[name].strip():
             raise ValueError(f"lacks {name}")
@@ -299,13 +304,12 @@ def to_record(row: dict, traces: bool) -> Record:
     for tag, name in TRACE_FIELDS.items():
         if text := (row.get(name) or "").strip():            # in its tags or without them
             trace[tag] = extract_tag(tag, text) if matches_template(text, [tag]) else text
-    return Record(str(row.get("problem_id", "")), row["problem"],
-                  read_options(row.get("options"), row["problem_type"], reference),
-                  row["problem_type"], reference, row["path"], row["data_type"], trace,
+    return Record(str(row.get("problem_id", "")), row["problem"], options, row["problem_type"],
+                  reference, row["path"], row["data_type"], trace,
                   str(row.get("data_source") or ""), bool(row.get("blind")))
 
 
-def read_options(options, problem_type: str, reference: str) -> tuple[str, ...]:
+def read_options(options) -> tuple[str, ...]:
     """Options as texts. In the RL file of the release every value is a string, a list too."""
     if isinstance(options, str) and options:
         options = ast.literal_eval(options)
@@ -313,10 +317,6 @@ def read_options(options, problem_type: str, reference: str) -> tuple[str, ...]:
     texts = isinstance(options, list | tuple) and all(isinstance(x, str) for x in options)
     if not texts:
         raise ValueError(f"options are no list of texts: {options!r:.80}")
-    if problem_type == "multiple choice":
-        if len(options) == 1:
-            raise ValueError("a multiple choice has one option")
-        rewards.check_letters(options, reference)
     return tuple(options)
 
 
@@ -586,9 +586,7 @@ def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]
     resumed has the same order when more media have arrived. SystemExit if there are none."""
     if file.is_file() and file.with_name("settings.json").is_file():     # the run has begun
         return [i for i in json.loads(file.read_text()) if i < len(records)]
-    paths = {r.path for r in records}
-    there = {path for path in paths if (Path(root) / path).exists()}
-    found = [i for i, r in enumerate(records) if r.blind or r.path in there]
+    found = [i for i, r in enumerate(records) if r.blind or (Path(root) / r.path).exists()]
     if len(found) < len(records):
         print(f"{len(found):,} of {len(records):,} records have their media under {root}")
     if not found:

@@ -572,7 +572,7 @@ def vsibench(row, part, number, find):
 
 def videommmu(row, part, number, find):
     """Multiple choice where there are options: `question_type` is missing or null in places."""
-    options = data.read_options(row["options"], "free-form", "")
+    options = data.read_options(row["options"])
     path = find(f"*/{row['id']}.mp4")                        # "*" stays if the video is not there
     row["id"] = f"{part}/{row['id']}"
     if part == "Adaptation":
