@@ -662,17 +662,16 @@ class Toy(NamedTuple):
     """A toy question, read back from its text."""
     name: str                                                # in TOY_QUESTIONS
     asked: str                                               # "O" in "How many letters are O?"
-    options: tuple[str, ...]                                 # without their letters
+    options: list[str]                                       # without their letters
 
 
 def read_toy(r: Record | Claim) -> Toy | None:
     """None for a question that is not of the toy world."""
     for name, (kind, text) in reversed(TOY_QUESTIONS.items()):
-        pattern = re.escape(text).replace(r"\{\}", "(?P<asked>.*)")
+        pattern = re.escape(text).replace(r"\{\}", "(.*)")
         match = re.fullmatch(pattern, r.question)
         if match and kind == r.problem_type:
-            options = rewards.split_options(r.options)
-            return Toy(name, match.groupdict("").get("asked", ""), tuple(options))
+            return Toy(name, "".join(match.groups()), rewards.split_options(r.options))
     return None
 
 
@@ -694,7 +693,7 @@ def toy_answer(toy: Toy, shown: list[str]) -> str | None:
     if toy.name == "ends":
         return f"a {shown[0]} turns into a {shown[-1]}"
     if toy.name == "total":
-        return str(sum(PRICES[x[-1]] for x in shown))
+        return str(sum(PRICES[x] for x in letters))
     raise ValueError(f"toy_answer does not know {toy.name!r}")
 
 
@@ -758,7 +757,7 @@ def rule_judge(claims: Sequence[Claim]) -> list[Verdict]:
         shown = letters_in(claim.observation)
         derived = toy_answer(toy, shown)
         seen = ", ".join(shown) or "nothing seen"
-        verdicts.append(Verdict(derived is not None and derived == claim.reference,
+        verdicts.append(Verdict(derived == claim.reference,
                                 f"{seen}: from this follows {derived or 'nothing'}"))
     return verdicts
 
@@ -886,7 +885,6 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
     toy world."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
     pieces = Regex(r" ?</?[a-z]+>\n?| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s")
     cut = pre_tokenizers.Sequence([
         pre_tokenizers.Split(pieces, "isolated"),
@@ -901,7 +899,7 @@ def make_toy_model(folder: str | Path, seed: int, config: Config = CONFIGS["tiny
         words |= {piece for piece, _ in cut.pre_tokenize_str(text) if len(piece) > 1}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                 "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    pieces = specials + sorted(bytes_to_unicode().values()) + sorted(words)
+    pieces = specials + sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(words)
     assert len(pieces) <= config.vocab_size
     # ignore_merges: a piece of the vocabulary is one token, any other is split into its bytes.
     ids = {piece: i for i, piece in enumerate(pieces)}
