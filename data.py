@@ -324,7 +324,7 @@ def to_row(r: Record) -> dict:
     row = dict(problem_id=r.problem_id, problem=r.question, options=list(r.options),
                problem_type=r.problem_type, solution=f"<answer>{r.reference}</answer>",
                answer=r.reference, path=r.path, data_type=r.data_type, data_source=r.data_source)
-    return row | {name: r.trace.get(tag, "") for tag, name in TRACE_FIELDS.items()}
+    return row | {name: r.trace.get(tag) for tag, name in TRACE_FIELDS.items()}
 
 
 def read_media(r: Record, root: Path, settings: InputSettings) -> tuple[np.ndarray, float, int]:
@@ -1118,10 +1118,7 @@ def toy_draft(r: Record, s: CotSettings) -> str:
     those in perception do not: there the reasoning follows what was shown, and only step 3 can
     catch it."""
     rng, toy = random.Random(f"{s.seed}/{r.problem_id}/{r.path}"), read_toy(r)
-    shown = letters_in(r.trace.get("observation", ""))
-    if len(shown) != TOY_EVENTS:
-        raise ValueError(f"{r.path}: the toy teacher needs the observation of the three letters")
-    seen = reasoned = shown
+    seen = reasoned = shown = letters_in(r.trace["observation"])
     if rng.random() < s.mistakes:
         seen = misread(toy, shown, r, 1, rng)
         reasoned = shown if rng.random() < 0.5 else seen
@@ -1195,13 +1192,12 @@ def cot(s: CotSettings) -> Path:
                              "--teacher and --judge.")
 
         # Step 1, generate: a teacher writes a trace for every record.
-        ask, threads = None, 1
+        ask = None
         if is_http(s.teacher):
-            threads = s.concurrency
             ask = ask_server(s, "teacher", max_tokens=s.max_response, temperature=s.temperature,
                              seed=s.seed)
         journal = rewards.Journal(folder / "1-generated")
-        drafts = journal.complete(records, partial(teach, ask, s), threads, "1 generate",
+        drafts = journal.complete(records, partial(teach, ask, s), s.concurrency, "1 generate",
                                   s.max_unknown)
 
         # Step 2, verify: the template, and the answer's score.
@@ -1233,8 +1229,7 @@ def verify(r: Record, draft: dict) -> dict:
         reason = "template broken"
     elif score < THRESHOLD:
         reason = "answer wrong"
-    trace = {tag: contents[tag] or "" for tag in TRACE_FIELDS}
-    row = to_row(replace(r, trace=trace))
+    row = to_row(replace(r, trace=contents))
     return row | dict(output=text, reward=score, select=not reason, reason=reason, error=error)
 
 
