@@ -271,7 +271,7 @@ def read_records(file: str | Path, traces: bool = False) -> list[Record]:
 def json_rows(file: Path) -> Iterator:
     """The rows of a JSON list, or of JSON lines."""
     text = file.read_text("utf-8-sig").strip()
-    if text[:1] == "[":
+    if text.startswith("["):
         yield from json.loads(text)
         return
     for line in text.split("\n"):                            # splitlines would also cut at U+2028

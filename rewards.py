@@ -341,10 +341,9 @@ def rouge(answer: str, reference: str) -> float:
         return 0.0
     both = len(said) + len(wanted)                           # ROUGE-L: 2 · common subsequence / both
     scores = [(both - edit_distance(said, wanted, replacing=2)) / both]
-    counted = [(Counter(said), Counter(wanted))]
-    if len(wanted) > 1:
-        counted.append((Counter(pairwise(said)), Counter(pairwise(wanted))))
-    for a, b in counted:
+    counted = [(said, wanted), (pairwise(said), pairwise(wanted))]
+    for a, b in counted[:len(wanted)]:                       # one word has no pairs
+        a, b = Counter(a), Counter(b)
         scores.append(2 * (a & b).total() / (a.total() + b.total()))
     return sum(scores) / len(scores)
 
