@@ -166,7 +166,8 @@ def read_video(path: Path, settings: InputSettings, rate: float = 0.0) -> tuple[
         return result
     if isinstance(result, (MediaError, ImportError)):
         raise result
-    reason = str(result).split("ERROR ")[-1]                 # without a place in decord's source
+    said = str(result).strip() or "it ends early"
+    reason = said.splitlines()[-1].split("ERROR ")[-1]       # without a place in decord's source
     raise MediaError(f"cannot be decoded: {reason:.200}. If a player shows it, convert it to MP4 "
                      "(H.264)")
 
@@ -586,7 +587,8 @@ def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]
     resumed has the same order when more media have arrived. SystemExit if there are none."""
     if file.is_file() and file.with_name("settings.json").is_file():     # the run has begun
         return [i for i in json.loads(file.read_text()) if i < len(records)]
-    found = [i for i, r in enumerate(records) if r.blind or (Path(root) / r.path).exists()]
+    there = {path for path in {r.path for r in records} if (Path(root) / path).exists()}
+    found = [i for i, r in enumerate(records) if r.blind or r.path in there]
     if len(found) < len(records):
         print(f"{len(found):,} of {len(records):,} records have their media under {root}")
     if not found:
