@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data
 from data import (Examples, Record, find_media, patchify, read_records, read_video, step_indices, to_record,
                   why_invalid)
 from model import read_config
