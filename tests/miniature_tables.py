@@ -22,7 +22,7 @@ class Mean(NamedTuple):
     by_seed: dict[str, float]
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} ±{self.half:.1f}"
+        return f"{self.value:.1f}" + (f" ±{self.half:.1f}" if self.half else "")
 
 
 def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
@@ -38,6 +38,7 @@ def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
         return None
     values = list(by_seed.values())
     half = 1.96 * math.sqrt(abs(values[0] * (100 - values[0])) / n)      # of one seed, over its clips
+    half *= key != "judge/agreement"                         # of steps, not of clips
     if len(values) > 1:
         half = T95.get(len(values) - 1, 2.571) * statistics.stdev(values) / math.sqrt(len(values))
     return Mean(statistics.fmean(values), half, by_seed)
@@ -229,9 +230,10 @@ INTRODUCTION = """\
 
 `python tests/miniature.py` wrote this file, and [miniature.json](miniature.json) with every finished row. Each seed has
 its own clips, base, traces and SFT model; settings are those of the preset `tiny`. Percent of held-out clips; greedy,
-as in the paper, or *sampled* at temperature 1. Perception is right if the observation suffices for the answer. ± is a
-95 % interval over seeds (Student's t), so that base and clips are in it. *paper* is its mean of seven benchmarks with
-Qwen2.5-VL-7B: compare signs, not sizes. {rows} rows took {hours:.1f} hours of processes, two at a time.
+as in the paper, or *sampled* at temperature 1. Perception is right if the observation suffices for the answer. *Answer
+given perception*: of a model's clips with such an observation, the percent answered rightly. ± is a 95 % interval over
+seeds (Student's t): how clips and base vary is in it. *paper* is its mean of seven benchmarks with Qwen2.5-VL-7B:
+compare signs, not sizes. {rows} rows took {hours:.1f} hours of processes, two at a time.
 
 ## Primary outcome
 
@@ -244,7 +246,8 @@ observation, which stays right. GRPO rewards the answer only. joint rewards perc
 to all tokens. PA-GRPO gives each segment an advantage of its own: its lead over joint is what the separation brings.
 Expected before GRPO was run with slips, after trials on two other seeds: PA-GRPO's lead over GRPO in perception grows
 with the share, since with slips an answer says less about what was seen. A lead that does not grow would refute it.
-Nothing was expected of joint. Gains are points over SFT; 0 % is over all seeds, the other levels over the first three.
+Nothing was expected of joint. Gains are points over SFT; 0 % is over all seeds, the other levels over the first three,
+so that levels compare only on these (*Growth*, at the end).
 
 ![Gains over SFT against the share of slips](separation.svg)
 """
