@@ -587,7 +587,8 @@ def find_media(records: list[Record], root: str | Path, file: Path) -> list[int]
     resumed has the same order when more media have arrived. SystemExit if there are none."""
     if file.is_file() and file.with_name("settings.json").is_file():     # the run has begun
         return [i for i in json.loads(file.read_text()) if i < len(records)]
-    there = {path for path in {r.path for r in records} if (Path(root) / path).exists()}
+    paths = {r.path for r in records}
+    there = {path for path in paths if (Path(root) / path).exists()}
     found = [i for i, r in enumerate(records) if r.blind or r.path in there]
     if len(found) < len(records):
         print(f"{len(found):,} of {len(records):,} records have their media under {root}")
