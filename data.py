@@ -299,7 +299,7 @@ def to_record(row: dict, traces: bool) -> Record:
             raise ValueError("a multiple choice has one option")
         rewards.check_letters(options, reference)
     for name in ("problem", "path", *(TRACE_FIELDS.values() if traces else ())):
-        if not row[name].strip():
+        if not (row[name] or "").strip():
             raise ValueError(f"lacks {name}")
     trace = {}
     for tag, name in TRACE_FIELDS.items():
@@ -852,7 +852,8 @@ def write_clip(folder: Path, seed: int, split: str, number: int) -> None:
 
 
 def two_processes():
-    """A pool, of one thread where forking is not safe. Ctrl-C is left to the process that has it."""
+    """A pool of two processes, or of one thread where a fork is not safe. The processes ignore
+    Ctrl-C: the one that has the pool ends them."""
     if sys.platform != "linux":
         return ThreadPool(1)
     return get_context("fork").Pool(2, signal.signal, (signal.SIGINT, signal.SIG_IGN))

@@ -432,6 +432,7 @@ class World:
         return values
 
     def sum(self, value: float) -> float:
+        """Over all ranks, the same on each: they are added in the order of ranks."""
         return sum(self.gather(value))
 
     def on_rank0(self, work: Callable):

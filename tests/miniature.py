@@ -62,7 +62,7 @@ ROWS = (
     Row("grpo",         "GRPO: process-agnostic RL",             56.4, "", "--advantage grpo"),
     Row("no-reasoning", "without reasoning reward",              55.3, "", "--reward-off reasoning"),
     Row("no-length",    "without length reward",                 57.7, "", "--reward-off length"),
-    Row("joint",        "joint: without separation",              57.4, "", "--advantage joint"),
+    Row("joint",        "joint: without separation",             57.4, "", "--advantage joint"),
     Row("gdpo",         "GDPO by segment",                       None, "", "--advantage gdpo"),
     Row("full",         "PA-GRPO",                               58.7, "", ""),
 )

@@ -38,7 +38,7 @@ def mean(results: dict, name: str, key: str, minus: str = "") -> Mean | None:
         return None
     values = list(by_seed.values())
     half = 1.96 * math.sqrt(abs(values[0] * (100 - values[0])) / n)      # of one seed, over its clips
-    half *= key != "judge/agreement"                         # of steps, not of clips
+    half *= " " in key                                       # a name of metrics.jsonl: over steps, not clips
     if len(values) > 1:
         half = T95.get(len(values) - 1, 2.571) * statistics.stdev(values) / math.sqrt(len(values))
     return Mean(statistics.fmean(values), half, by_seed)

@@ -66,7 +66,7 @@ def test_a_line_ends_where_a_line_ends_not_inside_a_text(tmp_path):
 
 def test_traces_are_needed_only_where_they_are_asked_for():
     assert record_of(observation=None).trace.keys() == {"think"}
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="lacks observation"):
         to_record(ROW | {"observation": None}, traces=True)
 
 
